@@ -1,0 +1,155 @@
+"""The built-in data set: crops of three photographs that scikit-image ships, with drawn defects.
+
+    python -m datasets.demo
+
+Training pictures come from the left part of each photograph and test pictures from the right, so none overlap.
+Defects are drawn by other means than the training anomalies, with exact masks; everything follows from the seed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from skimage import data as photographs
+
+from datasets.meta import UNIFIED, Sample, write_list
+from utils.checkpoint import write_atomic
+from utils.cli import run
+
+CLASSES = ("brick", "grass", "gravel")
+SIZE = 128
+TRAIN_COUNT, GOOD_COUNT, DEFECT_COUNT = 120, 30, 10
+SPLIT_COLUMN = 336  # of 512: left of it training, right of it test
+
+
+def draw_scratch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A thin curved dark line with a lit edge. Returns (picture, mask), as all of these."""
+    del other
+    start = rng.uniform(20, SIZE - 20, 2)
+    angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.02, 0.02)
+    steps = int(rng.integers(40, 80))
+    angles = angle + bend * np.arange(steps)
+    points = start + np.cumsum(np.stack([np.cos(angles), np.sin(angles)], axis=1), axis=0)
+    width = int(rng.integers(2, 4))
+    line, lit = np.zeros_like(image), np.zeros_like(image)
+    for target, shift in ((line, 0.0), (lit, width * 0.8)):
+        cv2.polylines(target, [np.round(points + shift).astype(np.int32)], False, 1, width)
+    result = image.astype(np.float32)
+    result[lit > 0] = result[lit > 0] * 0.3 + 0.7 * 230
+    result[line > 0] = result[line > 0] * 0.25 + 0.75 * 25
+    return result, line | lit
+
+
+def draw_stain(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth darker or brighter blot with a soft edge, that lets the texture through."""
+    del other
+    y, x = np.mgrid[:SIZE, :SIZE]
+    cy, cx = rng.uniform(30, SIZE - 30, 2)
+    theta = np.arctan2(y - cy, x - cx)
+    radius = rng.uniform(12, 22) * (1 + sum(rng.uniform(-0.15, 0.15) * np.cos(k * theta + k) for k in (2, 3, 5)))
+    distance = np.hypot(y - cy, x - cx) / radius
+    alpha = np.clip((1 - distance) / 0.25, 0, 1)[...] * rng.uniform(0.6, 0.8)
+    tone = rng.choice([rng.uniform(5, 40), rng.uniform(215, 250)])
+    return image * (1 - alpha) + tone * alpha, (alpha > 0).astype(np.uint8)
+
+
+def draw_hole(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A dark hole with a bright rim."""
+    del other
+    centre = tuple(int(v) for v in rng.integers(20, SIZE - 20, 2))
+    axes = tuple(int(v) for v in rng.integers(6, 13, 2))
+    angle = float(rng.uniform(0, 180))
+    rim, hole = np.zeros_like(image), np.zeros_like(image)
+    cv2.ellipse(rim, centre, (axes[0] + 3, axes[1] + 3), angle, 0, 360, 1, -1)
+    cv2.ellipse(hole, centre, axes, angle, 0, 360, 1, -1)
+    result = image.astype(np.float32)
+    result[rim > 0] = result[rim > 0] * 0.4 + 0.6 * 220
+    result[hole > 0] = result[hole > 0] * 0.1 + 12
+    return result, rim
+
+
+def draw_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An angular piece of another photograph."""
+    corners = int(rng.integers(5, 8))
+    angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
+    radii = rng.uniform(12, 24, corners)
+    centre = rng.uniform(28, SIZE - 28, 2)
+    polygon = np.round(centre + np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]).astype(np.int32)
+    mask = np.zeros_like(image)
+    cv2.fillPoly(mask, [polygon], 1)
+    return np.where(mask > 0, other, image).astype(np.float32), mask
+
+
+DEFECTS: dict[str, Callable] = {
+    "scratch": draw_scratch,
+    "stain": draw_stain,
+    "hole": draw_hole,
+    "patch": draw_patch,
+}
+
+
+def crop(photograph: np.ndarray, rng: np.random.Generator, first: int, last: int) -> np.ndarray:
+    """A random SIZE x SIZE crop between two columns."""
+    top = int(rng.integers(0, photograph.shape[0] - SIZE + 1))
+    left = int(rng.integers(first, last - SIZE + 1))
+    return photograph[top : top + SIZE, left : left + SIZE].copy()
+
+
+def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Write the pictures and masks of one class; returns its training and test lists."""
+    rng = np.random.default_rng([seed, CLASSES.index(name)])
+    photograph = getattr(photographs, name)()
+    width = photograph.shape[1]
+    others = [getattr(photographs, other)() for other in CLASSES if other != name]
+    train, test = [], []
+    for i in range(TRAIN_COUNT):
+        filename = f"{name}/train/good/{i:03d}.png"
+        _write(root / filename, crop(photograph, rng, 0, SPLIT_COLUMN))
+        train.append(Sample(filename, 0, name))
+    for i in range(GOOD_COUNT):
+        filename = f"{name}/test/good/{i:03d}.png"
+        _write(root / filename, crop(photograph, rng, SPLIT_COLUMN, width))
+        test.append(Sample(filename, 0, name))
+    for kind, draw in DEFECTS.items():
+        for i in range(DEFECT_COUNT):
+            image = crop(photograph, rng, SPLIT_COLUMN, width)
+            other = crop(others[int(rng.integers(len(others)))], rng, 0, width)
+            picture, mask = draw(image, other, rng)
+            filename, maskname = f"{name}/test/{kind}/{i:03d}.png", f"{name}/ground_truth/{kind}/{i:03d}_mask.png"
+            _write(root / filename, np.clip(np.round(picture), 0, 255).astype(np.uint8))
+            _write(root / maskname, mask * np.uint8(255))
+            test.append(Sample(filename, 1, name, maskname))
+    return train, test
+
+
+def _write(path: Path, image: np.ndarray) -> None:
+    write_atomic(path, lambda part: cv2.imwrite(str(part), image))
+
+
+def make_demo(root: Path, seed: int = 0) -> None:
+    """Write the data set: root/images/<class>/... and root/samples/{train,test}_<class>.json."""
+    all_train, all_test = [], []
+    for name in CLASSES:
+        train, test = make_class(root / "images", name, seed)
+        write_list(root / "samples" / f"train_{name}.json", train)
+        write_list(root / "samples" / f"test_{name}.json", test)
+        all_train += train
+        all_test += test
+    write_list(root / "samples" / f"train_{UNIFIED}.json", all_train)
+    write_list(root / "samples" / f"test_{UNIFIED}.json", all_test)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--root", default="data/demo", help="where to write (default: %(default)s)")
+    arguments.add_argument("--seed", type=int, default=0)
+    args = arguments.parse_args()
+    make_demo(Path(args.root), args.seed)
+    print(f"{args.root}: {len(CLASSES)} classes ({', '.join(CLASSES)})", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    run(main)

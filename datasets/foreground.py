@@ -1,0 +1,120 @@
+"""Foreground masks: where on a picture a synthetic anomaly may lie."""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import cv2
+import numpy as np
+
+from datasets.catalog import ForegroundRule, find
+from utils.errors import UsageError
+
+log = logging.getLogger("realnet")
+
+_THRESHOLDS = {"otsu": cv2.THRESH_OTSU, "triangle": cv2.THRESH_TRIANGLE}
+_CHANNELS = {"red": 0, "green": 1, "blue": 2}
+
+
+def foreground_mask(image: np.ndarray, dataset: str, class_name: str) -> np.ndarray:
+    """The object of a picture by the rule of its data set's class (method.md, section 2).
+
+    Args:
+        image: (H,W,3) uint8 RGB, already resized.
+        dataset: name or type of one of the four data sets; others are all foreground.
+        class_name: its class.
+
+    Returns:
+        (H,W) uint8 in {0, 1}.
+    """
+    info = find(dataset)
+    return apply_rule(image, info.foreground.get(class_name) if info else None)
+
+
+def apply_rule(image: np.ndarray, rule: ForegroundRule | None) -> np.ndarray:
+    """(H,W) uint8 in {0, 1} of an (H,W,3) uint8 RGB image; all ones without a rule."""
+    if rule is None:
+        return np.ones(image.shape[:2], np.uint8)
+    if rule.channel == "gray":
+        channel = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    else:
+        channel = np.ascontiguousarray(image[..., _CHANNELS[rule.channel]])
+    direction = cv2.THRESH_BINARY_INV if rule.invert else cv2.THRESH_BINARY
+    method = _THRESHOLDS.get(rule.threshold, 0)
+    value = 0 if method else int(rule.threshold)
+    mask = cv2.threshold(channel, value, 1, direction | method)[1]
+    for operation, side in ((cv2.MORPH_CLOSE, rule.close), (cv2.MORPH_OPEN, rule.open)):
+        if side:
+            mask = cv2.morphologyEx(mask, operation, np.ones((side, side), np.uint8))
+    return mask
+
+
+def foreground_of(
+    setting: str | dict | None, dataset_type: str, class_name: str, pictures: Callable[[], Iterable[np.ndarray]]
+) -> ForegroundRule | None:
+    """The rule that `dataset.foreground` asks for.
+
+    Args:
+        setting: None for the rule of dataset.type's class; "none"; "auto"; "<data set>/<class>" for a rule of the
+            table; or a mapping {channel, threshold, invert, close, open}.
+        pictures: some training pictures (H,W,3) uint8, for "auto".
+
+    Raises:
+        UsageError: no such rule.
+    """
+    if setting is None:
+        info = find(dataset_type)
+        return info.foreground.get(class_name) if info else None
+    if setting == "none":
+        return None
+    if setting == "auto":
+        return auto_rule(pictures(), class_name)
+    if isinstance(setting, dict):
+        return _rule_from(setting)
+    dataset, _, name = str(setting).partition("/")
+    info = find(dataset)
+    if info is None or name not in info.classes:
+        raise UsageError(
+            f"dataset.foreground: {setting!r} is not none, auto, a mapping or a rule such as MVTec-AD/bottle"
+        )
+    return info.foreground.get(name)
+
+
+def _rule_from(setting: dict) -> ForegroundRule:
+    try:
+        rule = ForegroundRule(**setting)
+    except TypeError:
+        raise UsageError(
+            f"dataset.foreground: {sorted(setting)} holds a key that is not channel, threshold, invert, close or open"
+        ) from None
+    if rule.channel != "gray" and rule.channel not in _CHANNELS:
+        raise UsageError(f"dataset.foreground.channel: {rule.channel!r} is not gray, red, green or blue")
+    if rule.threshold not in _THRESHOLDS and not (isinstance(rule.threshold, int) and 0 <= rule.threshold <= 255):
+        raise UsageError(f"dataset.foreground.threshold: {rule.threshold!r} is not otsu, triangle or 0 .. 255")
+    return rule
+
+
+def auto_rule(pictures: Iterable[np.ndarray], class_name: str) -> ForegroundRule | None:
+    """Otsu's threshold with the polarity of the pictures' borders, or None where that is unstable over the set.
+
+    The border is taken for background. Unstable means that polarity differs between pictures, that the border is
+    not clearly on one side, or that the object's area is nearly nothing, nearly all, or varies widely.
+    """
+    bright_border, mixed_border, areas = [], [], []
+    for image in pictures:
+        bright = apply_rule(image, ForegroundRule())
+        border = np.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]]).mean()
+        bright_border.append(border > 0.5)
+        mixed_border.append(0.15 < border < 0.85)
+        area = apply_rule(image, ForegroundRule(invert=bool(border > 0.5), close=6, open=6)).mean()
+        areas.append(area)
+    agreement = max(np.mean(bright_border), 1 - np.mean(bright_border))
+    area, spread = float(np.median(areas)), float(np.std(areas))
+    if agreement < 0.95 or np.mean(mixed_border) > 0.2 or not 0.02 < area < 0.9 or spread > 0.5 * area:
+        log.info("%s: foreground auto is unstable over the training pictures; all of the picture is used", class_name)
+        return None
+    invert = bool(np.mean(bright_border) > 0.5)
+    side = "darker" if invert else "brighter"
+    log.info(
+        "%s: foreground auto takes what is %s than the border (%.0f%% of the picture)", class_name, side, 100 * area
+    )
+    return ForegroundRule(invert=invert, close=6, open=6)

@@ -1,0 +1,135 @@
+"""Pictures: decode, resize, normalise, and keep the resized ones in memory."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from utils.errors import UsageError
+
+log = logging.getLogger("realnet")
+
+COLOR_MODES = ("RGB", "BGR", "GRAY")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def read_picture(path: str | Path, size: Sequence[int] | None = None, color_mode: str = "RGB") -> np.ndarray:
+    """Decode a picture, upright by its EXIF orientation, and resize it with Pillow's antialiased bilinear filter.
+
+    Args:
+        size: (height, width), or None for the picture's own.
+        color_mode: "RGB", "BGR", or "GRAY" (three equal channels).
+
+    Returns:
+        (H,W,3) uint8. 16-bit grey is scaled to 8 bits; transparency is dropped.
+
+    Raises:
+        UsageError: the file is missing or no readable picture.
+    """
+    picture = _open(path)
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    picture = picture.convert("L" if color_mode == "GRAY" else "RGB")
+    if size is not None and picture.size != (size[1], size[0]):
+        picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    image = np.asarray(picture)
+    if color_mode == "GRAY":
+        return np.repeat(image[..., None], 3, axis=2)
+    return np.ascontiguousarray(image[..., ::-1]) if color_mode == "BGR" else image
+
+
+def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray:
+    """Decode a mask and resize it to the nearest pixel. Returns (H,W) uint8 in {0, 1}: 1 where any value is > 0."""
+    picture = _open(path)
+    if picture.mode in ("RGB", "RGBA", "P", "CMYK"):
+        picture = picture.convert("RGB")
+    values = np.asarray(picture)
+    mask = ((values > 0).any(axis=2) if values.ndim == 3 else values > 0).astype(np.uint8)
+    if size is None or mask.shape == tuple(size):
+        return mask
+    return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return ImageOps.exif_transpose(opened)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path} is not a readable picture ({error})") from None
+
+
+def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(H,W,3) in [0, 255] -> (3,H,W) float32, (x / 255 - mean) / std."""
+    scale = np.float32(1 / 255) / np.asarray(std, np.float32)
+    shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
+    return torch.from_numpy(image * scale - shift).permute(2, 0, 1).contiguous()
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """All pictures under a folder, sorted by path."""
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(found)
+
+
+def flip_and_rotate(
+    arrays: Sequence[np.ndarray], rng: np.random.Generator, hflip: bool, vflip: bool, rotate: bool
+) -> list[np.ndarray]:
+    """Flip (each with probability 1/2) and turn by a multiple of 90 degrees all arrays (H,W,...) alike.
+
+    A non-square picture is turned by 0 or 180 degrees only, so that its size stays.
+    """
+    arrays = list(arrays)
+    if hflip and rng.random() < 0.5:
+        arrays = [a[:, ::-1] for a in arrays]
+    if vflip and rng.random() < 0.5:
+        arrays = [a[::-1] for a in arrays]
+    if rotate:
+        square = arrays[0].shape[0] == arrays[0].shape[1]
+        turns = int(rng.integers(4)) if square else 2 * int(rng.integers(2))
+        arrays = [np.rot90(a, turns) for a in arrays]
+    return [np.ascontiguousarray(a) for a in arrays]
+
+
+class SharedCache:
+    """Fixed-size arrays kept in memory that loader workers share, up to a budget; what does not fit is not kept.
+
+    Args:
+        count: number of items.
+        shape: shape of each, uint8.
+        budget_mb: most memory to use, in MiB.
+    """
+
+    def __init__(self, count: int, shape: Sequence[int], budget_mb: int) -> None:
+        item = int(np.prod(shape))
+        budget = min(budget_mb << 20, _shared_memory_left() // 2)
+        self.kept = min(count, budget // item)
+        if self.kept < count and budget_mb:
+            log.info("cache: room for %d of %d pictures (dataset.cache_mb, shared memory)", self.kept, count)
+        # Shared memory is handed out page by page as workers write to it.
+        self.items = torch.empty((self.kept, *shape), dtype=torch.uint8).share_memory_()
+        self.filled = torch.zeros(self.kept, dtype=torch.bool).share_memory_()
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The item, or None where it is not kept. Do not write to it."""
+        return self.items[index].numpy() if index < self.kept and self.filled[index] else None
+
+    def put(self, index: int, item: np.ndarray) -> None:
+        if index < self.kept:
+            self.items[index].numpy()[...] = item
+            self.filled[index] = True
+
+
+def _shared_memory_left() -> int:
+    """Bytes free where shared tensors live; containers often have little."""
+    try:
+        stat = os.statvfs("/dev/shm")
+    except (AttributeError, OSError):
+        return 1 << 40
+    return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,170 @@
+"""DataLoaders: the same batches for any number of workers, and shared over ranks."""
+
+import os
+from collections.abc import Iterator
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datasets.images import COLOR_MODES
+from datasets.meta import class_names, read_list
+from datasets.realnet import Appearance, RealNetTestSet, RealNetTrainSet, Synthesis
+from datasets.sdas import SDASDataset
+from utils.distributed import Run
+from utils.errors import UsageError
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index), shuffled by (seed, epoch), shared over ranks.
+
+    The last indices are filled up with the epoch's first so that every rank has as many. The epoch travels with the
+    index, so that loader workers that outlive an epoch draw anew in each.
+
+    Args:
+        length: number of samples.
+        batch_size: per rank.
+        seed: of the shuffling.
+        epochs: how many epochs one iteration covers.
+    """
+
+    def __init__(self, length: int, batch_size: int, run: Run, seed: int, epochs: int = 1) -> None:
+        self.length, self.batch_size, self.seed, self.epochs = length, batch_size, seed, epochs
+        self.rank, self.world_size = run.rank, run.world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        per_rank = -(-self.length // self.world_size)
+        return self.epochs * -(-per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(self.epoch, self.epoch + self.epochs):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.length, generator=generator).tolist()
+            order += order[: -self.length % self.world_size]
+            mine = order[self.rank :: self.world_size]
+            for start in range(0, len(mine), self.batch_size):
+                yield [(epoch, index) for index in mine[start : start + self.batch_size]]
+
+
+class SharedBatches(Sampler[list[int]]):
+    """Every index once, in batches that are the same for any number of ranks; rank r takes batches r, r + world, ..."""
+
+    def __init__(self, length: int, batch_size: int, run: Run) -> None:
+        self.starts = range(0, length, batch_size)[run.rank :: run.world_size]
+        self.length, self.batch_size = length, batch_size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, min(start + self.batch_size, self.length)))
+
+
+def make_loader(dataset: Dataset, batches: Sampler, workers: int, run: Run) -> DataLoader:
+    """A DataLoader whose workers stay alive between epochs."""
+    # More workers than cores slow each other down; no setting of results depends on their number.
+    workers = min(workers, os.cpu_count() or 1)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=run.device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_single_threaded,
+    )
+
+
+def _single_threaded(worker: int) -> None:
+    del worker
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+# ---- from the settings -----------------------------------------------------------------------------------------------
+
+
+def _size(config: dict) -> tuple[int, int]:
+    size = config.input_size
+    if len(size) != 2 or min(size) < 1:
+        raise UsageError(f"dataset.input_size: {size} is not [height, width]")
+    return int(size[0]), int(size[1])
+
+
+def _color_mode(config: dict) -> str:
+    mode = config.image_reader.kwargs.color_mode
+    if mode not in COLOR_MODES:
+        raise UsageError(f"dataset.image_reader.kwargs.color_mode: {mode!r} is not one of {', '.join(COLOR_MODES)}")
+    return mode
+
+
+def _augmentations(section: dict) -> dict[str, bool]:
+    return {name: section[name] for name in ("hflip", "vflip", "rotate")}
+
+
+def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed: int) -> SDASDataset:
+    """The pictures of a diffusion.yaml or classifier.yaml.
+
+    Args:
+        config: its `dataset` section.
+        split: "train" or "test"; of the test list only good pictures are used.
+        classes: class names in order of their numbers, or None to take them from the list.
+    """
+    section, root = config[split], config.image_reader.kwargs.image_dir
+    samples = [sample for sample in read_list(section.meta_file, root) if sample.label == 0]
+    if classes is None:
+        classes = class_names(samples)
+    samples = [sample for sample in samples if sample.clsname in classes]
+    if not samples:
+        raise UsageError(f"{section.meta_file}: holds no good picture of {', '.join(classes)}")
+    augmentations = _augmentations(section) if split == "train" else {}
+    cache = config.cache_mb if split == "train" else 0
+    size, mode = _size(config), _color_mode(config)
+    return SDASDataset(samples, root, classes, size, seed, **augmentations, cache_mb=cache, color_mode=mode)
+
+
+def appearance_of(config: dict) -> Appearance:
+    """How a realnet.yaml's `dataset` section turns pictures into tensors."""
+    return Appearance(_size(config), tuple(config.pixel_mean), tuple(config.pixel_std), _color_mode(config))
+
+
+def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNetTrainSet:
+    """The training pictures of a class, from a realnet.yaml's `dataset` section."""
+    train, root = config.train, config.image_reader.kwargs.image_dir
+    path = train.meta_file.replace("{}", class_name)
+    samples = [sample for sample in read_list(path, root) if sample.label == 0]
+    if not samples:
+        raise UsageError(f"{path}: holds no good picture")
+    synthesis = Synthesis(
+        dict(train.anomaly_types),
+        train.sdas_dir,
+        train.dtd_dir,
+        train.sdas_transparency_range,
+        train.dtd_transparency_range,
+        train.min_perlin_scale,
+        train.perlin_scale,
+    )
+    if not any(p > 0 for name, p in synthesis.anomaly_types.items() if name != "normal"):
+        raise UsageError("dataset.train.anomaly_types: without sdas or dtd there is nothing to learn from")
+    return RealNetTrainSet(
+        samples,
+        root,
+        config.type,
+        config.foreground,
+        appearance_of(config),
+        synthesis,
+        seed,
+        **_augmentations(train),
+        cache_mb=config.cache_mb,
+    )
+
+
+def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
+    """The test pictures of a class, from a realnet.yaml's `dataset` section."""
+    root = config.image_reader.kwargs.image_dir
+    samples = read_list(config.test.meta_file.replace("{}", class_name), root)
+    return RealNetTestSet(samples, root, appearance_of(config))

@@ -1,0 +1,142 @@
+"""Image lists: one JSON object per line.
+
+python -m datasets.meta experiments/MVTec-AD/realnet.yaml        prints the classes of a data set
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from utils import cli
+from utils.checkpoint import write_text
+from utils.config import load_config
+from utils.errors import UsageError
+
+UNIFIED = "uni"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of an image list.
+
+    Args:
+        filename: relative to the image folder, forward slashes.
+        label: 0 good, 1 defective.
+        clsname: class.
+        maskname: mask of a defective picture, or None.
+    """
+
+    filename: str
+    label: int
+    clsname: str
+    maskname: str | None = None
+
+    @property
+    def mask_known(self) -> bool:
+        """Good pictures have an empty mask; defective ones without a file have an unknown one."""
+        return self.label == 0 or self.maskname is not None
+
+    @property
+    def kind(self) -> str:
+        """The defect kind: the folder that the picture lies in."""
+        return PurePosixPath(self.filename).parent.name or "good"
+
+
+def read_list(path: str | Path, image_dir: str | Path) -> list[Sample]:
+    """Read and check an image list.
+
+    Raises:
+        UsageError: the list is missing or empty, or one of its lines is no JSON, lacks a key, or names a file that is
+            absent or outside of image_dir. The line is named.
+    """
+    path, root = Path(path), Path(image_dir)
+    if not path.is_file():
+        raise UsageError(
+            f"{path} does not exist; write it with prepare_data.py or datasets/demo.py, or see data/README.md"
+        )
+    samples = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a UTF-8 text") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            samples.append(_parse(line, f"{path}, line {number}", root))
+    if not samples:
+        raise UsageError(f"{path}: holds no picture")
+    return samples
+
+
+def _parse(line: str, where: str, root: Path) -> Sample:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: not a JSON object ({error.msg})") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+        raise UsageError(f"{where}: has to be a JSON object with a filename")
+    filename, label = entry["filename"], entry.get("label")
+    if label not in (0, 1):
+        raise UsageError(f"{where}: label is {label!r}, not 0 or 1")
+    parts = PurePosixPath(filename).parts
+    clsname = entry.get("clsname") or (parts[-4] if len(parts) >= 4 else None)
+    if clsname is None:
+        raise UsageError(f"{where}: has no clsname, and {filename} is not of the form class/split/kind/name")
+    maskname = entry.get("maskname") if label else None
+    for name in (filename, maskname):
+        if name is not None:
+            _check_file(name, where, root)
+    return Sample(filename, label, str(clsname), maskname)
+
+
+def _check_file(name: str, where: str, root: Path) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise UsageError(f"{where}: {name} leaves {root}")
+    if not (root / name).is_file():
+        raise UsageError(f"{where}: {name} does not exist under {root}")
+
+
+def write_list(path: str | Path, samples: list[Sample]) -> None:
+    """Write an image list, whole or not at all."""
+    lines = []
+    for sample in samples:
+        entry = {
+            "filename": sample.filename,
+            "label": sample.label,
+            "label_name": "defective" if sample.label else "good",
+            "clsname": sample.clsname,
+        }
+        if sample.maskname:
+            entry["maskname"] = sample.maskname
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def listed_classes(meta_file: str) -> list[str]:
+    """The classes for which a list exists, from a path with {} in the place of the class; sorted, without `uni`."""
+    folder, pattern = Path(meta_file).parent, Path(meta_file).name
+    before, placeholder, after = pattern.partition("{}")
+    if not placeholder:
+        return []
+    names = (path.name for path in folder.glob(f"{before}*{after}"))
+    return sorted({name[len(before) : len(name) - len(after)] for name in names} - {UNIFIED})
+
+
+def class_names(samples: list[Sample]) -> list[str]:
+    """The classes of a list, sorted: the order of the class numbers."""
+    return sorted({sample.clsname for sample in samples})
+
+
+def main() -> None:
+    """Print the classes that the image lists of a settings file cover, one a line."""
+    if len(sys.argv) != 2:
+        raise UsageError("usage: python -m datasets.meta SETTINGS.yaml")
+    config = load_config(sys.argv[1])
+    path = config.dataset.train.meta_file
+    found = listed_classes(path) or class_names(read_list(path, config.dataset.image_reader.kwargs.image_dir))
+    print("\n".join(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)

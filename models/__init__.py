@@ -1,0 +1,5 @@
+"""RealNet and SDAS networks."""
+
+from models.realnet import build_realnet
+
+__all__ = ["build_realnet"]

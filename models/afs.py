@@ -1,0 +1,134 @@
+"""AFS, anomaly-aware feature selection (RealNet, section 3.2)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.backbones import Backbone, FeatureStatistics, key
+from utils import distributed
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the `structure`: layers with the channels to keep of each, all brought to one stride."""
+
+    name: str
+    layers: tuple[tuple[str, int], ...]
+    stride: int
+
+    @property
+    def planes(self) -> int:
+        """Channels of the block."""
+        return sum(planes for _, planes in self.layers)
+
+
+def grid_size(image_size: Sequence[int], stride: int) -> tuple[int, int]:
+    """(height, width) of a feature map of that stride; rounded up, as strided convolutions with padding do."""
+    return -(-image_size[0] // stride), -(-image_size[1] // stride)
+
+
+def resize(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear, corners aligned; the input itself where it has that size."""
+    if features.shape[-2:] == tuple(size):
+        return features
+    return F.interpolate(features, size, mode="bilinear", align_corners=True)
+
+
+class AFS(nn.Module):
+    """Keeps of each layer the channels that tell synthetic anomalies apart best, and joins layers into blocks.
+
+    Args:
+        structure: the blocks.
+        channels: channels of each layer of the backbone.
+
+    Shape:
+        {layer: (N, C, h, w)}, image size (H, W) -> {block: (N, planes, ceil(H / stride), ceil(W / stride))}
+    """
+
+    def __init__(self, structure: Sequence[Block], channels: dict[str, int]) -> None:
+        super().__init__()
+        self.structure = tuple(structure)
+        self.channels = channels
+        self.indexes = nn.Module()
+        for block in self.structure:
+            for layer, planes in block.layers:
+                self.indexes.register_buffer(f"{block.name}_{key(layer)}", torch.arange(planes))
+
+    def forward(self, features: dict[str, torch.Tensor], image_size: Sequence[int]) -> dict[str, torch.Tensor]:
+        blocks = {}
+        for block in self.structure:
+            size = grid_size(image_size, block.stride)
+            # Selected before resized: fewer channels to interpolate.
+            parts = [
+                resize(features[layer].index_select(1, self._kept(block, layer)), size) for layer, _ in block.layers
+            ]
+            blocks[block.name] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return blocks
+
+    def _kept(self, block: Block, layer: str) -> torch.Tensor:
+        return getattr(self.indexes, f"{block.name}_{key(layer)}")
+
+    @torch.no_grad()
+    def init_indexes(self, backbone: Backbone, loader: Iterable[dict], batches: int) -> dict[str, torch.Tensor]:
+        """Choose the channels to keep, in one pass that also measures the backbone's standardisation.
+
+        Per channel, the squared difference of the features of A and I at the block's stride is scaled to [0, 1] over
+        the batch and compared with the mask; the channels with the smallest mean squared error are kept.
+
+        Args:
+            loader: batches with image, gt_image (N,3,H,W) and mask (N,1,H,W).
+            batches: how many of them to use.
+
+        Returns:
+            {"<block>_<layer>": (C,) summed loss of every channel}, averaged over ranks.
+        """
+        device = next(iter(self.indexes.buffers())).device
+        statistics, deviation = FeatureStatistics(), None
+        losses: dict[str, torch.Tensor] = {}
+        for batch in islice(loader, batches):
+            images, gt_images, masks = (batch[name].to(device) for name in ("image", "gt_image", "mask"))
+            features, gt_features = backbone.feature_extractor(images), backbone.feature_extractor(gt_images)
+            if backbone.standardize:
+                statistics.add(gt_features)
+                deviation = deviation or statistics.result(across_ranks=False)[1]
+            for layer, feature in features.items():
+                difference = feature - gt_features[layer]
+                # The mean cancels; the scale matters, since the loss's denominator has an absolute part.
+                difference = difference / deviation[layer] if deviation else difference
+                for block in self.structure:
+                    if layer in dict(block.layers):
+                        name = f"{block.name}_{key(layer)}"
+                        loss = channel_losses(difference, masks, grid_size(images.shape[-2:], block.stride))
+                        losses[name] = losses.get(name, 0) + loss
+        if not losses:
+            raise ValueError("AFS needs at least one batch")
+        for name, loss in losses.items():
+            distributed.all_reduce_mean(loss)
+            loss.nan_to_num_(nan=float("inf"))
+            kept = getattr(self.indexes, name)
+            kept.copy_(loss.argsort(stable=True)[: len(kept)].sort().values)
+        if backbone.standardize:
+            backbone.set_standardization(*statistics.result())
+        return losses
+
+
+def channel_losses(difference: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """How badly each channel's squared difference, scaled to [0, 1] over the batch, matches the masks.
+
+    Args:
+        difference: (N, C, h, w) features of A less those of I.
+        masks: (N, 1, H, W).
+        size: the block's grid.
+
+    Returns:
+        (C,) mean squared errors.
+    """
+    squared = resize(difference, size) ** 2
+    low, high = squared.amin(dim=(0, 2, 3), keepdim=True), squared.amax(dim=(0, 2, 3), keepdim=True)
+    scaled = (squared - low) / (high - low + 1e-4)
+    target = F.interpolate(masks.float(), size, mode="nearest")
+    return ((scaled - target) ** 2).mean(dim=(0, 2, 3))

@@ -1,0 +1,231 @@
+"""Frozen ImageNet backbones: torchvision networks tapped at named layers (RealNet, section 3)."""
+
+import logging
+import ssl
+import urllib.error
+import urllib.parse
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from utils import distributed
+from utils.checkpoint import load_checkpoint, state_dict_of
+from utils.errors import RunError, UsageError
+
+log = logging.getLogger("realnet")
+
+PRETRAIN_DIR = "pretrain"
+# Files that users of timm 0.5.4 have; their tensor names are torchvision's.
+TIMM_FILES = {
+    "resnet18": "resnet18-5c106cde.pth",
+    "resnet34": "resnet34-43635321.pth",
+    "resnet50": "resnet50_a1_0-14fe96d1.pth",
+    "wide_resnet50_2": "wide_resnet50_racm-8234f177.pth",
+}
+UNIT_SCALE = ("resnet", "wide_resnet", "resnext")
+
+
+class Backbone(nn.Module):
+    """Features of a frozen torchvision classification network, always in eval mode.
+
+    Args:
+        backbone: torchvision's name, e.g. wide_resnet50_2 or squeezenet1_1.
+        outlayers: names of the layers to tap, e.g. ["layer1", "layer2"] or ["features.4"].
+        weights: "auto" (pretrain/, then torchvision's download), a file, "random" (calibrate before use), or
+            "checkpoint" (left as they are, since a RealNet checkpoint will fill them).
+        standardize: subtract each channel's mean and divide by the layer's deviation, both measured by `measure`;
+            None means on for everything but ResNets, whose features are of unit scale.
+
+    Attributes:
+        channels, strides: measured channels and stride of each layer.
+
+    Shape:
+        (N, 3, H, W) ImageNet-normalised RGB -> {layer: (N, channels[layer], h, w)}
+
+    Raises:
+        UsageError: unknown network or layer, or a weights file that does not fit.
+        RunError: the weights are not at hand and cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        outlayers: Sequence[str],
+        weights: str = "auto",
+        standardize: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = backbone
+        self.standardize = not backbone.startswith(UNIT_SCALE) if standardize is None else standardize
+        self.needs_calibration = weights == "random"
+        self.measured = False
+        network = _build_network(backbone)
+        try:
+            self.feature_extractor = create_feature_extractor(network, {name: name for name in outlayers})
+        except ValueError:
+            names = [name for name, _ in network.named_modules() if name and name.count(".") <= 1]
+            raise UsageError(
+                f"structure: {backbone} lacks one of the layers {list(outlayers)}; it has {', '.join(names)}"
+            ) from None
+        self.requires_grad_(False)
+        if weights not in ("random", "checkpoint"):
+            self._load(find_weights(backbone) if weights == "auto" else Path(weights))
+        self.eval()
+        self.channels, self.strides = self._probe()
+        self.mean, self.std = nn.Module(), nn.Module()
+        if self.standardize:
+            for layer, channels in self.channels.items():
+                self.mean.register_buffer(key(layer), torch.zeros(channels))
+                self.std.register_buffer(key(layer), torch.ones(()))
+
+    def _load(self, path: Path) -> None:
+        state = state_dict_of(load_checkpoint(path))
+        own = self.feature_extractor.state_dict()
+        # Files older than num_batches_tracked lack it, and nothing in eval mode reads it.
+        missing = [
+            name
+            for name in own
+            if (name not in state or state[name].shape != own[name].shape) and not name.endswith("num_batches_tracked")
+        ]
+        if missing:
+            fit = len(own) - len(missing)
+            raise UsageError(
+                f"{path}: {fit} of {len(own)} tensors fit {self.name} (not {missing[0]}); check net.backbone"
+            )
+        self.feature_extractor.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+        log.info("%s: weights of %s", path, self.name)
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Channels and strides of the layers, from one 256x256 picture."""
+        device = next(self.feature_extractor.parameters()).device
+        features = self.feature_extractor(torch.zeros(1, 3, 256, 256, device=device))
+        for layer, feature in features.items():
+            if feature.dim() != 4:
+                raise UsageError(
+                    f"structure: {self.name}'s {layer} puts out {feature.dim()} dimensions, not a feature map"
+                )
+        channels = {layer: feature.shape[1] for layer, feature in features.items()}
+        return channels, {layer: round(256 / feature.shape[2]) for layer, feature in features.items()}
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: a frozen network keeps its statistics."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.feature_extractor(images)
+        if not self.standardize:
+            return features
+        return {
+            layer: (feature - getattr(self.mean, key(layer))[:, None, None]) / getattr(self.std, key(layer))
+            for layer, feature in features.items()
+        }
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[torch.Tensor], most: int) -> None:
+        """Measure the BatchNorm statistics of randomly initialised weights on training images, over all ranks.
+
+        Args:
+            batches: ImageNet-normalised images (N,3,H,W).
+            most: number of batches to use.
+        """
+        norms = [m for m in self.feature_extractor.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+        for images in islice(batches, most):
+            self.feature_extractor(images)
+        for norm in norms:
+            norm.eval()
+            norm.momentum = 0.1
+            distributed.all_reduce_mean(norm.running_mean)
+            distributed.all_reduce_mean(norm.running_var)
+        self.needs_calibration = False
+        log.warning("%s: RANDOM weights, features are not pretrained (net.backbone.kwargs.weights: random)", self.name)
+
+    def set_standardization(self, mean: dict[str, torch.Tensor], std: dict[str, torch.Tensor]) -> None:
+        """Use these statistics from now on: mean[layer] (C,), std[layer] scalar."""
+        for layer in self.channels:
+            getattr(self.mean, key(layer)).copy_(mean[layer])
+            getattr(self.std, key(layer)).copy_(std[layer])
+        self.measured = True
+
+
+class FeatureStatistics:
+    """Running per-channel means and layer deviations of features, over batches and ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, features: dict[str, torch.Tensor]) -> None:
+        for layer, feature in features.items():
+            flat = feature.double().transpose(0, 1).flatten(1)
+            count = torch.full_like(flat[:, 0], flat.shape[1])
+            new = torch.stack([flat.sum(1), (flat**2).sum(1), count])
+            self.sums[layer] = self.sums[layer] + new if layer in self.sums else new
+
+    def result(self, across_ranks: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(mean (C,), deviation scalar) of each layer; the deviation is about the channels' own means."""
+        mean, std = {}, {}
+        for layer, sums in self.sums.items():
+            total = sums.float().double().clone() if sums.device.type == "mps" else sums.clone()
+            if across_ranks:
+                distributed.all_reduce_mean(total)
+            layer_mean = total[0] / total[2]
+            variance = (total[1] / total[2] - layer_mean**2).mean()
+            mean[layer] = layer_mean.float()
+            std[layer] = variance.clamp(min=1e-12).sqrt().float()
+        return mean, std
+
+
+def key(layer: str) -> str:
+    """A layer's name as part of a tensor's name, which may not contain dots."""
+    return layer.replace(".", "_")
+
+
+def _build_network(name: str) -> nn.Module:
+    if name not in torchvision.models.list_models(torchvision.models):
+        known = [n for n in torchvision.models.list_models(torchvision.models) if n.startswith(name[:4])]
+        raise UsageError(
+            f"net.backbone.kwargs.backbone: torchvision has no {name!r}"
+            + (f"; it has {', '.join(known)}" if known else "")
+        )
+    return torchvision.models.get_model(name, weights=None)
+
+
+def find_weights(name: str) -> Path:
+    """The weights file of a network: in pretrain/ under timm's or torchvision's name, else downloaded to there.
+
+    Raises:
+        RunError: it is not there and cannot be fetched.
+    """
+    choices = list(torchvision.models.get_model_weights(name))
+    # The first generation of ImageNet weights is what the field's tables are measured with.
+    first = choices[0]
+    files = [TIMM_FILES[name]] if name in TIMM_FILES else []
+    files += [Path(urllib.parse.urlparse(choice.url).path).name for choice in choices]
+    for file in files:
+        if (Path(PRETRAIN_DIR) / file).is_file():
+            return Path(PRETRAIN_DIR) / file
+    path = Path(PRETRAIN_DIR) / Path(urllib.parse.urlparse(first.url).path).name
+    # One rank downloads, the others wait and then find the file.
+    problem = None
+    if distributed.is_main():
+        try:
+            first.get_state_dict(model_dir=PRETRAIN_DIR, check_hash=True, progress=False)
+        except (urllib.error.URLError, ssl.SSLError, OSError, RuntimeError) as error:
+            problem = str(getattr(error, "reason", error))
+    problem = distributed.broadcast(problem)
+    if problem:
+        raise RunError(
+            f"{path} is not there and cannot be downloaded ({problem}). "
+            f"Fetch {first.url} and put it into {PRETRAIN_DIR}/"
+        )
+    return path

@@ -1,0 +1,97 @@
+"""Losses over a model's outputs, built from the YAML's `criterion` list."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.errors import UsageError
+
+
+def _targets(outputs: dict) -> torch.Tensor:
+    """The mask as classes (N,H,W), 1 = anomalous."""
+    return (outputs["mask"] > 0.5)[:, 0].long()
+
+
+class SegmentCrossEntropyLoss(nn.Module):
+    """Cross entropy of logit (N,2,H,W) against mask (N,1,H,W) (RealNet, eq. 8)."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, outputs: dict) -> torch.Tensor:
+        return self.weight * F.cross_entropy(outputs["logit"].float(), _targets(outputs))
+
+
+class FeatureMSELoss(nn.Module):
+    """Sum over blocks of MSE(feats_recon, gt_block_feats), each (N,C,h,w) (RealNet, eq. 6)."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, outputs: dict) -> torch.Tensor:
+        reconstructed, target = outputs["feats_recon"], outputs["gt_block_feats"]
+        return self.weight * sum(F.mse_loss(reconstructed[b].float(), target[b].float()) for b in reconstructed)
+
+
+class SegmentFocalLoss(nn.Module):
+    """Focal loss (Lin et al. 2017): the mean of -a (1-p)^gamma log p.
+
+    p is the probability of the true class, its one-hot target clamped to [1e-5, 1 - 1e-5], plus 1e-5.
+
+    Args:
+        alpha: a of class balance_index, 1 - alpha of the other; a = 1 for both where None.
+        gamma: focusing exponent >= 0.
+        balance_index: class that alpha belongs to.
+    """
+
+    def __init__(
+        self, weight: float = 1.0, alpha: float | None = None, gamma: float = 2.0, balance_index: int = 0
+    ) -> None:
+        super().__init__()
+        self.weight, self.alpha, self.gamma, self.balance_index = weight, alpha, gamma, balance_index
+
+    def forward(self, outputs: dict) -> torch.Tensor:
+        eps = 1e-5
+        targets = _targets(outputs)
+        probability = outputs["logit"].float().softmax(dim=1)
+        one_hot = F.one_hot(targets, 2).permute(0, 3, 1, 2).clamp(eps, 1 - eps)
+        p = (one_hot * probability).sum(dim=1) + eps
+        loss = -((1 - p) ** self.gamma) * p.log()
+        if self.alpha is not None:
+            loss = loss * torch.where(targets == self.balance_index, self.alpha, 1 - self.alpha)
+        return self.weight * loss.mean()
+
+
+class ImageMSELoss(nn.Module):
+    """MSE of image_recon against image, each (N,3,H,W) in [-1, 1]."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, outputs: dict) -> torch.Tensor:
+        return self.weight * F.mse_loss(outputs["image_recon"].float(), outputs["image"].float())
+
+
+LOSSES = {loss.__name__: loss for loss in (SegmentCrossEntropyLoss, FeatureMSELoss, SegmentFocalLoss, ImageMSELoss)}
+
+
+def build_criterion(criterion: Sequence[dict]) -> dict[str, nn.Module]:
+    """The losses of the YAML's `criterion` list by name; each maps a model's outputs to a scalar.
+
+    Raises:
+        UsageError: unknown type or argument.
+    """
+    built = {}
+    for entry in criterion:
+        if entry["type"] not in LOSSES:
+            raise UsageError(f"criterion: {entry['type']!r} is not one of {', '.join(LOSSES)}")
+        try:
+            built[entry["name"]] = LOSSES[entry["type"]](**(entry.get("kwargs") or {}))
+        except TypeError as error:
+            raise UsageError(f"criterion.{entry['name']}: {error}") from None
+    return built

@@ -1,0 +1,146 @@
+"""RealNet: backbone -> AFS -> reconstruction -> RRS (Zhang, Xu, Zhou, CVPR 2024, arXiv 2403.05897)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.afs import AFS, Block
+from models.backbones import Backbone
+from models.recon import ReconstructionLayer, SimpleReconstructionLayer
+from models.rrs import RRS
+from utils.errors import UsageError
+
+RECONSTRUCTIONS = {
+    "models.recon.ReconstructionLayer": ReconstructionLayer,
+    "models.recon.SimpleReconstructionLayer": SimpleReconstructionLayer,
+}
+PARTS = {
+    "backbone": ("models.backbones.Backbone",),
+    "afs": ("models.afs.AFS",),
+    "recon": tuple(RECONSTRUCTIONS),
+    "rrs": ("models.rrs.RRS",),
+}
+# The reference writes what it measured into its checkpoints' configuration; here it is measured again.
+MEASURED = ("outlayers", "structure", "inplanes", "instrides", "init_bsn")
+
+
+class RealNet(nn.Module):
+    """The whole detector.
+
+    Shape of the batch:
+        image (N,3,H,W) ImageNet-normalised RGB, anomalous where mask (N,1,H,W) is 1. In training gt_image (N,3,H,W),
+        its normal version, and optionally changed (N,) bool on the CPU: where the two differ; equal images pass the
+        backbone once.
+
+    Returns:
+        block_feats, feats_recon, residual: {block: (N,C,h,w)}; logit (N,2,H,W); anomaly_score (N,1,H,W) in [0,1].
+        In training also gt_block_feats, and the batch's mask.
+    """
+
+    def __init__(self, backbone: Backbone, afs: AFS, recon: nn.Module, rrs: RRS) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.afs = afs
+        self.recon = recon
+        self.rrs = rrs
+
+    def forward(self, batch: dict[str, torch.Tensor], train: bool = False) -> dict[str, Any]:
+        image = batch["image"]
+        size = tuple(image.shape[-2:])
+        outputs: dict[str, Any] = {}
+        with torch.no_grad():
+            if train:
+                outputs["block_feats"], outputs["gt_block_feats"] = self._paired_features(batch)
+                outputs["mask"] = batch["mask"]
+            else:
+                outputs["block_feats"] = self.afs(self.backbone(image), size)
+        features = outputs["block_feats"]
+        reconstructed = self.recon(features)
+        outputs["feats_recon"] = reconstructed
+        outputs["residual"] = {block: (features[block] - reconstructed[block]) ** 2 for block in features}
+        outputs["logit"] = self.rrs(outputs["residual"], size).float()
+        outputs["anomaly_score"] = outputs["logit"].softmax(dim=1)[:, 1:]
+        return outputs
+
+    def _paired_features(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+        """Block features of A and I, with one backbone pass over the distinct images."""
+        image, gt_image = batch["image"], batch["gt_image"]
+        n, size = len(image), tuple(image.shape[-2:])
+        if "changed" in batch:
+            # The index is made on the CPU: taking it from the device would wait for the device.
+            index = batch["changed"].cpu().nonzero().flatten().to(image.device, non_blocking=True)
+            gt_image = gt_image.index_select(0, index)
+        else:
+            index = torch.arange(n, device=image.device)
+        both = self.afs(self.backbone(torch.cat([image, gt_image])), size)
+        features = {block: f[:n] for block, f in both.items()}
+        return features, {block: f[:n].index_copy(0, index, f[n:]) for block, f in both.items()}
+
+
+def parse_structure(structure: Sequence[dict], channels: dict[str, int] | None = None) -> list[Block]:
+    """The YAML's `structure` as Blocks.
+
+    Args:
+        channels: channels of each layer, to check `planes` against.
+
+    Raises:
+        UsageError: a key is missing or a layer lacks that many channels.
+    """
+    blocks = []
+    for i, block in enumerate(structure):
+        try:
+            layers = tuple((str(layer["idx"]), int(layer["planes"])) for layer in block["layers"])
+            blocks.append(Block(str(block["name"]), layers, int(block["stride"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"structure: block {i} has to read {{name, layers: [{{idx, planes}}, ...], stride}} ({error})"
+            ) from None
+        for layer, planes in layers:
+            if channels and not 0 < planes <= channels[layer]:
+                raise UsageError(
+                    f"structure: {block['name']} keeps {planes} of {layer}, which has {channels[layer]} channels"
+                )
+    if not blocks:
+        raise UsageError("structure: at least one block is needed")
+    return blocks
+
+
+def build_realnet(config: dict, backbone_weights: str | None = None) -> RealNet:
+    """Build RealNet from a loaded realnet.yaml.
+
+    Args:
+        config: has `net` and `structure`; the reference's saved `arch`, where the structure stands in afs's kwargs,
+            serves as `net` too.
+        backbone_weights: overrides net.backbone.kwargs.weights; "checkpoint" when a state_dict will be loaded.
+
+    Raises:
+        UsageError: a part is missing, unknown or does not fit the others.
+        RunError: pretrained weights are not at hand.
+    """
+    parts = {part["name"]: part for part in config["net"]}
+    for name, types in PARTS.items():
+        if name not in parts or parts[name]["type"] not in types:
+            raise UsageError(f"net: needs a part named {name} of type {' or '.join(types)}")
+    kwargs = {name: dict(parts[name].get("kwargs") or {}) for name in PARTS}
+    structure = config.get("structure") or kwargs["afs"].get("structure")
+    if not structure:
+        raise UsageError("structure: missing; list the blocks, their layers and strides")
+    kwargs = {name: {k: v for k, v in values.items() if k not in MEASURED} for name, values in kwargs.items()}
+    if backbone_weights:
+        kwargs["backbone"]["weights"] = backbone_weights
+
+    outlayers = list(dict.fromkeys(layer for block in parse_structure(structure) for layer, _ in block.layers))
+    try:
+        backbone = Backbone(outlayers=outlayers, **kwargs["backbone"])
+        blocks = parse_structure(structure, backbone.channels)
+        planes = {block.name: block.planes for block in blocks}
+        afs = AFS(blocks, backbone.channels)
+        recon = RECONSTRUCTIONS[parts["recon"]["type"]](planes, **kwargs["recon"])
+        rrs = RRS(planes, {block.name: block.stride for block in blocks}, **kwargs["rrs"])
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise UsageError(f"net: {str(error).replace('__init__()', 'kwargs')}") from None
+    return RealNet(backbone, afs, recon, rrs)

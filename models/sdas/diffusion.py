@@ -1,0 +1,378 @@
+"""The diffusion process: training loss, ancestral and DDIM samplers with anomaly strength s, inversion, guidance.
+
+Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance, respacing), Song et al. 2021 (DDIM),
+Dhariwal & Nichol 2021 (guidance), Zhang et al. 2024 (RealNet, eq. 4: the variance scaled by 1 + s).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from models.sdas.schedule import beta_schedule, kept_timesteps, respaced_betas
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Strength = float | torch.Tensor
+
+
+class SpacedDiffusion:
+    """A (possibly respaced) Gaussian diffusion process with learned or fixed reverse variance.
+
+    Everywhere here t (N,) int64 indexes the respaced process, 0 .. num_timesteps - 1; the model and the guidance
+    function see the original timesteps. Tables are float64.
+
+    Args:
+        T: number of original timesteps.
+        section_counts: which of them are kept, see schedule.kept_timesteps.
+        beta_scheduler: see schedule.beta_schedule.
+        rescale_timesteps: show the model timesteps scaled to 0 .. 1000.
+    """
+
+    def __init__(
+        self, T: int, section_counts: str | int | Sequence[int], beta_scheduler: str, rescale_timesteps: bool = False
+    ) -> None:
+        self.original_timesteps = T
+        self.rescale_timesteps = rescale_timesteps
+        self.timestep_map = kept_timesteps(T, section_counts)
+        self.betas = respaced_betas(beta_schedule(beta_scheduler, T), self.timestep_map)
+        self.num_timesteps = len(self.betas)
+
+        alphas = 1.0 - self.betas
+        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        # The posterior q(x_{t-1} | x_t, x_0), DDPM eq. 7.
+        self.posterior_variance = self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        # The variance at t = 0 is 0; its logarithm borrows the next step's.
+        clipped = self.posterior_variance.copy()
+        clipped[0] = clipped[1] if self.num_timesteps > 1 else self.betas[0]
+        self.posterior_log_variance_clipped = np.log(clipped)
+        self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
+        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    # ---- tables on the device ------------------------------------------------------------------------------------
+
+    def _at(self, name: str, t: torch.Tensor) -> torch.Tensor:
+        """Table values at t, float32, shaped (N, 1, 1, 1); each table is moved to a device once."""
+        key = (name, t.device)
+        if key not in self._tables:
+            values = _TABLES[name](self)
+            self._tables[key] = torch.as_tensor(values, dtype=torch.float64).float().to(t.device)
+        return self._tables[key][t][:, None, None, None]
+
+    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """What the network sees for t: original timesteps (N,), float if rescaled to 0 .. 1000."""
+        key = ("timestep_map", t.device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(self.timestep_map, device=t.device)
+        original = self._tables[key][t]
+        return original.float() * (1000.0 / self.original_timesteps) if self.rescale_timesteps else original
+
+    # ---- forward process -----------------------------------------------------------------------------------------
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Draw x_t ~ q(x_t | x_0), DDPM eq. 4. x_start (N,3,H,W) in [-1, 1]; noise standard normal of its shape."""
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        return self._at("sqrt_alphas_cumprod", t) * x_start + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
+
+    def _posterior_mean(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self._at("posterior_mean_coef1", t) * x_start + self._at("posterior_mean_coef2", t) * x_t
+
+    def _xstart_from_eps(self, x_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        return self._at("sqrt_recip_alphas_cumprod", t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t) * eps
+
+    def _eps_from_xstart(self, x_t: torch.Tensor, t: torch.Tensor, x_start: torch.Tensor) -> torch.Tensor:
+        return (self._at("sqrt_recip_alphas_cumprod", t) * x_t - x_start) / self._at("sqrt_recipm1_alphas_cumprod", t)
+
+    # ---- reverse process -----------------------------------------------------------------------------------------
+
+    def _call(self, model: Callable, x: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None) -> torch.Tensor:
+        return model(x, self.model_timesteps(t), **(model_kwargs or {})).float()
+
+    def p_mean_variance(
+        self,
+        model: Callable,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The learned p(x_{t-1} | x_t).
+
+        Args:
+            model: model(x, original t, **model_kwargs) -> (N,6,H,W) eps and v, or (N,3,H,W) eps (then the variance
+                is fixed to beta, its first entry to the posterior's).
+            clip_denoised: clip the predicted x_0 to [-1, 1].
+
+        Returns:
+            mean, variance, log_variance, pred_xstart, each (N,3,H,W).
+        """
+        return self._distribution(self._call(model, x, t, model_kwargs), x, t, clip_denoised)
+
+    def _distribution(
+        self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, clip_denoised: bool
+    ) -> dict[str, torch.Tensor]:
+        channels = x.shape[1]
+        eps = output[:, :channels]
+        if output.shape[1] == 2 * channels:
+            # v interpolates the log variance between its bounds, Nichol & Dhariwal eq. 15.
+            fraction = (output[:, channels:] + 1) / 2
+            lower, upper = self._at("posterior_log_variance_clipped", t), self._at("log_betas", t)
+            log_variance = fraction * upper + (1 - fraction) * lower
+        else:
+            log_variance = self._at("fixed_log_variance", t).expand_as(x)
+        pred_xstart = self._xstart_from_eps(x, t, eps)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        mean = self._posterior_mean(pred_xstart, x, t)
+        return {
+            "mean": mean,
+            "variance": log_variance.exp(),
+            "log_variance": log_variance,
+            "pred_xstart": pred_xstart,
+        }
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        model: Callable,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        s: Strength = 0.0,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """One ancestral step: mean + variance * gradient + sqrt(1 + s) * sigma * noise (RealNet, eq. 4).
+
+        Args:
+            s: anomaly strength >= 0, a number or (N,).
+            cond_fn: cond_fn(x, original t, **model_kwargs) -> c * grad_x log p(y | x_t), or None.
+            noise: (N,3,H,W) standard normal; drawn where absent; not used at t = 0.
+
+        Returns:
+            sample and pred_xstart, each (N,3,H,W).
+        """
+        out = self.p_mean_variance(model, x, t, model_kwargs=model_kwargs)
+        mean = out["mean"]
+        if cond_fn is not None:
+            mean = mean + out["variance"] * cond_fn(x, self.model_timesteps(t), **(model_kwargs or {})).float()
+        if noise is None:
+            noise = torch.randn_like(x)
+        scale = torch.sqrt(1 + _per_image(s, x)) * _not_first(t)
+        return {"sample": mean + scale * (0.5 * out["log_variance"]).exp() * noise, "pred_xstart": out["pred_xstart"]}
+
+    @torch.no_grad()
+    def ddim_sample(
+        self,
+        model: Callable,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        eta: float = 0.0,
+        s: Strength = 0.0,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """One DDIM step (Song et al. eq. 12) plus sqrt(s) * sigma * noise, sigma of the learned variance.
+
+        Arguments as in p_sample; eta in [0, 1] interpolates between DDIM and DDPM. Guidance shifts eps
+        (Dhariwal & Nichol, algorithm 2).
+        """
+        out = self.p_mean_variance(model, x, t, model_kwargs=model_kwargs)
+        pred_xstart = out["pred_xstart"]
+        eps = self._eps_from_xstart(x, t, pred_xstart)
+        if cond_fn is not None:
+            gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {})).float()
+            eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t) * gradient
+            pred_xstart = self._xstart_from_eps(x, t, eps)
+        alpha_bar, alpha_bar_prev = self._at("alphas_cumprod", t), self._at("alphas_cumprod_prev", t)
+        eta_variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        mean = pred_xstart * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - eta_variance).clamp(min=0).sqrt() * eps
+        if noise is None:
+            noise = torch.randn_like(x)
+        sigma = (eta_variance + _per_image(s, x) * out["variance"]).sqrt()
+        return {"sample": mean + _not_first(t) * sigma * noise, "pred_xstart": pred_xstart}
+
+    def p_sample_loop(
+        self,
+        model: Callable,
+        noise: torch.Tensor,
+        s: Strength = 0.0,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        generator: Generators = None,
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """Draw x_0 (N,3,H,W) from x_T = noise by ancestral steps.
+
+        Args:
+            generator: source of the steps' noise; a list gives every image its own, so that an image does not
+                depend on its batch.
+            progress: show a progress bar over the steps.
+        """
+        x = noise
+        for t in self._steps(x, progress):
+            z = draw_noise(x, generator)
+            x = self.p_sample(model, x, t, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs, noise=z)["sample"]
+        return x
+
+    def ddim_sample_loop(
+        self,
+        model: Callable,
+        noise: torch.Tensor,
+        eta: float = 0.0,
+        s: Strength = 0.0,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        generator: Generators = None,
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """Draw x_0 (N,3,H,W) from x_T = noise by DDIM steps; arguments as in p_sample_loop and ddim_sample."""
+        x = noise
+        for t in self._steps(x, progress):
+            z = draw_noise(x, generator)
+            x = self.ddim_sample(model, x, t, eta=eta, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs, noise=z)[
+                "sample"
+            ]
+        return x
+
+    @torch.no_grad()
+    def ddim_reverse_sample_loop(
+        self, model: Callable, x: torch.Tensor, model_kwargs: dict | None = None
+    ) -> torch.Tensor:
+        """Deterministic inversion x_0 -> x_T by the DDIM ODE; ddim_sample_loop of the result gives x back."""
+        for i in range(self.num_timesteps):
+            t = torch.full((len(x),), i, device=x.device)
+            out = self.p_mean_variance(model, x, t, model_kwargs=model_kwargs)
+            eps = self._eps_from_xstart(x, t, out["pred_xstart"])
+            alpha_bar_next = self._at("alphas_cumprod_next", t)
+            x = out["pred_xstart"] * alpha_bar_next.sqrt() + (1 - alpha_bar_next).sqrt() * eps
+        return x
+
+    def _steps(self, x: torch.Tensor, progress: bool):
+        for i in tqdm(range(self.num_timesteps - 1, -1, -1), desc="steps", leave=False, disable=not progress):
+            yield torch.full((len(x),), i, device=x.device)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def training_losses(
+        self,
+        model: Callable,
+        x_start: torch.Tensor,
+        t: torch.Tensor,
+        model_kwargs: dict | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """MSE of eps plus the variational bound of the learned variance (Nichol & Dhariwal, eq. 16, weight 1).
+
+        Args:
+            x_start: (N,3,H,W) in [-1, 1].
+            t: (N,) timesteps.
+            noise: (N,3,H,W) standard normal; drawn where absent.
+
+        Returns:
+            loss, mse, vb (bits per dimension; 0 where the variance is not learned), each (N,).
+        """
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        x_t = self.q_sample(x_start, t, noise)
+        output = self._call(model, x_t, t, model_kwargs)
+        channels = x_start.shape[1]
+        eps = output[:, :channels]
+        mse = _image_mean((noise - eps) ** 2)
+        if output.shape[1] == 2 * channels:
+            # eps is detached: the bound trains the variance only.
+            vb = self._vb_bits(torch.cat([eps.detach(), output[:, channels:]], dim=1), x_start, x_t, t)
+        else:
+            vb = torch.zeros_like(mse)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def _vb_bits(self, output: torch.Tensor, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p) in bits per dimension; the decoder's likelihood at t = 0. (N,)"""
+        true_mean = self._posterior_mean(x_start, x_t, t)
+        true_log_variance = self._at("posterior_log_variance_clipped", t)
+        learned = self._distribution(output, x_t, t, clip_denoised=False)
+        kl = _normal_kl(true_mean, true_log_variance, learned["mean"], learned["log_variance"])
+        nll = -_discretized_log_likelihood(x_start, learned["mean"], 0.5 * learned["log_variance"])
+        return torch.where(t == 0, _image_mean(nll), _image_mean(kl)) / math.log(2.0)
+
+
+_TABLES: dict[str, Callable[[SpacedDiffusion], np.ndarray]] = {
+    "alphas_cumprod": lambda d: d.alphas_cumprod,
+    "alphas_cumprod_prev": lambda d: d.alphas_cumprod_prev,
+    "alphas_cumprod_next": lambda d: d.alphas_cumprod_next,
+    "sqrt_alphas_cumprod": lambda d: np.sqrt(d.alphas_cumprod),
+    "sqrt_one_minus_alphas_cumprod": lambda d: np.sqrt(1.0 - d.alphas_cumprod),
+    "sqrt_recip_alphas_cumprod": lambda d: np.sqrt(1.0 / d.alphas_cumprod),
+    "sqrt_recipm1_alphas_cumprod": lambda d: np.sqrt(1.0 / d.alphas_cumprod - 1.0),
+    "log_betas": lambda d: np.log(d.betas),
+    "fixed_log_variance": lambda d: np.log(np.append(np.exp(d.posterior_log_variance_clipped[0]), d.betas[1:])),
+    "posterior_log_variance_clipped": lambda d: d.posterior_log_variance_clipped,
+    "posterior_mean_coef1": lambda d: d.posterior_mean_coef1,
+    "posterior_mean_coef2": lambda d: d.posterior_mean_coef2,
+}
+
+
+def classifier_guidance(classifier: nn.Module, scale: float) -> Callable:
+    """The guidance function scale * grad_x log p(y | x_t) of a classifier of noisy images, for `cond_fn`."""
+
+    def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            log_probs = classifier(x, t).float().log_softmax(dim=-1)
+            chosen = log_probs.gather(1, y[:, None]).sum()
+            return scale * torch.autograd.grad(chosen, x)[0]
+
+    return cond_fn
+
+
+def draw_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """Standard normal noise of the shape of `like`; with a list of generators, image i comes from generator i alone.
+
+    Drawn on the generator's device and moved, so that CPU generators give the same noise for every device.
+    """
+    if generator is None:
+        return torch.randn_like(like)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+    images = [torch.randn(like.shape[1:], generator=g, device=g.device) for g in generator]
+    return torch.stack(images).to(like)
+
+
+def _per_image(s: Strength, x: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(s, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+
+
+def _not_first(t: torch.Tensor) -> torch.Tensor:
+    return (t != 0).float()[:, None, None, None]
+
+
+def _image_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).mean(dim=1)
+
+
+def _normal_kl(mean1: torch.Tensor, log_var1: torch.Tensor, mean2: torch.Tensor, log_var2: torch.Tensor):
+    """KL(N(mean1, var1) || N(mean2, var2)) per element, in nats."""
+    return 0.5 * (log_var2 - log_var1 + (log_var1 - log_var2).exp() + (mean1 - mean2) ** 2 * (-log_var2).exp() - 1.0)
+
+
+def _discretized_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """Log probability of 8-bit values in [-1, 1] under a Gaussian integrated over each value's bin, in nats.
+
+    The normal CDF is the tanh approximation that the published models were trained with.
+    """
+    centred, inverse = x - mean, (-log_scale).exp()
+    upper = _approximate_cdf(inverse * (centred + 1 / 255))
+    lower = _approximate_cdf(inverse * (centred - 1 / 255))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()
+
+
+def _approximate_cdf(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,0 +1,91 @@
+"""Noise schedules and the choice of timesteps (Ho et al. 2020; Nichol & Dhariwal 2021, arXiv 2102.09672)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from utils.errors import UsageError
+
+
+def beta_schedule(name: str, steps: int) -> np.ndarray:
+    """Variances of the forward process.
+
+    Args:
+        name: "linear" (1e-4 .. 0.02, times 1000 / steps), "cosine" (Nichol & Dhariwal, eq. 17) or
+            "const<beta>", e.g. "const0.01" (the value times 1000 / steps at every step).
+        steps: number of timesteps T.
+
+    Returns:
+        (T,) float64 in (0, 1].
+
+    Raises:
+        UsageError: unknown name, or a schedule that leaves (0, 1].
+    """
+    scale = 1000 / steps
+    if name == "linear":
+        betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+    elif name == "cosine":
+        times = np.arange(steps + 1, dtype=np.float64) / steps
+        alpha_bar = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    elif name.startswith("const"):
+        try:
+            betas = np.full(steps, scale * float(name.removeprefix("const")), dtype=np.float64)
+        except ValueError:
+            raise UsageError(f"beta_scheduler: {name!r} lacks its value; write e.g. const0.01") from None
+    else:
+        raise UsageError(f"beta_scheduler: {name!r} is not one of linear, cosine, const<beta>")
+    if not ((betas > 0) & (betas <= 1)).all():
+        raise UsageError(f"beta_scheduler: {name!r} with T = {steps} leaves the interval (0, 1]")
+    return betas
+
+
+def kept_timesteps(steps: int, section_counts: str | int | Sequence[int]) -> list[int]:
+    """The timesteps a respaced process keeps, ascending.
+
+    Args:
+        steps: length T of the original process.
+        section_counts: "ddimN" for 0, i, 2i, ... with the smallest stride i that gives exactly N of them; or counts
+            ("10,10,20", a number or a list): the process is cut into as many equal sections and each keeps its count,
+            evenly spaced from its first to its last step.
+
+    Raises:
+        UsageError: no stride gives N steps, or a section is shorter than its count.
+    """
+    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
+        return _strided(steps, section_counts)
+    if isinstance(section_counts, str):
+        section_counts = [int(part) for part in section_counts.split(",")]
+    counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
+    size, extra = divmod(steps, len(counts))
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        length = size + (i < extra)
+        if not 1 <= count <= length:
+            raise UsageError(f"section_counts: cannot keep {count} steps of a section of {length}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1
+        kept += [start + round(stride * k) for k in range(count)]
+        start += length
+    return kept
+
+
+def _strided(steps: int, section_counts: str) -> list[int]:
+    try:
+        wanted = int(section_counts.removeprefix("ddim"))
+    except ValueError:
+        raise UsageError(f"section_counts: {section_counts!r} is not ddim followed by a number") from None
+    counts = {len(range(0, steps, stride)): stride for stride in range(steps, 0, -1)}
+    if wanted not in counts:
+        nearest = min(counts, key=lambda count: abs(count - wanted))
+        raise UsageError(
+            f"section_counts: no stride keeps exactly {wanted} of {steps} steps; the nearest is ddim{nearest}"
+        )
+    return list(range(0, steps, counts[wanted]))
+
+
+def respaced_betas(betas: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """Betas of the process that keeps only some timesteps: its cumulative products are the original ones there."""
+    alphas_cumprod = np.cumprod(1.0 - betas)[list(kept)]
+    previous = np.concatenate([[1.0], alphas_cumprod[:-1]])
+    return 1.0 - alphas_cumprod / previous

@@ -1,0 +1,237 @@
+"""Draw anomaly pictures with SDAS.
+
+    python sample.py --dataset MVTec-AD
+    python sample.py --dataset MVTec-AD --class_name bottle --strength 0.1 0.2 --sampler ancestral --steps 20
+    python sample.py --dataset MVTec-AD --no-classifier --preview
+    torchrun --nproc_per_node=4 sample.py --dataset MVTec-AD
+
+Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. The picture with index i
+depends on the seed, the class and i, not on the number of ranks; one that exists is not drawn again.
+--preview only writes a strip per class over s = 0 .. 0.3, to choose the strength by.
+"""
+
+import argparse
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+
+from datasets.catalog import find
+from datasets.loaders import SharedBatches
+from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
+from models.sdas.diffusion import classifier_guidance
+from utils import cli, distributed
+from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
+from utils.config import load_config, model_kwargs, pretrained_path
+from utils.distributed import Run, autocast
+from utils.errors import UsageError
+from utils.log import log, progress, set_up_logging
+from utils.optim import PRECISIONS
+from utils.visualize import contact_sheet, to_uint8, write_image
+
+PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+PREVIEW_ROWS = 3
+PICTURE_NAME = re.compile(r"rank\d+_(\d+)\.jpg")
+
+
+@dataclass
+class Sampler:
+    """Draws pictures of a class from per-picture random numbers."""
+
+    process: SpacedDiffusion
+    unet: torch.nn.Module
+    cond_fn: object
+    kind: str
+    precision: str
+    size: tuple[int, int]
+    seed: int
+    device: torch.device
+
+    def model(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self.precision):
+            return self.unet(x, t, y)
+
+    def draw(self, name: str, number: int, indices: list[int], low: float, high: float) -> np.ndarray:
+        """Pictures (N,H,W,3) uint8 with these indices, each with its own strength from [low, high]."""
+        # One generator a picture: its noise cannot depend on its batch.
+        generators = [torch.Generator().manual_seed(picture_seed(self.seed, name, i)) for i in indices]
+        strengths = torch.stack([low + (high - low) * torch.rand((), generator=g) for g in generators])
+        noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators]).to(self.device)
+        loop = self.process.p_sample_loop if self.kind == "ancestral" else self.process.ddim_sample_loop
+        y = torch.full((len(indices),), number, device=self.device)
+        images = loop(
+            self.model,
+            noise,
+            s=strengths.to(self.device),
+            cond_fn=self.cond_fn,
+            model_kwargs={"y": y},
+            generator=generators,
+        )
+        return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--class_name", default="all", help="one class, several separated by commas, or all")
+    parser.add_argument("--strength", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the strength s")
+    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="ddim wants s in 0.01 .. 0.03")
+    parser.add_argument("--steps", type=int, help="number of sampling steps, instead of TestSampler.section_counts")
+    parser.add_argument("--no-classifier", action="store_true", help="sample without guidance")
+    parser.add_argument("--seed", type=int, help="instead of random_seed")
+    parser.add_argument("--preview", action="store_true", help="write a strip over s per class, and nothing else")
+    parser.add_argument("--overwrite", action="store_true", help="delete and draw anew what exists")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config = load_config(cli.config_path(args, "sample"), args.set)
+    apply_arguments(config, args)
+    out = cli.experiment_dir(args)
+    with distributed.session(args.device) as run:
+        set_up_logging(run, out / config.saver.log_dir, "sample").close()
+        unet_path = trained_checkpoint(pretrained_path(config.unet) or "unet.pertrain_path")
+        content = load_checkpoint(unet_path)
+        classes = class_list(config, content, args.dataset, unet_path)
+        chosen = choose_classes(args.class_name, classes)
+        sampler = set_up_sampler(config, run, content, unet_path)
+        low, high = config.strength
+        for name in chosen:
+            number = classes.index(name)
+            if args.preview:
+                if run.is_main:
+                    path = out / config.saver.vis_dir / f"{name}.png"
+                    write_image(path, preview(sampler, name, number))
+                    log.info("%s: strengths %g .. %g in %s", name, PREVIEW_STRENGTHS[0], PREVIEW_STRENGTHS[-1], path)
+            else:
+                folder = Path(config.workspace.root) / name
+                draw_class(sampler, run, config, folder, number, low, high, args.overwrite)
+
+
+def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
+    """Command line over settings, and what a type check cannot see."""
+    if args.strength:
+        config.strength = list(args.strength)
+    if args.sampler:
+        config.sampler = args.sampler
+    if args.steps:
+        config.TestSampler.section_counts = f"ddim{args.steps}"
+    if args.seed is not None:
+        config.random_seed = args.seed
+    if args.no_classifier:
+        config.classifier = None
+    if len(config.strength) != 2 or not 0 <= config.strength[0] <= config.strength[1]:
+        raise UsageError(f"strength: {config.strength} is not a range [low, high] with 0 <= low <= high")
+    if config.sampler not in ("ancestral", "ddim"):
+        raise UsageError(f"sampler: {config.sampler!r} is not ancestral or ddim")
+    if config.amp not in PRECISIONS:
+        raise UsageError(f"amp: {config.amp!r} is not one of {', '.join(PRECISIONS)}")
+    if config.dataset.channels != 3:
+        raise UsageError(f"dataset.channels: {config.dataset.channels}; the networks draw RGB pictures, 3 channels")
+    if config.sample_number < 1 or config.dataset.batch_size < 1:
+        raise UsageError("sample_number and dataset.batch_size have to be 1 or more")
+
+
+def class_list(config: EasyDict, content: dict, dataset: str | None, path: Path) -> list[str]:
+    """The classes in the order of their numbers: from the checkpoint, the settings, or the data set's known ones."""
+    if content.get("classes"):
+        return list(content["classes"])
+    if config.classes:
+        return [str(name) for name in config.classes]
+    info = find(dataset or "")
+    if info is None or len(info.classes) != config.unet.class_number:
+        raise UsageError(f"{path} does not say its classes; list them in their order under `classes` in sample.yaml")
+    return list(info.classes)
+
+
+def choose_classes(wanted: str, classes: list[str]) -> list[str]:
+    if wanted == "all":
+        return classes
+    chosen = [name.strip() for name in wanted.split(",")]
+    for name in chosen:
+        if name not in classes:
+            raise UsageError(f"--class_name {name}: the model knows {', '.join(classes)}")
+    return chosen
+
+
+def set_up_sampler(config: EasyDict, run: Run, content: dict, unet_path: Path) -> Sampler:
+    """Load the networks and fix the process."""
+    size = (config.dataset.H, config.dataset.W)
+    unet = create_diffusion_unet(**model_kwargs(config.unet))
+    averaged = "ema_state_dict" in content
+    state = content["ema_state_dict"] if averaged else state_dict_of(content)
+    load_weights(unet, state, unet_path, "the unet section of sample.yaml")
+    log.info("%s: epoch %s%s", unet_path, content.get("epoch", "?"), ", averaged weights" if averaged else "")
+    unet.requires_grad_(False).eval().to(run.device)
+    cond_fn = None
+    if config.classifier is not None:
+        path = trained_checkpoint(pretrained_path(config.classifier) or "classifier.pertrain_path")
+        classifier = create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
+        weights = load_checkpoint(path)
+        state = weights.get("ema_state_dict") or state_dict_of(weights)
+        load_weights(classifier, state, path, "the classifier section of sample.yaml")
+        log.info("%s: guidance scale %g", path, config.classifier_scale)
+        classifier.requires_grad_(False).eval().to(run.device)
+        cond_fn = classifier_guidance(classifier, config.classifier_scale)
+    process = SpacedDiffusion(**config.TestSampler)
+    return Sampler(process, unet, cond_fn, config.sampler, config.amp, size, config.random_seed, run.device)
+
+
+def picture_seed(seed: int, name: str, index: int) -> int:
+    """The seed of one picture's random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()[:8], "big") >> 1
+
+
+def draw_class(
+    sampler: Sampler,
+    run: Run,
+    config: EasyDict,
+    folder: Path,
+    number: int,
+    low: float,
+    high: float,
+    overwrite: bool,
+) -> None:
+    """Complete the pictures 0 .. sample_number - 1 of a class; ranks share the batches."""
+    if overwrite and run.is_main:
+        for path in folder.glob("rank*_*.jpg"):
+            path.unlink()
+    distributed.barrier()
+    existing = {int(match[1]) for path in folder.glob("rank*_*.jpg") if (match := PICTURE_NAME.fullmatch(path.name))}
+    # Every rank has looked before any of them writes.
+    distributed.barrier()
+    batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
+    for indices in progress(batches, run, folder.name):
+        missing = [i for i in indices if i not in existing]
+        if not missing:
+            continue
+        # The whole batch is drawn, so that a continued run gives the same pictures to the last bit.
+        pictures = sampler.draw(folder.name, number, indices, low, high)
+        for i, picture in zip(indices, pictures, strict=True):
+            if i not in existing:
+                write_image(folder / f"rank{run.rank}_{i}.jpg", picture)
+    distributed.barrier()
+    kept = len(existing & set(range(config.sample_number)))
+    log.info(
+        "%s: %d pictures in %s, %d of them were there before%s",
+        folder.name,
+        config.sample_number,
+        folder,
+        kept,
+        " (--overwrite draws them anew)" if kept else "",
+    )
+
+
+def preview(sampler: Sampler, name: str, number: int) -> np.ndarray:
+    """A strip of pictures: one column per strength, each row from the same random numbers."""
+    columns = [sampler.draw(name, number, list(range(PREVIEW_ROWS)), s, s) for s in PREVIEW_STRENGTHS]
+    rows = [("", [column[i] for column in columns]) for i in range(PREVIEW_ROWS)]
+    return contact_sheet(rows, [f"s = {s:g}" for s in PREVIEW_STRENGTHS])
+
+
+if __name__ == "__main__":
+    cli.run(main)

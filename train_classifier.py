@@ -1,0 +1,240 @@
+"""Train the SDAS guidance classifier on noisy normal images.
+
+    python train_classifier.py --dataset MVTec-AD
+    torchrun --nproc_per_node=2 train_classifier.py --dataset MVTec-AD --resume
+    python -m torch.distributed.launch --nproc_per_node=2 train_classifier.py --dataset MVTec-AD
+
+Settings: experiments/<dataset>/classifier.yaml. Writes classifier_checkpoints/ckpt_<epoch>.pth.tar and
+classifier_log/.
+"""
+
+import argparse
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from easydict import EasyDict
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets.loaders import EpochBatches, SharedBatches, build_sdas_dataset, make_loader
+from models.sdas import SpacedDiffusion, create_classifier_unet
+from utils import cli, distributed
+from utils.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, state_dict_of
+from utils.config import load_config, model_kwargs, plain, pretrained_path
+from utils.distributed import Run, autocast
+from utils.errors import UsageError
+from utils.log import Meter, log, progress, set_up_logging
+from utils.optim import EMA, Stepper, accumulation_groups, build_optimizer, precision_of, seed_all
+
+T_BINS = 10
+
+
+class TestPictures(torch.utils.data.Dataset):
+    """A validation set keyed by index: the epoch that its samples depend on is always 0."""
+
+    def __init__(self, samples: torch.utils.data.Dataset) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.samples[0, index]
+
+
+@dataclass
+class Training:
+    """What an epoch needs and a checkpoint holds."""
+
+    config: EasyDict
+    run: Run
+    network: nn.Module
+    model: nn.Module
+    ema: EMA | None
+    stepper: Stepper
+    precision: str
+    step: int = 0
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config = load_config(cli.config_path(args, "classifier"), args.set)
+    out = cli.experiment_dir(args)
+    checkpoints = out / config.saver.checkpoints_dir
+    with distributed.session(args.device) as run:
+        board = set_up_logging(run, out / config.saver.log_dir, "train_classifier")
+        train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
+        classes = list(train_set.numbers)
+        if len(classes) > config.classifier.class_number:
+            raise UsageError(
+                f"classifier.class_number: {config.classifier.class_number}, but the list has {len(classes)} classes"
+            )
+        test_set = TestPictures(build_sdas_dataset(config.dataset, "test", classes, config.random_seed))
+        batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed)
+        loader = make_loader(train_set, batches, config.dataset.workers, run)
+        test_batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
+        test_loader = make_loader(test_set, test_batches, config.dataset.workers, run)
+        log.info("%d pictures of %d classes, %d test pictures", len(train_set), len(classes), len(test_set))
+
+        resumed = newest_checkpoint(checkpoints) if args.resume else None
+        training = set_up_training(config, run, resumed)
+        start = restore(training, resumed) if resumed else 0
+        process = SpacedDiffusion(**config.TrainSampler)
+        accuracy = 0.0
+        for epoch in range(start, config.trainer.max_epoch):
+            batches.set_epoch(epoch)
+            seed_all(config.random_seed, epoch, run.rank)
+            train_one_epoch(training, process, loader, board, epoch)
+            last = epoch + 1 == config.trainer.max_epoch
+            if (epoch + 1) % config.trainer.val_freq_epoch == 0 or last:
+                accuracy = validate(training, SpacedDiffusion(**config.TestSampler), test_loader, board, epoch + 1)
+            if ((epoch + 1) % config.trainer.save_freq_epoch == 0 or last) and run.is_main:
+                path = checkpoints / f"ckpt_{epoch + 1}.pth.tar"
+                save_checkpoint(path, checkpoint_of(training, classes, epoch + 1, accuracy))
+                prune_checkpoints(checkpoints, config.saver.keep)
+                log.info("saved %s", path)
+        board.close()
+
+
+def set_up_training(config: EasyDict, run: Run, resumed: Path | None) -> Training:
+    """Network, its average where one is kept, and the optimiser."""
+    torch.manual_seed(config.random_seed)
+    start_weights = None if resumed else pretrained_path(config.classifier)
+    kwargs = model_kwargs(config.classifier)
+    network = create_classifier_unet(**kwargs, image_size=config.dataset.input_size, pertrain_path=start_weights)
+    network = network.to(run.device)
+    if start_weights is None and not resumed:
+        log.info("training from scratch (classifier.pertrain_path is not set)")
+    if config.trainer.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    ema = EMA(network, config.trainer.ema_decay) if config.trainer.ema_decay is not None else None
+    optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
+    precision = precision_of(config.trainer)
+    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm)
+    model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
+    return Training(config, run, network, model, ema, stepper, precision)
+
+
+def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, epoch: int) -> None:
+    """One pass over the pictures."""
+    config, run = training.config, training.run
+    training.model.train()
+    meter = Meter()
+    stream = iter(progress(loader, run, f"epoch {epoch + 1}"))
+    for group in accumulation_groups(len(loader), config.trainer.accumulate):
+        for micro, batch in enumerate(islice(stream, group)):
+            image, label = (batch[name].to(run.device, non_blocking=True) for name in ("image", "label"))
+            t = torch.randint(process.num_timesteps, (len(image),), device=run.device)
+            with distributed.no_sync(training.model, micro + 1 < group):
+                with autocast(run.device, training.precision):
+                    logits = training.model(process.q_sample(image, t), process.model_timesteps(t)).float()
+                loss = F.cross_entropy(logits, label)
+                training.stepper.backward(loss / group)
+            top1, top3 = correct(logits.detach(), label)
+            values = {"loss": loss.detach(), "top1": top1.mean(), "top3": top3.mean()}
+            meter.add(values, len(image) * run.world_size)
+        training.stepper.step()
+        if training.ema is not None:
+            training.ema.update(training.network)
+        training.step += 1
+        if training.step % config.trainer.print_freq_step == 0:
+            means, rate = meter.read()
+            text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+            log.info("epoch %d  step %d  %s  %.1f images/s", epoch + 1, training.step, text, rate)
+            for name, value in means.items():
+                board.add_scalar(f"train/{name}", value, training.step)
+            board.add_scalar("train/images_per_second", rate, training.step)
+
+
+def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether the label is the best, and among the best three: two (N,) float tensors."""
+    best = logits.topk(min(3, logits.shape[1]), dim=1).indices == label[:, None]
+    return best[:, 0].float(), best.any(dim=1).float()
+
+
+@torch.no_grad()
+def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, epoch: int) -> float:
+    """Top-1 and top-3 accuracy on noisy test pictures of all ranks, also against t; returns top-1.
+
+    Each picture is seen once in each of T_BINS equal ranges of t, with noise of its own.
+    """
+    run = training.run
+    model = training.ema.model if training.ema is not None else training.network
+    model.eval()
+    counts = torch.zeros(3, T_BINS, dtype=torch.float64)  # pictures, top-1, top-3 by range of t
+    for batch in progress(loader, run, "validation"):
+        image, label = (batch[name].to(run.device) for name in ("image", "label"))
+        for k in range(T_BINS):
+            t, noise = draw_for(batch["index"], k, process.num_timesteps, image)
+            with autocast(run.device, training.precision):
+                logits = model(process.q_sample(image, t, noise), process.model_timesteps(t)).float()
+            top1, top3 = correct(logits, label)
+            counts[:, k] += torch.stack([torch.ones_like(top1), top1, top3]).sum(1).double().cpu()
+    distributed.all_reduce_sum(counts)
+    pictures, top1, top3 = counts.sum(1).tolist()
+    by_t = (counts[1] / counts[0].clamp(min=1)).tolist()
+    log.info(
+        "epoch %d  top-1 %.4f  top-3 %.4f  over %d pictures", epoch, top1 / pictures, top3 / pictures, pictures / T_BINS
+    )
+    log.info("  top-1 by t from 0 to T: %s", "  ".join(f"{value:.3f}" for value in by_t))
+    board.add_scalar("validation/top1", top1 / pictures, training.step)
+    board.add_scalar("validation/top3", top3 / pictures, training.step)
+    for k, value in enumerate(by_t):
+        board.add_scalar(f"validation_top1_by_t/{k * process.num_timesteps // T_BINS:04d}", value, training.step)
+    return top1 / pictures
+
+
+def draw_for(indices: torch.Tensor, k: int, steps: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A timestep of range k and noise for each picture, the same in every validation."""
+    t, noise = [], []
+    for index in indices.tolist():
+        generator = torch.Generator().manual_seed(index * T_BINS + k)
+        low, high = k * steps // T_BINS, max((k + 1) * steps // T_BINS, k * steps // T_BINS + 1)
+        t.append(torch.randint(low, min(high, steps), (), generator=generator))
+        noise.append(torch.randn(like.shape[1:], generator=generator))
+    return torch.stack(t).to(like.device), torch.stack(noise).to(like)
+
+
+def checkpoint_of(training: Training, classes: list[str], epoch: int, accuracy: float) -> dict[str, Any]:
+    content = {
+        "epoch": epoch,
+        "arch": plain(training.config.classifier),
+        "classes": classes,
+        "state_dict": training.network.state_dict(),
+        "acc": accuracy,
+        "step": training.step,
+        "stepper": training.stepper.state_dict(),
+    }
+    if training.ema is not None:
+        content |= {"ema_state_dict": training.ema.model.state_dict(), "ema_updates": training.ema.updates}
+    return content
+
+
+def restore(training: Training, path: Path) -> int:
+    """Continue from a checkpoint; returns the number of finished epochs."""
+    content = load_checkpoint(path)
+    try:
+        training.network.load_state_dict(state_dict_of(content))
+        training.stepper.load_state_dict(content["stepper"])
+        if training.ema is not None:
+            training.ema.model.load_state_dict(content["ema_state_dict"])
+            training.ema.updates = content["ema_updates"]
+    except (KeyError, RuntimeError) as error:
+        raise UsageError(f"{path}: cannot be resumed with these settings ({str(error).splitlines()[0]})") from error
+    training.step = content["step"]
+    log.info("resumed %s after epoch %d", path, content["epoch"])
+    return content["epoch"]
+
+
+if __name__ == "__main__":
+    cli.run(main)

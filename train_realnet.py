@@ -1,0 +1,280 @@
+"""Train RealNet on normal pictures of a class with synthetic anomalies.
+
+    python train_realnet.py --dataset MVTec-AD --class_name bottle
+    python train_realnet.py --dataset MVTec-AD --class_name all
+    torchrun --nproc_per_node=2 train_realnet.py --dataset MVTec-AD --class_name bottle,cable
+    python -m torch.distributed.launch --nproc_per_node=1 train_realnet.py --dataset MVTec-AD --class_name bottle
+
+Settings: experiments/<dataset>/realnet.yaml. Writes, per class, realnet_checkpoints/<class>/ckpt_best.pth.tar (and
+ckpt_last.pth.tar to resume from), realnet_log/<class>/, and a sheet of training samples to realnet_vis/<class>/.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets.loaders import (
+    EpochBatches,
+    SharedBatches,
+    build_realnet_test_set,
+    build_realnet_train_set,
+    make_loader,
+)
+from datasets.meta import UNIFIED, listed_classes
+from datasets.realnet import RealNetTestSet, RealNetTrainSet
+from models import build_realnet
+from models.losses import build_criterion
+from utils import cli, distributed
+from utils.checkpoint import load_checkpoint, save_checkpoint, state_dict_of
+from utils.config import load_config, plain
+from utils.distributed import Run, autocast
+from utils.errors import UsageError
+from utils.log import Meter, log, progress, set_up_logging
+from utils.metrics import Ranking, image_scores
+from utils.optim import Stepper, build_optimizer, precision_of, seed_all
+from utils.scoring import GatheredMaps, avgpool_size, score_test_set
+from utils.visualize import contact_sheet, to_uint8, write_image
+
+CALIBRATION_BATCHES = 8
+SHEET_PICTURES = 8
+
+
+@dataclass
+class Training:
+    """What an epoch needs and a checkpoint holds."""
+
+    config: EasyDict
+    run: Run
+    network: nn.Module
+    model: nn.Module
+    stepper: Stepper
+    precision: str
+    step: int = 0
+    epoch: int = 0
+    best_metric: float = -1.0
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
+    parser.add_argument("--resume", action="store_true", help="go on from ckpt_last.pth.tar of each class")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config = load_config(cli.config_path(args, "realnet"), args.set)
+    classes = cli.chosen_classes(args.class_name, config.dataset.train.meta_file, listed_classes, UNIFIED)
+    out = cli.experiment_dir(args)
+    with distributed.session(args.device) as run:
+        for class_name in classes:
+            board = set_up_logging(run, out / config.saver.log_dir / class_name, "train_realnet")
+            train_class(config, class_name, run, out, board, args.resume)
+            board.close()
+
+
+def train_class(config: EasyDict, class_name: str, run: Run, out: Path, board: Any, resume: bool) -> None:
+    """Train one detector: AFS first, then reconstruction and RRS together."""
+    seed = config.random_seed
+    train_set = build_realnet_train_set(config.dataset, class_name, seed)
+    test_set = build_realnet_test_set(config.dataset, class_name)
+    log.info("%s: %d training pictures, %d test pictures", class_name, len(train_set), len(test_set))
+    batches = EpochBatches(len(train_set), config.dataset.batch_size, run, seed)
+    loader = make_loader(train_set, batches, config.dataset.workers, run)
+    test_batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
+    test_loader = make_loader(test_set, test_batches, config.dataset.workers, run)
+    checkpoints = out / config.saver.checkpoints_dir / class_name
+
+    torch.manual_seed(seed)
+    last = checkpoints / "ckpt_last.pth.tar"
+    resumed = load_checkpoint(last) if resume and last.is_file() else None
+    network = build_realnet(config, "checkpoint" if resumed else None).to(run.device)
+    if resumed:
+        load_resumed(network, resumed, last)
+    else:
+        prepare_features(network, train_set, config, run, board)
+    training = set_up_training(config, network, run)
+    if resumed:
+        training.stepper.load_state_dict(resumed["stepper"])
+        training.epoch, training.step = resumed["epoch"], resumed["step"]
+        training.best_metric = resumed["best_metric"]
+        log.info("resumed %s after epoch %d", last, training.epoch)
+
+    criterion = build_criterion(config.criterion)
+    sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
+    for epoch in range(training.epoch, config.trainer.max_epoch):
+        batches.set_epoch(epoch)
+        seed_all(seed, epoch, run.rank)
+        train_one_epoch(training, criterion, loader, board, epoch, sheet_path if epoch == 0 else None)
+        training.epoch = epoch + 1
+        if training.epoch % config.trainer.val_freq_epoch == 0 or training.epoch == config.trainer.max_epoch:
+            metric = validate(training, test_set, test_loader, board)
+            if run.is_main:
+                save(training, metric, checkpoints)
+
+
+def prepare_features(network: nn.Module, train_set: RealNetTrainSet, config: EasyDict, run: Run, board: Any) -> None:
+    """Calibrate random weights where they are asked for, and select channels (AFS)."""
+    init_batches = afs_batches(config)
+    batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed + 1)
+    batches.epochs = -(-init_batches // len(batches))
+    loader = make_loader(train_set.anomalous_only(), batches, config.dataset.workers, run)
+    if network.backbone.needs_calibration:
+        gt_images = (batch["gt_image"].to(run.device) for batch in loader)
+        network.backbone.calibrate(gt_images, min(CALIBRATION_BATCHES, init_batches))
+    bar = progress(loader, run, "AFS", total=init_batches)
+    losses = network.afs.init_indexes(network.backbone, bar, init_batches)
+    for name, loss in losses.items():
+        kept = len(getattr(network.afs.indexes, name))
+        log.info("AFS %s: kept %d of %d channels, loss %.4f .. %.4f", name, kept, len(loss), loss.min(), loss.max())
+        board.add_scalar(f"afs/{name}_kept", kept, 0)
+
+
+def afs_batches(config: EasyDict) -> int:
+    """net.afs.kwargs.init_bsn: how many batches AFS looks at."""
+    kwargs = next((part.get("kwargs") or {} for part in config.net if part["name"] == "afs"), {})
+    count = kwargs.get("init_bsn", 64)
+    if not isinstance(count, int) or count < 1:
+        raise UsageError(f"net.afs.kwargs.init_bsn: {count!r} is not a number of batches")
+    return count
+
+
+def set_up_training(config: EasyDict, network: nn.Module, run: Run) -> Training:
+    """Optimiser and ranks around a network whose features are prepared."""
+    network = distributed.synchronize_batchnorm(network, run)
+    if config.trainer.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
+    precision = precision_of(config.trainer)
+    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm)
+    model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    log.info("%.1f M trainable parameters on %s x %d", trainable / 1e6, run.device.type, run.world_size)
+    return Training(config, run, network, model, stepper, precision)
+
+
+def train_one_epoch(
+    training: Training,
+    criterion: dict[str, nn.Module],
+    loader: DataLoader,
+    board: Any,
+    epoch: int,
+    sheet_path: Path | None,
+) -> None:
+    """One pass over the pictures; shows the first batch where a path for its sheet is given."""
+    run = training.run
+    training.model.train()
+    meter = Meter()
+    for batch in progress(loader, run, f"epoch {epoch + 1}"):
+        if sheet_path is not None:
+            show_samples(batch, training, board, sheet_path)
+            sheet_path = None
+        # `changed` stays on the CPU: it becomes an index without waiting for the device.
+        batch = {
+            name: value if name == "changed" else value.to(run.device, non_blocking=True)
+            for name, value in batch.items()
+        }
+        with autocast(run.device, training.precision):
+            outputs = training.model(batch, train=True)
+        losses = {name: loss(outputs) for name, loss in criterion.items()}
+        total = sum(losses.values())
+        training.stepper.backward(total)
+        training.stepper.step()
+        training.step += 1
+        values = {name: value.detach() for name, value in losses.items()}
+        meter.add({"loss": total.detach(), **values}, len(batch["image"]) * run.world_size)
+        if training.step % training.config.trainer.print_freq_step == 0:
+            means, rate = meter.read()
+            text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+            log.info("epoch %d  step %d  %s  %.1f images/s", epoch + 1, training.step, text, rate)
+            for name, value in means.items():
+                board.add_scalar(f"train/{name}", value, training.step)
+            board.add_scalar("train/images_per_second", rate, training.step)
+
+
+def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any, path: Path) -> None:
+    """A sheet of pictures, their anomalous versions and masks."""
+    if not training.run.is_main:
+        return
+    config = training.config.dataset
+    rows = []
+    for caption, name in (("image", "gt_image"), ("with a synthetic anomaly", "image")):
+        images = batch[name][:SHEET_PICTURES].numpy()
+        rows.append((caption, list(to_uint8(images, config.pixel_mean, config.pixel_std))))
+    masks = batch["mask"][:SHEET_PICTURES, 0].numpy()
+    rows.append(("mask", list((masks * 255).astype(np.uint8))))
+    sheet = contact_sheet(rows)
+    write_image(path, sheet)
+    board.add_image("train/samples", sheet, training.step, dataformats="HWC")
+    log.info("training samples in %s", path)
+
+
+# ---- validation and checkpoints --------------------------------------------------------------------------------------
+
+
+def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Any) -> float | None:
+    """The metric by which checkpoints are compared, on rank 0; None elsewhere."""
+    maps = score_test_set(training.network, loader, training.run, training.precision)
+    if maps is None:
+        return None
+    metrics = validation_metrics(maps, test_set, avgpool_size(training.config.evaluator))
+    text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    log.info("epoch %d  %s", training.epoch, text or "validation: the test list lacks good or defective pictures")
+    for name, value in metrics.items():
+        board.add_scalar(f"validation/{name}", value, training.epoch)
+    return key_metric(metrics, training.config.evaluator.key_metric)
+
+
+def validation_metrics(maps: GatheredMaps, test_set: RealNetTestSet, window: tuple[int, int]) -> dict[str, float]:
+    """Image and pixel AUROC, those of them that are defined."""
+    labels = np.array([sample.label for sample in test_set.samples], dtype=bool)
+    found = {"image_auroc": Ranking.of(image_scores(maps.scores, window), labels).auroc()}
+    known = np.array([sample.mask_known for sample in test_set.samples])
+    found["pixel_auroc"] = Ranking.of(maps.scores[known].ravel(), maps.masks[known].ravel()).auroc()
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def key_metric(metrics: dict[str, float], key: str) -> float:
+    """What evaluator.key_metric names (mean, image, pixel); the mean of what there is where that is undefined."""
+    if key not in ("mean", "image", "pixel"):
+        raise UsageError(f"evaluator.key_metric: {key!r} is not one of mean, image, pixel")
+    if f"{key}_auroc" in metrics:
+        return metrics[f"{key}_auroc"]
+    # Without any defective picture nothing can be compared; then the newest checkpoint counts as the best.
+    return float(np.mean(list(metrics.values()))) if metrics else 0.0
+
+
+def save(training: Training, metric: float, checkpoints: Path) -> None:
+    """ckpt_last always, ckpt_best where the metric is at least as good as before."""
+    best = metric >= training.best_metric
+    training.best_metric = max(metric, training.best_metric)
+    content = {
+        "epoch": training.epoch,
+        "arch": plain(training.config.net),
+        "state_dict": training.network.state_dict(),
+        "best_metric": training.best_metric,
+        "config": plain(training.config),
+    }
+    if best:
+        save_checkpoint(checkpoints / "ckpt_best.pth.tar", content)
+        log.info("saved %s (%.4f)", checkpoints / "ckpt_best.pth.tar", metric)
+    resumable = {**content, "step": training.step, "stepper": training.stepper.state_dict()}
+    save_checkpoint(checkpoints / "ckpt_last.pth.tar", resumable)
+
+
+def load_resumed(network: nn.Module, content: dict, path: Path) -> None:
+    try:
+        network.load_state_dict(state_dict_of(content))
+    except RuntimeError as error:
+        raise UsageError(f"{path}: cannot be resumed with these settings ({str(error).splitlines()[0]})") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

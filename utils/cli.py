@@ -1,0 +1,92 @@
+"""What the commands have in common: arguments, where their settings and outputs are, and how they fail."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.distributed import is_main
+from utils.errors import RunError, UsageError
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Arguments that every script takes; `doc` is its module docstring."""
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--dataset", help="name of a folder experiments/NAME/ with this script's YAML")
+    arguments.add_argument("--config", help="settings file to use instead")
+    arguments.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. trainer.max_epoch=10"
+    )
+    arguments.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: a GPU if there is one")
+    # torch.distributed.launch passes the rank in one of these spellings; the environment has it too.
+    arguments.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    return arguments
+
+
+def config_path(args: argparse.Namespace, name: str) -> Path:
+    """The settings file: --config, else experiments/<dataset>/<name>.yaml."""
+    if args.config:
+        return Path(args.config)
+    if not args.dataset:
+        known = sorted(path.parent.name for path in Path("experiments").glob(f"*/{name}.yaml"))
+        raise UsageError(f"--dataset is missing; experiments/ has {', '.join(known) or 'no data set'}")
+    path = Path("experiments") / args.dataset / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(found.parent.name for found in Path("experiments").glob(f"*/{name}.yaml"))
+        raise UsageError(f"--dataset {args.dataset}: {path} does not exist; known are {', '.join(known) or 'none'}")
+    return path
+
+
+def experiment_dir(args: argparse.Namespace) -> Path:
+    """Where outputs go: experiments/<dataset>/, or the folder of --config where no data set is named."""
+    return Path("experiments") / args.dataset if args.dataset else Path(args.config).parent
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main and turn its errors into one or two lines on stderr: exit 2 for wrong use, 1 for failures."""
+    try:
+        main()
+    except (UsageError, RunError) as error:
+        # Every rank meets wrong use alike, so one reports it.
+        if is_main():
+            print(f"error: {_message(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        # Raised in a loader worker, which wraps the message into its traceback.
+        return text.splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def chosen_classes(wanted: str | None, meta_file: str, listed: Callable[[str], list[str]], unified: str) -> list[str]:
+    """The classes that --class_name asks for.
+
+    Args:
+        wanted: one class, several separated by commas, "all", or None.
+        meta_file: path of the image lists with {} for the class; without {}, there is one model for all.
+        listed: gives the classes for which such a list exists.
+        unified: name of the model for all.
+
+    Raises:
+        UsageError: none is named, or one has no list.
+    """
+    if "{}" not in meta_file:
+        return [unified]
+    known = listed(meta_file)
+    if not wanted:
+        raise UsageError(f"--class_name is missing: one of {', '.join(known) or meta_file}, several, or all")
+    if wanted == "all":
+        if not known:
+            raise UsageError(f"--class_name all: there is no list {meta_file}; see data/README.md")
+        return known
+    chosen = [name.strip() for name in wanted.split(",")]
+    for name in chosen:
+        if name not in known:
+            path = meta_file.replace("{}", name)
+            raise UsageError(f"--class_name {name}: {path} does not exist; known are {', '.join(known) or 'none'}")
+    return chosen

@@ -1,0 +1,179 @@
+"""Device, ranks and precision: decided here once, and passed on."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_fn
+from torch import nn
+
+from utils.errors import UsageError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a script knows of where it runs.
+
+    Args:
+        rank, world_size: this process among all.
+        device: where tensors live.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, before or after the process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _pick_device(wanted: str | None, local_rank: int) -> torch.device:
+    if wanted is None:
+        if torch.cuda.is_available():
+            wanted = "cuda"
+        elif torch.backends.mps.is_available():
+            wanted = "mps"
+        else:
+            wanted = "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible")
+        return torch.device("cuda", local_rank)
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: not available here; use --device cpu")
+    return torch.device(wanted)
+
+
+@contextmanager
+def session(device: str | None = None) -> Iterator[Run]:
+    """Set up device and process group from the launcher's environment, and tear them down on any way out.
+
+    Args:
+        device: "cpu", "cuda", "mps", or None for the best there is.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    picked = _pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    if world_size > 1:
+        # gloo carries the Python objects and CPU tensors, nccl the gradients.
+        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield Run(rank, world_size, picked)
+        if world_size > 1:
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Average a tensor over ranks, in place."""
+    if _world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= _world_size()
+    return tensor
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over ranks, in place."""
+    if _world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value of a picklable object, on every rank."""
+    if _world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Every rank's picklable object, in rank order, on rank 0; None elsewhere."""
+    if _world_size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * _world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if _world_size() > 1:
+        dist.barrier()
+
+
+def parallel(model: nn.Module, run: Run) -> nn.Module:
+    """Wrap a model for training under several ranks; with one rank, the model itself."""
+    if run.world_size == 1:
+        return model
+    # No device_ids: batches keep the tensors that belong on the CPU. Buffers are either frozen or kept equal by
+    # synchronised BatchNorm, so they need no broadcast.
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def no_sync(model: nn.Module, active: bool) -> Any:
+    """Context in which gradients are not exchanged (for all but the last accumulated micro-batch)."""
+    return model.no_sync() if active and isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Mixed precision context: "off", "bf16" or "fp16"."""
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+class _GlooBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics span all ranks, for CPU ranks, which torch's SyncBatchNorm refuses."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        flat = x.float().transpose(0, 1).flatten(1)
+        count = torch.full_like(flat[:, :1], flat.shape[1])
+        sums = torch.cat([flat.sum(1, keepdim=True), (flat**2).sum(1, keepdim=True), count], dim=1)
+        total = dist_fn.all_reduce(sums) if x.requires_grad else all_reduce_sum(sums)
+        mean, n = total[:, 0] / total[:, 2], total[0, 2]
+        var = (total[:, 1] / n - mean**2).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * n / (n - 1).clamp(min=1), self.momentum)
+        out = (x - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt()
+        return out * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else out
+
+
+def synchronize_batchnorm(model: nn.Module, run: Run) -> nn.Module:
+    """Make every BatchNorm2d of a model measure over all ranks; its tensors and their names stay."""
+    if run.world_size == 1:
+        return model
+    if run.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _GlooBatchNorm
+    return model

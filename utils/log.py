@@ -1,0 +1,88 @@
+"""Logging of rank 0: to the terminal, to a file, and to tensorboard."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.distributed import Run
+
+log = logging.getLogger("realnet")
+
+
+class _TqdmHandler(logging.StreamHandler):
+    """Prints above a running progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class SilentBoard:
+    """Stands in for tensorboard's SummaryWriter on ranks other than 0."""
+
+    def add_scalar(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def add_image(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
+    """Start logging to the terminal and `log_dir`/<name>.log; returns a tensorboard writer (silent but on rank 0)."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = False
+    log.setLevel(logging.INFO if run.is_main else logging.ERROR)
+    terminal = _TqdmHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if not run.is_main:
+        return SilentBoard()
+    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(Path(log_dir) / f"{name}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+    # tensorboard takes a second to import, which commands that fail early need not wait for.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(Path(log_dir) / name))
+
+
+def progress(items: Iterable, run: Run, description: str, total: int | None = None) -> tqdm:
+    """A progress bar on rank 0, quiet where there is no terminal."""
+    quiet = not run.is_main or not sys.stderr.isatty()
+    return tqdm(items, desc=description, total=total, leave=False, disable=quiet, dynamic_ncols=True)
+
+
+class Meter:
+    """Running means since the last print, fed with device tensors and read only when printed (so no sync between)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Any] = {}
+        self.steps = 0
+        self.images = 0
+        self.start = time.perf_counter()
+
+    def add(self, values: dict[str, Any], images: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+        self.images += images
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """The means, and images per second; starts over."""
+        means = {name: float(value) / self.steps for name, value in self.sums.items()}
+        rate = self.images / max(time.perf_counter() - self.start, 1e-9)
+        self.reset()
+        return means, rate
