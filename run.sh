@@ -132,7 +132,7 @@ queue_classes() {
     done
     wait
     if [[ $stage == evaluate ]]; then
-        "$PYTHON" -m utils.report "experiments/$dataset/realnet_results" "${classes[@]}"
+        "$PYTHON" -m utils.report "experiments/$dataset/realnet_results" "${classes[@]}" || true
     fi
     if [[ -f $state/failed ]]; then
         echo "failed: $(sort "$state/failed" | paste -sd' ')" >&2
@@ -142,21 +142,26 @@ queue_classes() {
 
 # ---- verbs -----------------------------------------------------------------------------------------------------------
 
-verb=${1:-}
-[[ -n $verb ]] && shift
-case $verb in
-    setup) setup ;;
-    demo) demo ;;
-    test) run_tests "$@" ;;
-    diffusion | classifier)
-        (($# == 1)) || usage
-        setup
-        train_together "$verb" "$@"
-        ;;
-    sample | realnet | evaluate)
-        (($# >= 1)) || usage
-        setup
-        queue_classes "$verb" "$@"
-        ;;
-    *) usage ;;
-esac
+main() {
+    local verb=${1:-}
+    [[ -n $verb ]] && shift
+    case $verb in
+        setup) setup ;;
+        demo) demo ;;
+        test) run_tests "$@" ;;
+        diffusion | classifier)
+            (($# == 1)) || usage
+            setup
+            train_together "$verb" "$@"
+            ;;
+        sample | realnet | evaluate)
+            (($# >= 1)) || usage
+            setup
+            queue_classes "$verb" "$@"
+            ;;
+        *) usage ;;
+    esac
+}
+
+# On one line with its end: bash reads a script as it goes, and this one may be edited while it runs.
+main "$@"; exit

@@ -13,6 +13,7 @@ depends on the seed, the class and i, not on the number of ranks; one that exist
 import argparse
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +28,13 @@ from models.sdas.diffusion import classifier_guidance
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
 from utils.config import load_config, model_kwargs, pretrained_path
-from utils.distributed import Run, autocast
+from utils.distributed import Run, autocast, resolve_precision
 from utils.errors import UsageError
 from utils.log import log, progress, set_up_logging
-from utils.optim import PRECISIONS
 from utils.visualize import contact_sheet, to_uint8, write_image
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-PREVIEW_ROWS = 3
+PREVIEW_ROWS = 2
 PICTURE_NAME = re.compile(r"rank\d+_(\d+)\.jpg")
 
 
@@ -55,11 +55,18 @@ class Sampler:
         with autocast(self.device, self.precision):
             return self.unet(x, t, y)
 
-    def draw(self, name: str, number: int, indices: list[int], low: float, high: float) -> np.ndarray:
-        """Pictures (N,H,W,3) uint8 with these indices, each with its own strength from [low, high]."""
+    def draw(
+        self,
+        name: str,
+        number: int,
+        indices: Sequence[int],
+        low: float | torch.Tensor,
+        high: float | torch.Tensor,
+    ) -> np.ndarray:
+        """Pictures (N,H,W,3) uint8 with these indices, each with a strength of its own from [low, high]."""
         # One generator a picture: its noise cannot depend on its batch.
         generators = [torch.Generator().manual_seed(picture_seed(self.seed, name, i)) for i in indices]
-        strengths = torch.stack([low + (high - low) * torch.rand((), generator=g) for g in generators])
+        strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
         noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators]).to(self.device)
         loop = self.process.p_sample_loop if self.kind == "ancestral" else self.process.ddim_sample_loop
         y = torch.full((len(indices),), number, device=self.device)
@@ -128,8 +135,6 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
         raise UsageError(f"strength: {config.strength} is not a range [low, high] with 0 <= low <= high")
     if config.sampler not in ("ancestral", "ddim"):
         raise UsageError(f"sampler: {config.sampler!r} is not ancestral or ddim")
-    if config.amp not in PRECISIONS:
-        raise UsageError(f"amp: {config.amp!r} is not one of {', '.join(PRECISIONS)}")
     if config.dataset.channels != 3:
         raise UsageError(f"dataset.channels: {config.dataset.channels}; the networks draw RGB pictures, 3 channels")
     if config.sample_number < 1 or config.dataset.batch_size < 1:
@@ -178,7 +183,8 @@ def set_up_sampler(config: EasyDict, run: Run, content: dict, unet_path: Path) -
         classifier.requires_grad_(False).eval().to(run.device)
         cond_fn = classifier_guidance(classifier, config.classifier_scale)
     process = SpacedDiffusion(**config.TestSampler)
-    return Sampler(process, unet, cond_fn, config.sampler, config.amp, size, config.random_seed, run.device)
+    precision = resolve_precision(config.amp, run.device)
+    return Sampler(process, unet, cond_fn, config.sampler, precision, size, config.random_seed, run.device)
 
 
 def picture_seed(seed: int, name: str, index: int) -> int:
@@ -228,9 +234,12 @@ def draw_class(
 
 def preview(sampler: Sampler, name: str, number: int) -> np.ndarray:
     """A strip of pictures: one column per strength, each row from the same random numbers."""
-    columns = [sampler.draw(name, number, list(range(PREVIEW_ROWS)), s, s) for s in PREVIEW_STRENGTHS]
-    rows = [("", [column[i] for column in columns]) for i in range(PREVIEW_ROWS)]
-    return contact_sheet(rows, [f"s = {s:g}" for s in PREVIEW_STRENGTHS])
+    count = len(PREVIEW_STRENGTHS)
+    strengths = torch.tensor(PREVIEW_STRENGTHS).repeat(PREVIEW_ROWS)
+    indices = [row for row in range(PREVIEW_ROWS) for _ in range(count)]
+    pictures = sampler.draw(name, number, indices, strengths, strengths)
+    rows = [("", list(pictures[row * count : (row + 1) * count])) for row in range(PREVIEW_ROWS)]
+    return contact_sheet(rows, [f"s={s:g}" for s in PREVIEW_STRENGTHS])
 
 
 if __name__ == "__main__":

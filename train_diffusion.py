@@ -108,7 +108,7 @@ def set_up_training(config: EasyDict, run: Run, resumed: Path | None) -> Trainin
         network = network.to(memory_format=torch.channels_last)
     ema = EMA(network, config.trainer.ema_decay)
     optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
-    precision = precision_of(config.trainer)
+    precision = precision_of(config.trainer, run.device)
     stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm)
     compiled = torch.compile(network) if config.trainer.compile else network
     model = distributed.parallel(compiled, run)

@@ -152,7 +152,7 @@ def set_up_training(config: EasyDict, network: nn.Module, run: Run) -> Training:
     if config.trainer.channels_last:
         network = network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
-    precision = precision_of(config.trainer)
+    precision = precision_of(config.trainer, run.device)
     stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm)
     model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)

@@ -32,7 +32,7 @@ def augment_texture(texture: np.ndarray, rng: np.random.Generator, count: int = 
 
 
 def _on_tensor(function: Callable[..., torch.Tensor], image: np.ndarray, *args: float) -> np.ndarray:
-    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)
     return function(tensor, *args).permute(1, 2, 0).numpy()
 
 

@@ -20,6 +20,11 @@ from utils.checkpoint import write_atomic
 from utils.cli import run
 
 CLASSES = ("brick", "grass", "gravel")
+# Other photographs that come with scikit-image, cut up as textures for the anomaly type dtd.
+TEXTURES = ("astronaut", "camera", "cat", "coffee", "coins", "hubble_deep_field", "moon", "page", "rocket", "text")
+TEXTURES_EACH = 6
+# Where the foreign patches come from: bricks stand out of grass and gravel, gravel out of bricks.
+FOREIGN = {"brick": "gravel", "grass": "brick", "gravel": "brick"}
 SIZE = 128
 TRAIN_COUNT, GOOD_COUNT, DEFECT_COUNT = 120, 30, 10
 SPLIT_COLUMN = 336  # of 512: left of it training, right of it test
@@ -28,12 +33,13 @@ SPLIT_COLUMN = 336  # of 512: left of it training, right of it test
 def draw_scratch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A thin curved dark line with a lit edge. Returns (picture, mask), as all of these."""
     del other
-    start = rng.uniform(20, SIZE - 20, 2)
+    middle = rng.uniform(40, SIZE - 40, 2)
     angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.02, 0.02)
-    steps = int(rng.integers(40, 80))
+    steps = int(rng.integers(60, 110))
     angles = angle + bend * np.arange(steps)
-    points = start + np.cumsum(np.stack([np.cos(angles), np.sin(angles)], axis=1), axis=0)
-    width = int(rng.integers(2, 4))
+    path = np.cumsum(np.stack([np.cos(angles), np.sin(angles)], axis=1), axis=0)
+    points = middle + path - path[steps // 2]
+    width = int(rng.integers(3, 5))
     line, lit = np.zeros_like(image), np.zeros_like(image)
     for target, shift in ((line, 0.0), (lit, width * 0.8)):
         cv2.polylines(target, [np.round(points + shift).astype(np.int32)], False, 1, width)
@@ -47,11 +53,11 @@ def draw_stain(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -
     """A smooth darker or brighter blot with a soft edge, that lets the texture through."""
     del other
     y, x = np.mgrid[:SIZE, :SIZE]
-    cy, cx = rng.uniform(30, SIZE - 30, 2)
+    cy, cx = rng.uniform(32, SIZE - 32, 2)
     theta = np.arctan2(y - cy, x - cx)
-    radius = rng.uniform(12, 22) * (1 + sum(rng.uniform(-0.15, 0.15) * np.cos(k * theta + k) for k in (2, 3, 5)))
+    radius = rng.uniform(18, 28) * (1 + sum(rng.uniform(-0.15, 0.15) * np.cos(k * theta + k) for k in (2, 3, 5)))
     distance = np.hypot(y - cy, x - cx) / radius
-    alpha = np.clip((1 - distance) / 0.25, 0, 1)[...] * rng.uniform(0.6, 0.8)
+    alpha = np.clip((1 - distance) / 0.25, 0, 1) * rng.uniform(0.7, 0.9)
     tone = rng.choice([rng.uniform(5, 40), rng.uniform(215, 250)])
     return image * (1 - alpha) + tone * alpha, (alpha > 0).astype(np.uint8)
 
@@ -60,10 +66,10 @@ def draw_hole(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
     """A dark hole with a bright rim."""
     del other
     centre = tuple(int(v) for v in rng.integers(20, SIZE - 20, 2))
-    axes = tuple(int(v) for v in rng.integers(6, 13, 2))
+    axes = tuple(int(v) for v in rng.integers(9, 16, 2))
     angle = float(rng.uniform(0, 180))
     rim, hole = np.zeros_like(image), np.zeros_like(image)
-    cv2.ellipse(rim, centre, (axes[0] + 3, axes[1] + 3), angle, 0, 360, 1, -1)
+    cv2.ellipse(rim, centre, (axes[0] + 4, axes[1] + 4), angle, 0, 360, 1, -1)
     cv2.ellipse(hole, centre, axes, angle, 0, 360, 1, -1)
     result = image.astype(np.float32)
     result[rim > 0] = result[rim > 0] * 0.4 + 0.6 * 220
@@ -75,8 +81,8 @@ def draw_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -
     """An angular piece of another photograph."""
     corners = int(rng.integers(5, 8))
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
-    radii = rng.uniform(12, 24, corners)
-    centre = rng.uniform(28, SIZE - 28, 2)
+    radii = rng.uniform(18, 32, corners)
+    centre = rng.uniform(34, SIZE - 34, 2)
     polygon = np.round(centre + np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]).astype(np.int32)
     mask = np.zeros_like(image)
     cv2.fillPoly(mask, [polygon], 1)
@@ -103,7 +109,7 @@ def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sam
     rng = np.random.default_rng([seed, CLASSES.index(name)])
     photograph = getattr(photographs, name)()
     width = photograph.shape[1]
-    others = [getattr(photographs, other)() for other in CLASSES if other != name]
+    foreign = getattr(photographs, FOREIGN[name])()
     train, test = [], []
     for i in range(TRAIN_COUNT):
         filename = f"{name}/train/good/{i:03d}.png"
@@ -116,7 +122,7 @@ def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sam
     for kind, draw in DEFECTS.items():
         for i in range(DEFECT_COUNT):
             image = crop(photograph, rng, SPLIT_COLUMN, width)
-            other = crop(others[int(rng.integers(len(others)))], rng, 0, width)
+            other = crop(foreign, rng, 0, width)
             picture, mask = draw(image, other, rng)
             filename, maskname = f"{name}/test/{kind}/{i:03d}.png", f"{name}/ground_truth/{kind}/{i:03d}_mask.png"
             _write(root / filename, np.clip(np.round(picture), 0, 255).astype(np.uint8))
@@ -125,12 +131,27 @@ def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sam
     return train, test
 
 
+def make_textures(folder: Path, seed: int) -> None:
+    """Write square crops of the other photographs."""
+    rng = np.random.default_rng([seed, len(CLASSES)])
+    for name in TEXTURES:
+        photograph = getattr(photographs, name)()
+        if photograph.ndim == 3:
+            photograph = cv2.cvtColor(photograph, cv2.COLOR_RGB2BGR)
+        height, width = photograph.shape[:2]
+        for i in range(TEXTURES_EACH):
+            side = int(rng.integers(96, min(height, width) + 1))
+            top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
+            _write(folder / f"{name}_{i}.png", photograph[top : top + side, left : left + side])
+
+
 def _write(path: Path, image: np.ndarray) -> None:
     write_atomic(path, lambda part: cv2.imwrite(str(part), image))
 
 
 def make_demo(root: Path, seed: int = 0) -> None:
-    """Write the data set: root/images/<class>/... and root/samples/{train,test}_<class>.json."""
+    """Write the data set: root/images/<class>/..., root/textures/ and root/samples/{train,test}_<class>.json."""
+    make_textures(root / "textures", seed)
     all_train, all_test = [], []
     for name in CLASSES:
         train, test = make_class(root / "images", name, seed)

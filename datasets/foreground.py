@@ -42,9 +42,12 @@ def apply_rule(image: np.ndarray, rule: ForegroundRule | None) -> np.ndarray:
     method = _THRESHOLDS.get(rule.threshold, 0)
     value = 0 if method else int(rule.threshold)
     mask = cv2.threshold(channel, value, 1, direction | method)[1]
-    for operation, side in ((cv2.MORPH_CLOSE, rule.close), (cv2.MORPH_OPEN, rule.open)):
+    for steps, side in (((cv2.dilate, cv2.erode), rule.close), ((cv2.erode, cv2.dilate), rule.open)):
         if side:
-            mask = cv2.morphologyEx(mask, operation, np.ones((side, side), np.uint8))
+            # The second step uses the mirrored square: with an even side, morphologyEx would shift the mask.
+            square, anchor = np.ones((side, side), np.uint8), side // 2
+            mask = steps[0](mask, square, anchor=(anchor, anchor))
+            mask = steps[1](mask, square, anchor=(side - 1 - anchor, side - 1 - anchor))
     return mask
 
 

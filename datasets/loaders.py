@@ -76,6 +76,8 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, run: Run) -> D
         pin_memory=run.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_single_threaded,
+        # Of its own: the loader draws seeds, more or fewer by the number of workers, which must not move torch's.
+        generator=torch.Generator(),
     )
 
 

@@ -87,7 +87,9 @@ class Synthesis:
                 folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
                 self.sources[f"sdas/{name}"] = _pictures(folder, "sdas_dir", hint)
 
-    def draw(self, types: dict[str, float], clsname: str, size: Sequence[int], rng: np.random.Generator):
+    def draw(
+        self, types: dict[str, float], clsname: str, appearance: Appearance, rng: np.random.Generator
+    ) -> tuple[np.ndarray, float] | None:
         """(source picture (H,W,3) uint8, opacity), or None for a normal sample."""
         names = list(types)
         chosen = names[int(rng.choice(len(names), p=list(types.values())))]
@@ -96,9 +98,10 @@ class Synthesis:
         paths = self.sources["dtd" if chosen == "dtd" else f"sdas/{clsname}"]
         path = paths[int(rng.integers(len(paths)))]
         if chosen == "sdas":
-            return read_picture(path, size), float(rng.uniform(*self.sdas_transparency_range))
-        texture = augment_texture(read_picture(path), rng)
-        return _resize(texture, size), float(rng.uniform(*self.dtd_transparency_range))
+            source = read_picture(path, appearance.size, appearance.color_mode)
+            return source, float(rng.uniform(*self.sdas_transparency_range))
+        texture = augment_texture(read_picture(path, color_mode=appearance.color_mode), rng)
+        return _resize(texture, appearance.size), float(rng.uniform(*self.dtd_transparency_range))
 
 
 def _pictures(folder: str | None, setting: str, hint: str) -> list[Path]:
@@ -206,7 +209,7 @@ class RealNetTrainSet(Dataset):
         if self.always_anomalous:
             others = [name for name, probability in types.items() if name != "normal" and probability > 0]
             types = {name: 1 / len(others) for name in others}
-        drawn = self.synthesis.draw(types, clsname, self.appearance.size, rng)
+        drawn = self.synthesis.draw(types, clsname, self.appearance, rng)
         if drawn is None:
             return None, np.zeros(image.shape[:2], np.uint8)
         mask = foreground * perlin_mask(
@@ -240,6 +243,6 @@ class RealNetTestSet(Dataset):
         mask = read_mask(self.root / sample.maskname, size) if sample.maskname else np.zeros(size, np.uint8)
         return {
             "image": self.appearance.tensor(self.picture(index)),
-            "mask": torch.from_numpy(mask),
+            "mask": torch.from_numpy(mask.copy()),
             "index": index,
         }

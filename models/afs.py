@@ -98,7 +98,7 @@ class AFS(nn.Module):
             for layer, feature in features.items():
                 difference = feature - gt_features[layer]
                 # The mean cancels; the scale matters, since the loss's denominator has an absolute part.
-                difference = difference / deviation[layer] if deviation else difference
+                difference = difference / deviation[layer].to(device) if deviation else difference
                 for block in self.structure:
                     if layer in dict(block.layers):
                         name = f"{block.name}_{key(layer)}"

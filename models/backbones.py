@@ -2,6 +2,7 @@
 
 import logging
 import ssl
+import sys
 import urllib.error
 import urllib.parse
 from collections.abc import Iterable, Sequence
@@ -85,19 +86,15 @@ class Backbone(nn.Module):
 
     def _load(self, path: Path) -> None:
         state = state_dict_of(load_checkpoint(path))
-        own = self.feature_extractor.state_dict()
         # Files older than num_batches_tracked lack it, and nothing in eval mode reads it.
-        missing = [
-            name
-            for name in own
-            if (name not in state or state[name].shape != own[name].shape) and not name.endswith("num_batches_tracked")
-        ]
+        own = {k: v for k, v in self.feature_extractor.state_dict().items() if not k.endswith("num_batches_tracked")}
+        missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
         if missing:
             fit = len(own) - len(missing)
             raise UsageError(
                 f"{path}: {fit} of {len(own)} tensors fit {self.name} (not {missing[0]}); check net.backbone"
             )
-        self.feature_extractor.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+        self.feature_extractor.load_state_dict({name: state[name] for name in own}, strict=False)
         log.info("%s: weights of %s", path, self.name)
 
     @torch.no_grad()
@@ -166,18 +163,17 @@ class FeatureStatistics:
 
     def add(self, features: dict[str, torch.Tensor]) -> None:
         for layer, feature in features.items():
-            flat = feature.double().transpose(0, 1).flatten(1)
+            flat = feature.float().transpose(0, 1).flatten(1)
             count = torch.full_like(flat[:, 0], flat.shape[1])
-            new = torch.stack([flat.sum(1), (flat**2).sum(1), count])
+            # Summed over batches in float64, which not every device has.
+            new = torch.stack([flat.sum(1), (flat**2).sum(1), count]).cpu().double()
             self.sums[layer] = self.sums[layer] + new if layer in self.sums else new
 
     def result(self, across_ranks: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(mean (C,), deviation scalar) of each layer; the deviation is about the channels' own means."""
+        """(mean (C,), deviation scalar) of each layer on the CPU; the deviation is about the channels' own means."""
         mean, std = {}, {}
         for layer, sums in self.sums.items():
-            total = sums.float().double().clone() if sums.device.type == "mps" else sums.clone()
-            if across_ranks:
-                distributed.all_reduce_mean(total)
+            total = distributed.all_reduce_mean(sums.clone()) if across_ranks else sums
             layer_mean = total[0] / total[2]
             variance = (total[1] / total[2] - layer_mean**2).mean()
             mean[layer] = layer_mean.float()
@@ -219,7 +215,7 @@ def find_weights(name: str) -> Path:
     problem = None
     if distributed.is_main():
         try:
-            first.get_state_dict(model_dir=PRETRAIN_DIR, check_hash=True, progress=False)
+            first.get_state_dict(model_dir=PRETRAIN_DIR, check_hash=True, progress=sys.stderr.isatty())
         except (urllib.error.URLError, ssl.SSLError, OSError, RuntimeError) as error:
             problem = str(getattr(error, "reason", error))
     problem = distributed.broadcast(problem)

@@ -4,12 +4,12 @@ import logging
 import os
 import re
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from easydict import EasyDict
 from torch import nn
 
 from utils.errors import RunError, UsageError
@@ -26,11 +26,12 @@ DOWNLOADS = {
 def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: `path` is never half-written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
-    os.close(handle)
-    part = Path(name)
+    part = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
+        os.close(handle)
+        part = Path(name)
         write(part)
         with open(part, "rb") as written:
             os.fsync(written.fileno())
@@ -42,7 +43,8 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -56,7 +58,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Allows tensors, plain Python values and EasyDict (the reference's `arch`).
+    """Read a checkpoint onto the CPU. Allows tensors, plain Python values and the reference's EasyDict (as a dict).
 
     Raises:
         UsageError: the file is missing, truncated, or needs any other pickled class.
@@ -67,7 +69,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         fetch = f"; fetch {source} and put it there" if source else ""
         raise UsageError(f"{path} does not exist{fetch}")
     try:
-        with torch.serialization.safe_globals([EasyDict]):
+        # EasyDict, the one class that the reference's files need, is read as the plain dict that it holds.
+        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises UnpicklingError, RuntimeError, EOFError and others for what all means: not a readable checkpoint.

@@ -141,6 +141,26 @@ def no_sync(model: nn.Module, active: bool) -> Any:
     return model.no_sync() if active and isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
+PRECISIONS = ("off", "bf16", "fp16", "auto")
+
+
+def resolve_precision(amp: str, device: torch.device) -> str:
+    """A setting of `amp` as "off", "bf16" or "fp16"; "auto" is bf16 where the device computes in it natively.
+
+    Raises:
+        UsageError: no such precision.
+    """
+    if amp not in PRECISIONS:
+        raise UsageError(f"amp: {amp!r} is not one of {', '.join(PRECISIONS)}")
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    # A CPU without these instructions emulates bf16, many times slower.
+    native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return "bf16" if native else "off"
+
+
 def autocast(device: torch.device, precision: str) -> Any:
     """Mixed precision context: "off", "bf16" or "fp16"."""
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.distributed import resolve_precision
 from utils.errors import UsageError
 
-PRECISIONS = ("off", "bf16", "fp16")
 
-
-def precision_of(trainer: dict) -> str:
-    """trainer.amp: "off", "bf16" or "fp16"; the reference's use_fp16 means fp16."""
-    if trainer.amp not in PRECISIONS:
-        raise UsageError(f"trainer.amp: {trainer.amp!r} is not one of {', '.join(PRECISIONS)}")
-    return "fp16" if trainer.get("use_fp16") and trainer.amp == "off" else trainer.amp
+def precision_of(trainer: dict, device: torch.device) -> str:
+    """trainer.amp as "off", "bf16" or "fp16"; the reference's use_fp16 means fp16."""
+    return resolve_precision("fp16" if trainer.get("use_fp16") and trainer.amp == "off" else trainer.amp, device)
 
 
 def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:

@@ -1,0 +1,133 @@
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from easydict import EasyDict
+from torch import nn
+
+from utils.checkpoint import (
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    state_dict_of,
+    trained_checkpoint,
+    write_atomic,
+)
+from utils.errors import RunError, UsageError
+
+
+class Hostile:
+    """Its unpickling would run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    for write in (lambda p, x: torch.save(x, p), lambda p, x: p.write_bytes(pickle.dumps(x))):
+        path = tmp_path / "bad.pth.tar"
+        write(path, {"state_dict": {}, "arch": Hostile(tmp_path / "ran")})
+        with pytest.raises(UsageError, match=r"bad\.pth\.tar"):
+            load_checkpoint(path)
+        assert not (tmp_path / "ran").exists()
+
+
+def test_the_reference_s_easydict_loads(tmp_path):
+    arch = EasyDict({"net": [{"name": "afs", "kwargs": {"init_bsn": 64}}]})
+    torch.save({"epoch": 3, "arch": arch, "state_dict": {"module.w": torch.ones(2)}}, tmp_path / "a.pth.tar")
+    content = load_checkpoint(tmp_path / "a.pth.tar")
+    assert content["arch"]["net"][0]["kwargs"]["init_bsn"] == 64
+    assert list(state_dict_of(content)) == ["w"]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04junk"])
+def test_broken_files_are_named(tmp_path, content):
+    (tmp_path / "a.pth.tar").write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.pth\.tar"):
+        load_checkpoint(tmp_path / "a.pth.tar")
+
+
+def test_a_missing_openai_file_says_where_to_get_it(tmp_path):
+    with pytest.raises(UsageError, match="openaipublic"):
+        load_checkpoint(tmp_path / "256x256_diffusion.pt")
+
+
+def network():
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 5))
+
+
+def test_pretrained_weights_load_where_they_fit_and_are_reported(tmp_path, caplog):
+    source, target = network(), network()
+    state = source.state_dict()
+    state["2.weight"] = torch.zeros(7, 4)
+    state["extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "w.pt")
+    with caplog.at_level(logging.INFO, logger="realnet"):
+        load_pretrained(target, tmp_path / "w.pt", hint="the width")
+    assert "loaded 5 of 6" in caplog.text
+    assert "2.weight" in caplog.text
+    assert "extra" in caplog.text
+    assert torch.equal(target[0].weight, source[0].weight)
+    assert not torch.equal(target[2].weight, source[2].weight)
+
+
+def test_next_to_nothing_fitting_is_an_error(tmp_path):
+    torch.save({"state_dict": {"module.0.weight": torch.zeros(3, 2), "b": torch.zeros(1)}}, tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="1 of 6 tensors fit this network; check the width"):
+        load_pretrained(network(), tmp_path / "w.pt", hint="the width")
+
+
+def test_trained_weights_have_to_fit_wholly():
+    state = network().state_dict()
+    del state["0.bias"]
+    state["1.bias"] = torch.zeros(9)
+    state["surplus"] = torch.zeros(1)
+    with pytest.raises(UsageError, match=r"1 missing.*1 unexpected.*1 of another shape"):
+        load_weights(network(), state, "x.pth.tar", "the YAML")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(part):
+        part.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failing_disk_is_one_clear_error(tmp_path):
+    def fail(part):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match="No space left"):
+        write_atomic(tmp_path / "a.txt", fail)
+
+
+def test_newest_is_by_number_and_pruning_keeps_the_newest(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for epoch in (5, 10, 9, 100):
+        save_checkpoint(tmp_path / f"ckpt_{epoch}.pth.tar", {"epoch": epoch})
+    (tmp_path / "ckpt_best.pth.tar").touch()
+    assert trained_checkpoint(tmp_path).name == "ckpt_100.pth.tar"
+    prune_checkpoints(tmp_path, 2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["ckpt_10.pth.tar", "ckpt_100.pth.tar", "ckpt_best.pth.tar"]
+
+
+def test_a_model_that_is_not_trained_yet(tmp_path):
+    for path in (tmp_path, tmp_path / "none.pth.tar"):
+        with pytest.raises(UsageError, match="train the model first"):
+            trained_checkpoint(path)

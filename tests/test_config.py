@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models import build_realnet
+from tests.conftest import REALNET, REPOSITORY, settings
+from utils.config import load_config, plain
+from utils.errors import UsageError
+
+SHIPPED = sorted((REPOSITORY / "experiments").glob("*/*.yaml"))
+CONFIG = settings("data/tiny", "experiments/tiny")["realnet"]
+
+
+def written(tmp_path: Path, content: dict | str, name: str = "realnet.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_shipped_settings_are_valid(path):
+    config = load_config(path)
+    assert config.random_seed == 100
+
+
+def test_every_data_set_has_its_settings():
+    names = {"diffusion", "classifier", "sample", "realnet", "realnet_unified"}
+    for dataset in ("MVTec-AD", "VisA", "MPDD", "BTAD"):
+        assert {path.stem for path in SHIPPED if path.parent.name == dataset} == names
+    assert {path.stem for path in SHIPPED if path.parent.name == "demo"} >= names - {"realnet_unified"}
+
+
+def test_defaults_and_numbers_without_a_point(tmp_path):
+    text = yaml.safe_dump(CONFIG) + "random_seed: 7\n"
+    config = load_config(written(tmp_path, text.replace("lr: 0.001", "lr: 1e-3")))
+    assert config.trainer.optimizer.kwargs.lr == 0.001
+    assert config.dataset.test.hflip is False
+    assert config.saver.keep == 3
+    assert type(plain(config)) is dict
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer": {"max_epcoh": 3}}, "trainer.max_epcoh is not a setting; did you mean trainer.max_epoch?"),
+        ({"trainer": {"max_epoch": "ten"}}, "trainer.max_epoch: 'ten' is not a whole number"),
+        ({"trainer": {"max_epoch": True}}, "trainer.max_epoch: True is not a whole number"),
+        ({"trainer": 5}, "trainer has to be a section"),
+        ({"dataset": {"input_size": 256}}, "dataset.input_size: 256 is not a list of whole numbers"),
+        ({"structure": None}, "structure: None is not a list"),
+    ],
+)
+def test_mistakes_are_named_with_file_and_key(tmp_path, change, message):
+    content = {**CONFIG, **change}
+    path = written(tmp_path, content)
+    with pytest.raises(UsageError) as error:
+        load_config(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_all_mistakes_come_at_once(tmp_path):
+    with pytest.raises(UsageError) as error:
+        load_config(written(tmp_path, {**CONFIG, "trainer": {"a_key": 1, "amp": 2}, "sed": 1}))
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_missing_key_is_named(tmp_path):
+    with pytest.raises(UsageError, match="criterion is missing"):
+        load_config(written(tmp_path, {key: value for key, value in CONFIG.items() if key != "criterion"}))
+
+
+@pytest.mark.parametrize("text", ["a: [1", "just words", "", "a: {}: b", "x: 1"])
+def test_what_is_no_settings_file_is_refused(tmp_path, text):
+    path = written(tmp_path, text)
+    with pytest.raises(UsageError, match=str(path)):
+        load_config(path)
+
+
+def test_overrides_reach_sections_and_lists(tmp_path):
+    overrides = [
+        "trainer.max_epoch=3",
+        "trainer.optimizer.kwargs.lr=1e-5",
+        "net.backbone.kwargs.weights=random",
+        "structure.0.stride=8",
+        "dataset.train.anomaly_types={normal: 0.3, dtd: 0.7}",
+        "dataset.input_size=[64, 96]",
+    ]
+    config = load_config(written(tmp_path, CONFIG), overrides)
+    assert config.trainer.max_epoch == 3
+    assert config.trainer.optimizer.kwargs.lr == 1e-5
+    assert config.net[0].kwargs.weights == "random"
+    assert config.structure[0].stride == 8
+    assert config.dataset.train.anomaly_types == {"normal": 0.3, "dtd": 0.7}
+    assert config.dataset.input_size == [64, 96]
+
+
+@pytest.mark.parametrize(
+    "override", ["trainer.max_epoch", "trainer.max_epoch.x=1", "net.nothing.kwargs=1", "trainer.nothing=1", "a=[1"]
+)
+def test_bad_overrides_are_refused(tmp_path, override):
+    with pytest.raises(UsageError):
+        load_config(written(tmp_path, CONFIG), [override])
+
+
+# ---- what only the networks can check --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("structure.0.layers=[{idx: layer1, planes: 65}]", "layer1, which has 64 channels"),
+        ("structure.0.layers=[{idx: layer9, planes: 64}]", "layer9"),
+        ("structure.0.layers=[{planes: 64}]", "structure: block 0"),
+        ("structure=[]", "structure"),
+        ("net.backbone.kwargs.backbone=resnet19", "resnet19"),
+        ("net.backbone.kwargs.depth=3", "depth"),
+        ("net.recon.type=models.recon.Other", "models.recon.ReconstructionLayer"),
+        ("net.recon.kwargs.hide_channels_ratio=0.3", "multiple of 32"),
+        ("net.rrs.kwargs.modes=[max, median]", "median"),
+        ("net.rrs.kwargs.mode_numbers=[8, 80]", "80"),
+        ("net.rrs.kwargs.mode_numbers=[8]", "mode_numbers"),
+    ],
+)
+def test_networks_that_cannot_be_built_say_why(tmp_path, override, match):
+    config = load_config(written(tmp_path, CONFIG), [override])
+    with pytest.raises(UsageError, match=match):
+        build_realnet(config)
+
+
+def test_the_small_settings_of_the_tests_build():
+    assert build_realnet(REALNET).backbone.needs_calibration

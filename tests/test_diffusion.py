@@ -1,0 +1,248 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
+from models.sdas.diffusion import classifier_guidance, draw_noise
+from tests.rule_filled import fill, randn
+from utils.errors import UsageError
+
+PROCESS = SpacedDiffusion(1000, "ddim20", "linear")
+FULL = SpacedDiffusion(1000, "ddim1000", "linear")
+
+
+class Gaussian:
+    """The exact noise predictor of data N(mean, std^2), with v for a given variance interpolation."""
+
+    def __init__(self, mean: float, std: float, v: float = 0.0) -> None:
+        self.mean, self.std, self.v = mean, std, v
+        self.seen = []
+
+    def __call__(self, x, t, **kwargs):
+        self.seen.append(t.clone())
+        alpha_bar = torch.tensor(FULL.alphas_cumprod)[t].float()[:, None, None, None]
+        # E[eps | x_t] of jointly Gaussian x_0, eps.
+        variance = alpha_bar * self.std**2 + 1 - alpha_bar
+        eps = (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * self.mean) / variance
+        return torch.cat([eps, torch.full_like(x, self.v)], dim=1)
+
+
+def test_model_sees_the_original_timesteps():
+    model = Gaussian(0.0, 0.5)
+    PROCESS.p_sample(model, randn(0, 2, 3, 4, 4), torch.tensor([0, 19]))
+    assert model.seen[0].tolist() == [0, 950]
+
+
+def test_rescaled_timesteps_reach_1000():
+    process = SpacedDiffusion(200, "ddim200", "linear", rescale_timesteps=True)
+    assert process.model_timesteps(torch.tensor([0, 100])).tolist() == [0, 500]
+
+
+def test_q_sample_has_the_closed_form():
+    x, noise = randn(0, 2, 3, 4, 4), randn(1, 2, 3, 4, 4)
+    t = torch.tensor([3, 900])
+    alpha_bar = torch.tensor(FULL.alphas_cumprod)[t][:, None, None, None]
+    expected = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+    torch.testing.assert_close(FULL.q_sample(x, t, noise), expected.float())
+
+
+def test_learned_variance_spans_posterior_to_beta():
+    x, t = randn(0, 1, 3, 4, 4), torch.tensor([7])
+    for v, expected in ((-1.0, PROCESS.posterior_variance[7]), (1.0, PROCESS.betas[7])):
+        variance = PROCESS.p_mean_variance(Gaussian(0, 0.5, v), x, t)["variance"]
+        torch.testing.assert_close(variance, torch.full_like(variance, expected), rtol=1e-4, atol=0)
+
+
+def test_three_channels_mean_a_fixed_variance():
+    variance = PROCESS.p_mean_variance(lambda x, t: torch.zeros_like(x), randn(0, 1, 3, 4, 4), torch.tensor([7]))
+    torch.testing.assert_close(variance["variance"], torch.full((1, 3, 4, 4), PROCESS.betas[7]).float())
+
+
+@pytest.mark.parametrize("s", [0.0, 0.15, torch.tensor([0.1, 0.4])])
+def test_strength_scales_the_variance_by_one_plus_s(s):
+    x, noise, t = randn(0, 2, 3, 4, 4), randn(1, 2, 3, 4, 4), torch.tensor([5, 12])
+    model = Gaussian(0, 0.5, 0.3)
+    learned = PROCESS.p_mean_variance(model, x, t)
+    sample = PROCESS.p_sample(model, x, t, s=s, noise=noise)["sample"]
+    spread = (sample - learned["mean"]) ** 2 / (learned["variance"] * noise**2)
+    expected = 1 + torch.as_tensor(s, dtype=torch.float32).reshape(-1, 1, 1, 1).expand_as(spread)
+    torch.testing.assert_close(spread, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_ddim_adds_sqrt_s_of_the_learned_noise():
+    x, noise, t = randn(0, 2, 3, 4, 4), randn(1, 2, 3, 4, 4), torch.tensor([5, 12])
+    model = Gaussian(0, 0.5, 0.3)
+    still = PROCESS.ddim_sample(model, x, t, noise=noise)["sample"]
+    moved = PROCESS.ddim_sample(model, x, t, s=0.02, noise=noise)["sample"]
+    sigma = PROCESS.p_mean_variance(model, x, t)["variance"].sqrt()
+    torch.testing.assert_close(moved - still, math.sqrt(0.02) * sigma * noise, rtol=1e-3, atol=1e-5)
+
+
+def test_no_noise_at_the_last_step():
+    x, t = randn(0, 2, 3, 4, 4), torch.tensor([0, 0])
+    model = Gaussian(0, 0.5)
+    for step in (PROCESS.p_sample, PROCESS.ddim_sample):
+        first = step(model, x, t, s=0.2, noise=randn(1, 2, 3, 4, 4))["sample"]
+        second = step(model, x, t, s=0.2, noise=randn(2, 2, 3, 4, 4))["sample"]
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("loop", [FULL.p_sample_loop, FULL.ddim_sample_loop])
+def test_samplers_draw_the_data_distribution(loop):
+    """With the exact predictor of N(0.3, 0.1^2), samples have that mean and deviation."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = loop(Gaussian(0.3, 0.1), torch.randn(4, 3, 16, 16, generator=generator), generator=generator)
+    assert drawn.mean() == pytest.approx(0.3, abs=0.02)
+    assert drawn.std() == pytest.approx(0.1, abs=0.01)
+
+
+def test_strength_widens_the_samples():
+    deviations = []
+    for s in (0.0, 0.2, 0.5):
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(2, 3, 16, 16, generator=generator)
+        deviations.append(PROCESS.p_sample_loop(Gaussian(0.0, 0.2), noise, s=s, generator=generator).std())
+    assert deviations[0] < deviations[1] < deviations[2]
+
+
+def test_ddim_inversion_is_undone_by_ddim_sampling():
+    x = randn(0, 2, 3, 8, 8) * 0.2
+    model = Gaussian(0.0, 0.2)
+    noise = FULL.ddim_reverse_sample_loop(model, x)
+    assert noise.std() == pytest.approx(1.0, abs=0.1)
+    torch.testing.assert_close(FULL.ddim_sample_loop(model, noise), x, rtol=2e-2, atol=5e-3)
+
+
+def test_guidance_moves_the_mean_by_variance_times_gradient():
+    x, t, noise = randn(0, 2, 3, 4, 4), torch.tensor([5, 12]), torch.zeros(2, 3, 4, 4)
+    gradient = randn(3, 2, 3, 4, 4)
+    seen = []
+
+    def cond_fn(x, t, y):
+        seen.append((t.tolist(), y.tolist()))
+        return gradient
+
+    kwargs = {"model_kwargs": {"y": torch.tensor([0, 1])}, "noise": noise}
+    model = Gaussian(0, 0.5)
+    plain = PROCESS.p_sample(model, x, t, **kwargs)["sample"]
+    guided = PROCESS.p_sample(model, x, t, cond_fn=cond_fn, **kwargs)["sample"]
+    variance = PROCESS.p_mean_variance(model, x, t)["variance"]
+    torch.testing.assert_close(guided - plain, variance * gradient, rtol=1e-3, atol=1e-6)
+    assert seen == [([250, 600], [0, 1])]
+
+
+def test_classifier_guidance_is_the_gradient_of_the_log_probability():
+    weight = randn(0, 2, 3 * 4 * 4)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False))
+    classifier[1].weight.data.copy_(weight)
+    x, y = randn(1, 2, 3, 4, 4), torch.tensor([1, 0])
+    got = classifier_guidance(lambda x, t: classifier(x), 2.0)(x, torch.tensor([0, 0]), y)
+    probabilities = (x.flatten(1) @ weight.T).softmax(dim=1)
+    expected = torch.stack([weight[y[i]] - probabilities[i] @ weight for i in range(2)]).reshape_as(x)
+    torch.testing.assert_close(got, 2 * expected)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model = fill(create_diffusion_unet(32, 1, [1, 2], [2], 2, num_head_channels=32))
+
+    def draw(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = draw_noise(torch.empty(len(seeds), 3, 16, 16), generators)
+        y = torch.zeros(len(seeds), dtype=torch.long)
+        return PROCESS.p_sample_loop(model, noise, s=0.1, model_kwargs={"y": y}, generator=generators)
+
+    torch.testing.assert_close(draw([5, 6, 7])[2:], draw([7]), rtol=1e-4, atol=1e-4)
+
+
+def loss_by_hand(x, noise, t, eps, v):
+    """Nichol & Dhariwal's loss in float64 numpy, one image at a time."""
+    alpha_bar = FULL.alphas_cumprod[t]
+    x_t = math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
+    mse = ((noise - eps) ** 2).mean()
+    x0 = (x_t - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+    c1, c2 = FULL.posterior_mean_coef1[t], FULL.posterior_mean_coef2[t]
+    log_low, log_high = FULL.posterior_log_variance_clipped[t], math.log(FULL.betas[t])
+    log_var = (v + 1) / 2 * log_high + (1 - v) / 2 * log_low
+    mean, true_mean = c1 * x0 + c2 * x_t, c1 * x + c2 * x_t
+    if t > 0:
+        bits = 0.5 * (log_var - log_low + np.exp(log_low - log_var) - 1 + (true_mean - mean) ** 2 * np.exp(-log_var))
+    else:
+        cdf = lambda z: 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # noqa: E731
+        scale = np.exp(0.5 * log_var)
+        high, low = cdf((x - mean + 1 / 255) / scale), cdf((x - mean - 1 / 255) / scale)
+        p = np.where(x < -0.999, high, np.where(x > 0.999, 1 - low, high - low))
+        bits = -np.log(np.maximum(p, 1e-12))
+    return mse, bits.mean() / math.log(2)
+
+
+@pytest.mark.parametrize("t", [0, 1, 400, 999])
+def test_training_loss_equals_its_definition(t):
+    x = randn(0, 1, 3, 8, 8).clamp(-1, 1)
+    noise = randn(1, 1, 3, 8, 8)
+    eps, v = noise + 0.1 * randn(2, 1, 3, 8, 8), 0.5 * randn(3, 1, 3, 8, 8)
+    losses = FULL.training_losses(lambda x, t: torch.cat([eps, v], 1), x, torch.tensor([t]), noise=noise)
+    mse, vb = loss_by_hand(*(a.double().numpy() for a in (x, noise)), t, eps.double().numpy(), v.double().numpy())
+    assert losses["mse"].item() == pytest.approx(mse, rel=1e-4)
+    assert losses["vb"].item() == pytest.approx(vb, rel=2e-3, abs=1e-6)
+    assert losses["loss"].item() == pytest.approx(losses["mse"].item() + losses["vb"].item())
+
+
+def test_the_bound_trains_the_variance_only():
+    eps, v = torch.zeros(1, 3, 4, 4, requires_grad=True), torch.zeros(1, 3, 4, 4, requires_grad=True)
+    x = randn(0, 1, 3, 4, 4)
+    FULL.training_losses(lambda x, t: torch.cat([eps, v], 1), x, torch.tensor([500]))["vb"].sum().backward()
+    assert eps.grad is None or not eps.grad.any()
+    assert v.grad.any()
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_classifier_heads_train(pool):
+    model = create_classifier_unet(
+        32, 1, [1, 2], [2], 5, classifier_pool=pool, num_head_channels=32, image_size=(16, 24)
+    )
+    logits = model(randn(0, 2, 3, 16, 24), torch.tensor([1, 999]))
+    assert logits.shape == (2, 5)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for use_checkpoint in (False, True):
+        model = fill(create_diffusion_unet(32, 1, [1, 2], [2], 2, num_head_channels=32, use_checkpoint=use_checkpoint))
+        model(randn(0, 2, 3, 16, 16), torch.tensor([1, 9]), torch.tensor([0, 1])).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_bf16_stays_near_float32():
+    model = fill(create_diffusion_unet(32, 1, [1, 2], [2], 2, num_head_channels=32))
+    inputs = (randn(0, 2, 3, 16, 16), torch.tensor([1, 9]), torch.tensor([0, 1]))
+    with torch.no_grad():
+        exact = model(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(*inputs).float()
+    assert (exact - rough).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_a_fresh_network_predicts_zero():
+    model = create_diffusion_unet(32, 1, [1, 2], [2], 2, num_head_channels=32)
+    assert not model(randn(0, 1, 3, 16, 16), torch.tensor([5]), torch.tensor([0])).any()
+
+
+def test_a_size_that_does_not_fit_names_the_nearest():
+    model = create_diffusion_unet(32, 1, [1, 2, 2], [4], 2, num_head_channels=32)
+    with pytest.raises(UsageError, match=r"\[16, 20\]"):
+        model(randn(0, 1, 3, 17, 19), torch.tensor([5]), torch.tensor([0]))
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(UsageError, match="96 channels"):
+        create_diffusion_unet(96, 1, [1], [1], 2, num_head_channels=64)

@@ -1,0 +1,138 @@
+"""Two gloo ranks do what one process does."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from models import build_realnet
+from models.afs import channel_losses
+from tests.conftest import REALNET, two_ranks
+from tests.rule_filled import randn
+from utils import distributed
+from utils.distributed import Run
+from utils.optim import EMA, Stepper, accumulation_groups
+
+
+def batchnorm_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4, momentum=0.9, affine=False)
+    )
+
+
+def _batchnorm_in_rank(run: Run) -> None:
+    x = randn(0, 6, 3, 8, 8)
+    alone = batchnorm_network()
+    (alone(x) ** 3).mean().backward()
+    network = distributed.parallel(distributed.synchronize_batchnorm(batchnorm_network(), run), run)
+    (network(x[run.rank * 3 : run.rank * 3 + 3]) ** 3).mean().backward()
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(network.module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    for one, other in zip(alone.parameters(), network.module.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_synchronised_batchnorm_equals_one_process_with_the_whole_batch():
+    two_ranks(_batchnorm_in_rank)
+
+
+def _collectives_in_rank(run: Run) -> None:
+    assert (run.world_size, run.is_main) == (2, run.rank == 0)
+    assert distributed.broadcast(f"from {run.rank}") == "from 0"
+    gathered = distributed.gather(np.full(2, run.rank))
+    assert (gathered is None) == (run.rank == 1)
+    if gathered is not None:
+        assert [part.tolist() for part in gathered] == [[0, 0], [1, 1]]
+    assert distributed.all_reduce_mean(torch.tensor([float(run.rank)])).item() == 0.5
+    assert distributed.all_reduce_sum(torch.tensor([float(run.rank)])).item() == 1.0
+
+
+def test_collectives():
+    two_ranks(_collectives_in_rank)
+
+
+def _afs_in_rank(run: Run) -> None:
+    torch.manual_seed(0)
+    block = {"name": "b", "layers": [{"idx": "layer1", "planes": 32}], "stride": 4}
+    net = copy.deepcopy(REALNET["net"])
+    net[2]["kwargs"]["hide_channels_ratio"] = 1.0
+    network = build_realnet({"net": net, "structure": [block]})
+    batches = [
+        {"image": randn(k, 2, 3, 64, 64), "gt_image": randn(9 + k, 2, 3, 64, 64), "mask": torch.ones(2, 1, 64, 64)}
+        for k in range(2)
+    ]
+    images, gt_images = batches[run.rank]["image"], batches[run.rank]["gt_image"]
+    extract = network.backbone.feature_extractor
+    difference = extract(images)["layer1"] - extract(gt_images)["layer1"]
+    own = channel_losses(difference, batches[run.rank]["mask"], (16, 16))
+    losses = network.afs.init_indexes(network.backbone, [batches[run.rank]], 1)["b_layer1"]
+    torch.testing.assert_close(losses, distributed.all_reduce_mean(own.detach().clone()))
+    kept = distributed.gather(network.afs.indexes.b_layer1.tolist())
+    if kept is not None:
+        assert kept[0] == kept[1]
+        assert kept[0] == losses.argsort()[:32].sort().values.tolist()
+
+
+def test_afs_keeps_the_same_channels_on_every_rank():
+    two_ranks(_afs_in_rank)
+
+
+def _accumulation_in_rank(run: Run) -> None:
+    """Accumulated micro-batches over two ranks give the gradient of the whole batch."""
+    torch.manual_seed(0)
+    network = nn.Linear(5, 1)
+    x = randn(0, 12, 5)
+    network(x).square().mean().backward()
+    expected = network.weight.grad.clone()
+    network.zero_grad()
+    model = distributed.parallel(network, run)
+    mine = x[run.rank * 6 : run.rank * 6 + 6].chunk(3)
+    for micro, part in enumerate(mine):
+        with distributed.no_sync(model, micro < 2):
+            (model(part).square().mean() / 3).backward()
+        if micro < 2:
+            others = distributed.gather(network.weight.grad.clone())
+            assert others is None or not torch.equal(*others)
+    torch.testing.assert_close(network.weight.grad, expected)
+
+
+def test_gradients_are_exchanged_with_the_last_micro_batch():
+    two_ranks(_accumulation_in_rank)
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_groups_cover_the_epoch():
+    assert accumulation_groups(7, 3) == [3, 3, 1]
+    assert accumulation_groups(6, 3) == [3, 3]
+    assert accumulation_groups(2, 5) == [2]
+
+
+def test_a_step_clips_once_the_accumulated_gradient():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    stepper = Stepper(network, torch.optim.SGD(network.parameters(), lr=1.0), "off", clip_max_norm=1.0)
+    for _ in range(3):
+        stepper.backward(5 * network.weight.sum() / 3)
+    stepper.step()
+    # A norm of 5 is clipped to 1; clipping each third to 1 would have given 3.
+    torch.testing.assert_close(network.weight.item(), -1.0, rtol=1e-4, atol=0)
+    assert network.weight.grad is None
+
+
+def test_ema_warms_up():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    ema = EMA(network, 0.9999)
+    nn.init.ones_(network.weight)
+    expected = 0.0
+    for k in range(50):
+        ema.update(network)
+        decay = min(0.9999, (1 + k) / (10 + k))
+        expected = decay * expected + (1 - decay)
+    # Without warm-up it would be 0.005.
+    torch.testing.assert_close(ema.model.weight.item(), expected)
+    assert ema.model.weight.item() > 0.99

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.images import SharedCache, flip_and_rotate, normalize, read_mask, read_picture
+from utils.errors import UsageError
+
+
+def gradient(height=40, width=60):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (64, 64), (17, 91)])
+def test_resize_equals_pillows_antialiased_bilinear(tmp_path, size):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    expected = np.asarray(Image.fromarray(gradient()).resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=None))
+    got = read_picture(tmp_path / "a.png", size)
+    assert np.abs(got.astype(int) - expected).max() <= 1
+
+
+def test_formats_become_rgb(tmp_path):
+    image = Image.fromarray(gradient())
+    grey = image.convert("L")
+    image.convert("P").save(tmp_path / "palette.png")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    grey.save(tmp_path / "grey.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 256).save(tmp_path / "deep.png")
+    for name in ("palette.png", "alpha.png", "cmyk.jpg", "grey.png", "deep.png"):
+        read = read_picture(tmp_path / name)
+        assert read.shape == (40, 60, 3), name
+        assert read.dtype == np.uint8, name
+    np.testing.assert_array_equal(read_picture(tmp_path / "alpha.png"), gradient())
+    np.testing.assert_array_equal(read_picture(tmp_path / "deep.png"), read_picture(tmp_path / "grey.png"))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(gradient()).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), np.rot90(gradient(), -1))
+
+
+def test_color_modes(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", color_mode="BGR"), gradient()[..., ::-1])
+    grey = read_picture(tmp_path / "a.png", color_mode="GRAY")
+    assert np.ptp(grey, axis=2).max() == 0
+
+
+def test_masks_are_anomalous_above_zero_and_resized_to_the_nearest(tmp_path):
+    values = np.zeros((8, 8), np.uint8)
+    values[2:4, 2:4] = 3  # VisA's masks hold small numbers
+    Image.fromarray(values).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), values > 0)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", (4, 4)), (values > 0)[::2, ::2])
+    doubled = read_mask(tmp_path / "m.png", (16, 16))
+    np.testing.assert_array_equal(doubled, np.kron(values > 0, np.ones((2, 2))))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+def test_unreadable_pictures_are_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content is None:
+        Image.fromarray(gradient()).save(path)
+        content = path.read_bytes()[:200]
+    path.write_bytes(content)
+    for read in (read_picture, read_mask):
+        with pytest.raises(UsageError, match=r"broken\.png"):
+            read(path)
+
+
+def test_normalize_is_the_formula():
+    image = gradient(3, 4)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = (image / 255.0 - mean) / std
+    np.testing.assert_allclose(normalize(image, mean, std).numpy(), expected.transpose(2, 0, 1), atol=1e-6)
+
+
+def test_flips_treat_all_arrays_alike():
+    image = gradient(5, 7)
+    for seed in range(10):
+        a, b = flip_and_rotate([image, image[..., 0]], np.random.default_rng(seed), True, True, True)
+        np.testing.assert_array_equal(a[..., 0], b)
+        assert a.shape == image.shape
+
+
+def test_cache_keeps_within_its_budget():
+    cache = SharedCache(10, (512, 1024, 1), 2)
+    assert cache.kept == 4
+    item = np.full((512, 1024, 1), 7, np.uint8)
+    for index in (0, 9):
+        assert cache.get(index) is None
+        cache.put(index, item)
+    np.testing.assert_array_equal(cache.get(0), item)
+    assert cache.get(9) is None
+
+
+def _put_in_worker(rank, cache):
+    cache.put(3, np.full((4, 4), rank + 5, np.uint8))
+
+
+def test_cache_is_shared_with_other_processes():
+    cache = SharedCache(5, (4, 4), 1)
+    torch.multiprocessing.spawn(_put_in_worker, (cache,), nprocs=1)
+    np.testing.assert_array_equal(cache.get(3), np.full((4, 4), 5))

@@ -1,0 +1,129 @@
+import json
+
+import pytest
+import torch
+
+from datasets.images import SharedCache
+from datasets.loaders import EpochBatches, SharedBatches, make_loader
+from datasets.meta import Sample, class_names, listed_classes, read_list, write_list
+from datasets.realnet import Appearance, RealNetTestSet
+from datasets.sdas import SDASDataset
+from utils.distributed import Run
+from utils.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def test_lists_survive_a_round_trip(tiny_data):
+    path = tiny_data / "samples" / "test_dots.json"
+    samples = read_list(path, tiny_data / "images")
+    write_list(path, samples)
+    assert read_list(path, tiny_data / "images") == samples
+    assert [sample.label for sample in samples] == [0] * 4 + [1] * 4
+    assert samples[-1].kind == "spot"
+    assert json.loads(path.read_text().splitlines()[-1])["label_name"] == "defective"
+
+
+def test_class_is_the_fourth_part_from_the_right(tiny_data):
+    path = tiny_data / "list.json"
+    path.write_text('{"filename": "dots/train/good/000.png", "label": 0}\n\n')
+    assert class_names(read_list(path, tiny_data / "images")) == ["dots"]
+
+
+def test_a_defect_without_a_mask_file_is_unknown():
+    assert Sample("a/test/good/0.png", 0, "a").mask_known
+    assert not Sample("a/test/bad/0.png", 1, "a").mask_known
+    assert Sample("a/test/bad/0.png", 1, "a", "m.png").mask_known
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("{", "JSON"),
+        ("[]", "filename"),
+        ('{"label": 0}', "filename"),
+        ('{"filename": "dots/train/good/000.png"}', "label"),
+        ('{"filename": "dots/train/good/000.png", "label": 2}', "label is 2"),
+        ('{"filename": "dots/train/good/nope.png", "label": 0}', r"nope\.png does not exist"),
+        ('{"filename": "../samples/x.png", "label": 0, "clsname": "dots"}', "leaves"),
+        ('{"filename": "/etc/hostname", "label": 0, "clsname": "dots"}', "leaves"),
+        ('{"filename": "a.png", "label": 0}', "clsname"),
+        ('{"filename": "dots/train/good/000.png", "label": 1, "maskname": "no.png"}', r"no\.png does not exist"),
+    ],
+)
+def test_a_bad_line_is_named(tiny_data, line, match):
+    path = tiny_data / "list.json"
+    path.write_text('{"filename": "dots/train/good/000.png", "label": 0}\n' + line + "\n")
+    with pytest.raises(UsageError, match=match) as error:
+        read_list(path, tiny_data / "images")
+    assert f"{path}, line 2" in str(error.value)
+
+
+def test_listed_classes_follow_the_pattern(tiny_data):
+    assert listed_classes(f"{tiny_data}/samples/train_{{}}.json") == ["dots", "lines"]
+    assert listed_classes(f"{tiny_data}/samples/train_uni.json") == []
+
+
+# ---- loaders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 2), (11, 2), (7, 3)])
+def test_training_batches_cover_every_sample_evenly(length, world):
+    ranks = [EpochBatches(length, 3, Run(rank, world, CPU), seed=1) for rank in range(world)]
+    seen = [list(batches) for batches in ranks]
+    assert [len(batches) for batches in ranks] == [len(batches) for batches in seen]
+    assert len({len(batches) for batches in seen}) == 1
+    indices = [index for batches in seen for batch in batches for _, index in batch]
+    assert set(indices) == set(range(length))
+    assert len(indices) < length + world
+
+
+def test_training_batches_are_shuffled_anew_in_each_epoch():
+    batches = EpochBatches(20, 4, Run(0, 1, CPU), seed=1)
+    first = list(batches)
+    assert first == list(batches)
+    batches.set_epoch(1)
+    assert [i for b in first for _, i in b] != [i for b in batches for _, i in b]
+    assert {epoch for b in batches for epoch, _ in b} == {1}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_test_batches_are_the_same_for_any_number_of_ranks(world):
+    ranks = [list(SharedBatches(10, 4, Run(rank, world, CPU))) for rank in range(world)]
+    together = sorted(batch for batches in ranks for batch in batches)
+    assert together == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_any_number_of_workers_gives_the_same_samples(tiny_data):
+    samples = read_list(tiny_data / "samples" / "train_uni.json", tiny_data / "images")
+    seen = []
+    for workers in (0, 1, 2):
+        dataset = SDASDataset(
+            samples, tiny_data / "images", ["dots", "lines"], (16, 16), 3, True, True, True, cache_mb=1
+        )
+        batches = EpochBatches(len(dataset), 4, Run(0, 1, CPU), seed=1)
+        loader = make_loader(dataset, batches, workers, Run(0, 1, CPU))
+        epochs = []
+        for epoch in range(2):
+            batches.set_epoch(epoch)
+            epochs += [batch["image"] for batch in loader]
+        seen.append(torch.cat(epochs))
+        assert dataset.cache.filled.all()
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    assert -1 <= seen[0].min() < seen[0].max() <= 1
+    # The augmentations of the second epoch are others.
+    assert not torch.equal(seen[0][:16].sort(dim=0).values, seen[0][16:].sort(dim=0).values)
+
+
+def test_test_set_reads_masks(tiny_data):
+    samples = read_list(tiny_data / "samples" / "test_dots.json", tiny_data / "images")
+    dataset = RealNetTestSet(samples, tiny_data / "images", Appearance((32, 32), (0.5,) * 3, (0.5,) * 3))
+    areas = [int(dataset[i]["mask"].sum()) for i in range(len(dataset))]
+    assert areas == [0] * 4 + [64] * 4
+    assert dataset[5]["index"] == 5
+
+
+def test_an_empty_cache_keeps_nothing():
+    cache = SharedCache(3, (2, 2), 0)
+    assert cache.get(0) is None

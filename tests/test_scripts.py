@@ -1,0 +1,413 @@
+"""The five commands, run as a user runs them: plain, under torchrun and under torch.distributed.launch."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import CLASSES, Workspace, settings
+from utils.checkpoint import load_checkpoint
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29731")
+
+
+@pytest.fixture(scope="module")
+def diffusion(workspace: Workspace) -> Workspace:
+    workspace.run("train_diffusion.py")
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def classifier(workspace: Workspace) -> Workspace:
+    workspace.run("train_classifier.py")
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def realnet(workspace: Workspace) -> Workspace:
+    workspace.run("train_realnet.py", "--class_name", "all")
+    return workspace
+
+
+def elsewhere(workspace: Workspace, stage: str) -> list[str]:
+    """Settings that send a run's outputs to folders of their own."""
+    folders = {"checkpoints_dir": "checkpoints", "log_dir": "log", "vis_dir": "vis", "results_dir": "results"}
+    return [part for key, name in folders.items() for part in ("--set", f"saver.{key}={stage}/{name}")]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["state_dict"]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- diffusion -------------------------------------------------------------------------------------------------------
+
+
+def test_diffusion_writes_checkpoints_sheets_and_logs(diffusion):
+    content = load_checkpoint(diffusion.out / "diffusion_checkpoints/ckpt_2.pth.tar")
+    assert {"epoch", "arch", "state_dict", "loss", "ema_state_dict"} <= set(content)
+    assert content["epoch"] == 2
+    assert content["classes"] == list(CLASSES)
+    assert content["step"] == 4  # 4 batches an epoch, 3 accumulated
+    averaged = content["ema_state_dict"]["input_blocks.0.0.weight"]
+    assert not torch.equal(averaged, content["state_dict"]["input_blocks.0.0.weight"])
+    for name in CLASSES:
+        assert (diffusion.out / f"diffusion_vis/epoch_2/{name}.png").is_file()
+    log = (diffusion.out / "diffusion_log/train_diffusion.log").read_text()
+    assert "reconstruction error" in log
+    assert list((diffusion.out / "diffusion_log/train_diffusion").glob("events.*"))
+
+
+def test_diffusion_is_the_same_twice_and_for_any_number_of_workers(diffusion):
+    arguments = elsewhere(diffusion, "again")
+    diffusion.run("train_diffusion.py", *arguments, "--set", "dataset.workers=2")
+    name = "ckpt_2.pth.tar"
+    assert_same_weights(diffusion.out / "diffusion_checkpoints" / name, diffusion.out / "again/checkpoints" / name)
+
+
+def test_diffusion_resumes_and_keeps_the_newest_checkpoints(diffusion):
+    arguments = [*elsewhere(diffusion, "resumed"), "--set", "saver.keep=1"]
+    diffusion.run("train_diffusion.py", *arguments, "--set", "trainer.max_epoch=1")
+    done = diffusion.run("train_diffusion.py", *arguments, "--resume")
+    assert "after epoch 1" in done.stdout
+    folder = diffusion.out / "resumed/checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["ckpt_2.pth.tar"]
+    assert_same_weights(diffusion.out / "diffusion_checkpoints/ckpt_2.pth.tar", folder / "ckpt_2.pth.tar")
+
+
+def test_diffusion_starts_from_a_file_and_says_what_fitted(diffusion):
+    path = diffusion.out / "diffusion_checkpoints/ckpt_2.pth.tar"
+    arguments = [*elsewhere(diffusion, "tuned"), "--set", "trainer.max_epoch=1"]
+    done = diffusion.run("train_diffusion.py", *arguments, "--set", f"unet.pertrain_path={path}")
+    count = len(weights(path))
+    assert f"loaded {count} of {count} tensors" in done.stdout
+    torch.save({"a": torch.zeros(1)}, diffusion.root / "other.pt")
+    failed = diffusion.run(
+        "train_diffusion.py", *arguments, "--set", f"unet.pertrain_path={diffusion.root}/other.pt", code=2
+    )
+    assert "0 of " in failed.stderr
+    assert "unet.classifier_width" in failed.stderr
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "launch"])
+def test_diffusion_under_two_ranks(diffusion, launcher):
+    diffusion.run("train_diffusion.py", *elsewhere(diffusion, "ranks"), launcher=launcher)
+    assert (diffusion.out / "ranks/checkpoints/ckpt_2.pth.tar").is_file()
+    assert {path.stem for path in (diffusion.out / "ranks/vis/epoch_2").iterdir()} == set(CLASSES)
+    shutil.rmtree(diffusion.out / "ranks")
+
+
+# ---- classifier ------------------------------------------------------------------------------------------------------
+
+
+def test_classifier_reports_accuracy_also_against_t(classifier):
+    content = load_checkpoint(classifier.out / "classifier_checkpoints/ckpt_2.pth.tar")
+    assert {"epoch", "arch", "state_dict", "acc"} <= set(content)
+    log = (classifier.out / "classifier_log/train_classifier.log").read_text()
+    assert "top-1" in log
+    assert "top-3 1.0000" in log  # two classes
+    assert len(log.splitlines()[-2].split("to T: ")[1].split()) == 10
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "launch"])
+def test_classifier_under_two_ranks_counts_every_picture_once(classifier, launcher):
+    done = classifier.run("train_classifier.py", *elsewhere(classifier, "ranks"), launcher=launcher)
+    assert "over 8 pictures" in done.stdout
+
+
+def test_classifier_resumes(classifier):
+    arguments = elsewhere(classifier, "resumed_classifier")
+    classifier.run("train_classifier.py", *arguments, "--set", "trainer.max_epoch=1")
+    classifier.run("train_classifier.py", *arguments, "--resume")
+    name = "ckpt_2.pth.tar"
+    assert_same_weights(
+        classifier.out / "classifier_checkpoints" / name, classifier.out / "resumed_classifier/checkpoints" / name
+    )
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def drawn(folder: Path) -> dict[int, np.ndarray]:
+    return {int(path.stem.split("_")[1]): np.asarray(Image.open(path)) for path in folder.glob("*.jpg")}
+
+
+def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
+    root = diffusion.data / "sdas"
+    diffusion.run("sample.py")
+    plain = {name: drawn(root / name) for name in CLASSES}
+    assert {name: sorted(pictures) for name, pictures in plain.items()} == {name: list(range(5)) for name in CLASSES}
+    assert plain["dots"][0].shape == (16, 16, 3)
+    assert not np.array_equal(plain["dots"][0], plain["lines"][0])
+
+    # What exists is not drawn again; what is missing is drawn as it was.
+    untouched = root / "dots/rank0_0.jpg"
+    stamp = untouched.stat().st_mtime_ns
+    (root / "dots/rank0_2.jpg").unlink()
+    done = diffusion.run("sample.py", "--class_name", "dots")
+    assert "4 of them were there before" in done.stdout
+    assert untouched.stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(drawn(root / "dots")[2], plain["dots"][2])
+
+    for launcher in (TORCHRUN, LAUNCH):
+        diffusion.run("sample.py", "--overwrite", launcher=launcher)
+        for name in CLASSES:
+            assert len(list((root / name).glob("rank*.jpg"))) == 5
+            assert any(path.name.startswith("rank1_") for path in (root / name).iterdir())
+            for i, picture in drawn(root / name).items():
+                np.testing.assert_array_equal(picture, plain[name][i])
+
+    diffusion.run("sample.py", "--class_name", "dots", "--overwrite", "--set", "dataset.batch_size=1")
+    for i, picture in drawn(root / "dots").items():
+        assert np.abs(picture.astype(int) - plain["dots"][i]).max() <= 8  # JPEG of values rounded the other way
+        assert np.abs(picture.astype(int) - plain["dots"][i]).mean() < 0.05
+
+    diffusion.run("sample.py", "--class_name", "dots", "--overwrite", "--seed", "5")
+    assert not np.array_equal(drawn(root / "dots")[0], plain["dots"][0])
+
+
+def test_sampling_options_change_the_pictures(diffusion, classifier):
+    root = diffusion.data / "options"
+    seen = set()
+    for options in (
+        [],
+        ["--no-classifier"],
+        ["--sampler", "ddim", "--strength", "0.01", "0.03"],
+        ["--steps", "2"],
+        ["--strength", "0.5", "0.9"],
+    ):
+        arguments = ["--set", f"workspace.root={root}", "--set", "sample_number=1", "--overwrite"]
+        diffusion.run("sample.py", "--class_name", "dots", *arguments, *options)
+        seen.add(drawn(root / "dots")[0].tobytes())
+    assert len(seen) == 5
+
+
+def test_sampling_without_a_classifier_section(diffusion):
+    config = settings("data/tiny", "experiments/tiny")["sample"]
+    path = diffusion.write_settings("sample_unguided", {**config, "classifier": None})
+    root = diffusion.data / "unguided"
+    diffusion.run("sample.py", "--config", str(path), "--set", f"workspace.root={root}", "--class_name", "lines")
+    assert sorted(drawn(root / "lines")) == list(range(5))
+
+
+def test_preview_draws_a_strip_and_nothing_else(diffusion, classifier):
+    root = diffusion.data / "previewed"
+    diffusion.run("sample.py", "--preview", "--set", f"workspace.root={root}")
+    for name in CLASSES:
+        strip = np.asarray(Image.open(diffusion.out / f"sample_vis/{name}.png"))
+        assert strip.shape[1] == 7 * 16 + 6 * 4
+    assert not root.exists()
+
+
+# ---- RealNet and evaluation ------------------------------------------------------------------------------------------
+
+
+def test_realnet_writes_checkpoints_and_training_samples(realnet):
+    for name in CLASSES:
+        content = load_checkpoint(realnet.out / f"realnet_checkpoints/{name}/ckpt_best.pth.tar")
+        assert {"epoch", "arch", "state_dict", "best_metric"} <= set(content)
+        assert 0 <= content["best_metric"] <= 1
+        kept = content["state_dict"]["afs.indexes.block1_layer1"]
+        assert kept.dtype == torch.int64
+        sheet = np.asarray(Image.open(realnet.out / f"realnet_vis/{name}/training_samples.png"))
+        assert sheet.shape[1] == 4 * 64 + 3 * 4
+    log = (realnet.out / "realnet_log/dots/train_realnet.log").read_text()
+    assert "RANDOM weights" in log
+    assert "kept 64 of 64 channels" in log
+
+
+def test_realnet_is_the_same_twice_and_for_any_number_of_workers(realnet):
+    arguments = [*elsewhere(realnet, "again"), "--set", "dataset.workers=2"]
+    realnet.run("train_realnet.py", "--class_name", "dots", *arguments)
+    name = "dots/ckpt_last.pth.tar"
+    assert_same_weights(realnet.out / "realnet_checkpoints" / name, realnet.out / "again/checkpoints" / name)
+
+
+def test_realnet_resumes(realnet):
+    arguments = [*elsewhere(realnet, "resumed"), "--class_name", "dots"]
+    realnet.run("train_realnet.py", *arguments, "--set", "trainer.max_epoch=1")
+    done = realnet.run("train_realnet.py", *arguments, "--resume")
+    assert "after epoch 1" in done.stdout
+    name = "dots/ckpt_last.pth.tar"
+    assert_same_weights(realnet.out / "realnet_checkpoints" / name, realnet.out / "resumed/checkpoints" / name)
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "launch"])
+def test_realnet_under_two_ranks(realnet, launcher):
+    realnet.run("train_realnet.py", "--class_name", "dots", *elsewhere(realnet, "ranks"), launcher=launcher)
+    assert (realnet.out / "ranks/checkpoints/dots/ckpt_best.pth.tar").is_file()
+    shutil.rmtree(realnet.out / "ranks")
+
+
+def table_of(stdout: str) -> list[str]:
+    lines = stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("class "))
+    return lines[start : start + 2 + len(CLASSES)]
+
+
+def test_evaluation_prints_the_same_for_any_number_of_ranks(realnet):
+    tables, files = [], []
+    for launcher in ((), TORCHRUN, LAUNCH):
+        done = realnet.run("evaluation_realnet.py", "--class_name", "all", launcher=launcher)
+        tables.append(table_of(done.stdout))
+        files.append((realnet.out / "realnet_results/metrics.json").read_text())
+    assert tables[0] == tables[1] == tables[2]
+    assert files[0] == files[1] == files[2]
+    assert [line.split()[0] for line in tables[0]] == ["class", *CLASSES, "mean"]
+    metrics = json.loads(files[0])
+    assert metrics["mean"]["pixel_auroc"] == pytest.approx(np.mean([metrics[c]["pixel_auroc"] for c in CLASSES]))
+    for kind, count in (("good", 4), ("spot", 4)):
+        pictures = list((realnet.out / f"realnet_vis/dots/{kind}").glob("*.png"))
+        assert len(pictures) == count
+        assert np.asarray(Image.open(pictures[0])).shape[1] == 3 * 64 + 2 * 4
+
+
+def test_the_reference_s_checkpoints_evaluate(realnet):
+    from easydict import EasyDict
+
+    own = load_checkpoint(realnet.out / "realnet_checkpoints/dots/ckpt_best.pth.tar")
+    path = realnet.root / "reference.pth.tar"
+    state = {f"module.{name}": value for name, value in own["state_dict"].items()}
+    arch = EasyDict({"net": own["arch"]})
+    torch.save({"epoch": 1, "arch": arch, "state_dict": state, "best_metric": 0.5}, path)
+    arguments = ["--class_name", "dots", "--no-pictures"]
+    ours = realnet.run("evaluation_realnet.py", *arguments)
+    theirs = realnet.run("evaluation_realnet.py", *arguments, "--checkpoint", str(path))
+    assert table_of(ours.stdout)[:2] == table_of(theirs.stdout)[:2]
+
+
+def test_evaluation_without_masks_says_so(realnet, tmp_path):
+    lines = [json.loads(line) for line in (realnet.data / "samples/test_dots.json").read_text().splitlines()]
+    for line in lines:
+        line.pop("maskname", None)
+    (tmp_path / "test.json").write_text("\n".join(map(json.dumps, lines)))
+    config = settings("data/tiny", "experiments/tiny")["realnet"]
+    path = realnet.write_settings("no_masks", config)
+    (tmp_path / "test_dots.json").write_text((tmp_path / "test.json").read_text())
+    arguments = [
+        "--config",
+        str(path),
+        "--class_name",
+        "dots",
+        "--set",
+        f"dataset.test.meta_file={tmp_path}/test_{{}}.json",
+    ]
+    cells = table_of(realnet.run("evaluation_realnet.py", *arguments).stdout)[1].split()
+    assert cells[2:4] == ["n/a", "n/a"]
+    assert cells[1] != "n/a"
+    done = realnet.run("train_realnet.py", *arguments, *elsewhere(realnet, "no_masks"))
+    assert "image_auroc" in done.stdout
+    assert "pixel_auroc" not in done.stdout
+
+
+def test_one_model_for_all_classes(workspace):
+    config = settings("data/tiny", "experiments/tiny")["realnet"]
+    config["dataset"]["train"]["meta_file"] = "data/tiny/samples/train_uni.json"
+    config["dataset"]["test"]["meta_file"] = "data/tiny/samples/test_uni.json"
+    config["net"] = [
+        {**part, "type": "models.recon.SimpleReconstructionLayer", "kwargs": {}} if part["name"] == "recon" else part
+        for part in config["net"]
+    ]
+    path = str(workspace.write_settings("realnet_unified", config))
+    workspace.run("train_realnet.py", "--config", path)
+    assert (workspace.out / "realnet_checkpoints/uni/ckpt_best.pth.tar").is_file()
+    done = workspace.run("evaluation_realnet.py", "--config", path, "--set", "saver.results_dir=unified/")
+    assert [line.split()[0] for line in table_of(done.stdout)] == ["class", *CLASSES, "mean"]
+
+
+# ---- wrong use -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_realnet.py", [], "--class_name is missing: one of dots, lines"),
+        ("train_realnet.py", ["--class_name", "squares"], "known are dots, lines"),
+        ("train_realnet.py", ["--class_name", "dots", "--set", "trainer.max_epcoh=1"], "trainer.max_epoch?"),
+        (
+            "train_realnet.py",
+            [
+                "--class_name",
+                "dots",
+                "--set",
+                "dataset.train.anomaly_types={sdas: 1.0}",
+                "--set",
+                "dataset.train.sdas_dir=no/{}",
+            ],
+            "sample.py",
+        ),
+        ("train_realnet.py", ["--class_name", "dots", "--set", "trainer.optimizer.type=Adem"], "Adem"),
+        ("train_realnet.py", ["--class_name", "dots", "--device", "cuda"], "--device cpu"),
+        ("evaluation_realnet.py", ["--class_name", "dots", "--checkpoint", "no.pth.tar"], "no.pth.tar"),
+        ("train_diffusion.py", ["--config", "no.yaml"], "no.yaml does not exist"),
+        ("train_diffusion.py", ["--set", "unet.class_number=1"], "unet.class_number"),
+        ("train_diffusion.py", ["--set", "unet.pertrain_path=pretrain/256x256_diffusion.pt"], "openaipublic"),
+        ("train_diffusion.py", ["--set", "trainer.amp=half"], "half"),
+        ("train_classifier.py", ["--set", "classifier.classifier_pool=max"], "classifier_pool"),
+        ("sample.py", ["--set", "unet.pertrain_path=experiments/nothing/"], "train the model first"),
+        ("sample.py", ["--class_name", "squares", "--set", "unet.pertrain_path=MODEL"], "dots, lines"),
+        ("sample.py", ["--strength", "0.3", "0.1"], "range"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(diffusion, script, arguments, message):
+    model = str(diffusion.out / "diffusion_checkpoints/")
+    done = diffusion.run(script, *(part.replace("MODEL", model) for part in arguments), code=2)
+    assert message in done.stderr
+
+
+def test_an_unknown_data_set_offers_the_known(workspace):
+    done = workspace.run("train_diffusion.py", "--dataset", "nothing", code=2)
+    assert "known are tiny" in done.stderr
+
+
+def test_a_broken_picture_found_by_a_worker_is_named(tmp_path):
+    workspace = Workspace(tmp_path)
+    (workspace.data / "images/dots/train/good/003.png").write_bytes(b"broken")
+    for workers in (0, 1):
+        arguments = ["--class_name", "dots", "--set", f"dataset.workers={workers}"]
+        done = workspace.run("train_realnet.py", *arguments, code=2)
+        assert "dots/train/good/003.png is not a readable picture" in done.stderr
+
+
+def test_wrong_use_is_printed_once_under_ranks(workspace):
+    done = workspace.run("train_realnet.py", "--class_name", "squares", launcher=TORCHRUN, code=1)
+    assert done.stderr.count("known are dots, lines") == 1
+
+
+def test_offline_weights_end_in_one_line_and_exit_code_1(workspace):
+    arguments = ["--class_name", "dots", "--set", "net.backbone.kwargs.weights=auto"]
+    environment = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        done = workspace.run("train_realnet.py", *arguments, code=1)
+    assert "resnet18-f37072fd.pth" in done.stderr
+    assert "put it into pretrain/" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_demo_data_is_made_whole(tmp_path):
+    from datasets.demo import CLASSES as DEMO
+    from datasets.demo import DEFECTS, SPLIT_COLUMN, make_demo
+    from datasets.meta import read_list
+
+    make_demo(tmp_path)
+    for name in DEMO:
+        train = read_list(tmp_path / f"samples/train_{name}.json", tmp_path / "images")
+        test = read_list(tmp_path / f"samples/test_{name}.json", tmp_path / "images")
+        assert (len(train), len(test)) == (120, 30 + 10 * len(DEFECTS))
+        for sample in test:
+            if sample.label:
+                mask = np.asarray(Image.open(tmp_path / "images" / sample.maskname))
+                assert 0.001 < (mask > 0).mean() < 0.2
+    assert SPLIT_COLUMN < 512 - 128

@@ -1,0 +1,283 @@
+"""Foreground, Perlin masks, blending, augmentations, and the training samples made of them."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from skimage import morphology
+
+from datasets.anomaly import AUGMENTATIONS, augment_texture, blend
+from datasets.catalog import CATALOG, ForegroundRule
+from datasets.foreground import apply_rule, auto_rule, foreground_mask, foreground_of
+from datasets.images import list_pictures
+from datasets.meta import read_list
+from datasets.perlin import perlin_mask, perlin_noise
+from datasets.realnet import Appearance, RealNetTrainSet, Synthesis
+from utils.errors import UsageError
+
+
+def slow_perlin(height, width, rows, columns, rng):
+    """The definition, pixel by pixel in float64."""
+    angles = rng.uniform(0, 2 * np.pi, (rows + 1, columns + 1))
+    gy, gx = np.cos(angles), np.sin(angles)
+    fade = lambda t: 6 * t**5 - 15 * t**4 + 10 * t**3  # noqa: E731
+    out = np.zeros((height, width))
+    for py in range(height):
+        for px in range(width):
+            y, x = py * rows / height, px * columns / width
+            i, j = int(y), int(x)
+            v, u = y - i, x - j
+            dot = lambda a, b: gy[i + a, j + b] * (v - a) + gx[i + a, j + b] * (u - b)  # noqa: B023, E731
+            top = dot(0, 0) + fade(u) * (dot(0, 1) - dot(0, 0))
+            bottom = dot(1, 0) + fade(u) * (dot(1, 1) - dot(1, 0))
+            out[py, px] = np.sqrt(2) * (top + fade(v) * (bottom - top))
+    return out
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 4, 2), (20, 33, 8, 1), (7, 9, 3, 5)])
+def test_perlin_noise_equals_its_definition(shape):
+    fast = perlin_noise(*shape, np.random.default_rng(1))
+    np.testing.assert_allclose(fast, slow_perlin(*shape, np.random.default_rng(1)), atol=1e-5)
+
+
+@given(st.integers(8, 70), st.integers(8, 70), st.integers(0, 10**6))
+def test_perlin_masks_are_binary_for_any_size(height, width, seed):
+    mask = perlin_mask(height, width, np.random.default_rng(seed))
+    assert mask.shape == (height, width)
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) <= {0, 1}
+
+
+def test_perlin_masks_vary_and_usually_cover_some_of_the_picture():
+    areas = [perlin_mask(64, 64, np.random.default_rng(seed)).mean() for seed in range(200)]
+    assert 0.02 < np.mean(areas) < 0.4
+    assert np.mean(np.array(areas) > 0) > 0.6
+    assert len(set(areas)) > 100
+
+
+def test_blend_is_the_formula():
+    rng = np.random.default_rng(0)
+    image, source = rng.integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
+    mask = rng.integers(0, 2, (5, 6), dtype=np.uint8)
+    m = mask[..., None].astype(float)
+    expected = (1 - m) * image + m * (0.3 * source + 0.7 * image.astype(float))
+    np.testing.assert_allclose(blend(image, source, mask, 0.3), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda f: f.__name__)
+def test_augmentations_keep_shape_and_type_and_do_something(augmentation):
+    image = np.random.default_rng(0).integers(30, 200, (24, 32, 3), dtype=np.uint8)
+    before, changed = image.copy(), 0
+    for seed in range(5):
+        out = augmentation(image, np.random.default_rng(seed))
+        assert out.shape == image.shape
+        assert out.dtype == np.uint8
+        changed += not np.array_equal(out, image)
+    assert changed >= 4
+    np.testing.assert_array_equal(image, before)
+
+
+def test_texture_augmentation_follows_its_generator():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    first, again, other = (augment_texture(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+# ---- foreground ------------------------------------------------------------------------------------------------------
+
+
+def disc(inside: int, outside: int, side: int = 64) -> np.ndarray:
+    """A disc of one grey on another, with a little noise."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    grey = np.where(np.hypot(y, x) < side / 3, inside, outside)
+    grey = grey + np.random.default_rng(0).integers(-3, 4, grey.shape)
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def truth(side: int = 64) -> np.ndarray:
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    return np.hypot(y, x) < side / 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "inside", "outside"),
+    [
+        ("MVTec-AD", "pill", 200, 40),
+        ("mvtec", "hazelnut", 200, 40),
+        ("MVTec-AD", "bottle", 40, 200),
+        ("VisA", "pcb1", 200, 40),
+        ("visa", "candle", 200, 40),
+        ("MPDD", "connector", 40, 200),
+        ("MPDD", "tubes", 200, 40),
+        ("btad", "01", 200, 40),
+    ],
+)
+def test_foreground_rules_find_the_object(dataset, name, inside, outside):
+    mask = foreground_mask(disc(inside, outside), dataset, name)
+    assert mask.dtype == np.uint8
+    assert np.mean(mask == truth()) > 0.95
+    # The other polarity finds the background instead.
+    assert np.mean(foreground_mask(disc(outside, inside), dataset, name) == truth()) < 0.5
+
+
+@pytest.mark.parametrize("sides", [(6, 0), (0, 6), (6, 6), (15, 6), (8, 3)])
+def test_morphology_equals_scikit_image(sides):
+    image = np.repeat((np.random.default_rng(0).random((160, 192, 1)) * 255).astype(np.uint8), 3, axis=2)
+    image = cv2.GaussianBlur(image, (0, 0), 3)
+    mask = image[..., 0] > int(image.mean())
+    for operation, side in zip((morphology.closing, morphology.opening), sides, strict=True):
+        mask = operation(mask, np.ones((side, side))) if side else mask
+    got = apply_rule(image, ForegroundRule(threshold=int(image.mean()), close=sides[0], open=sides[1]))
+    inside = (slice(45, -45), slice(45, -45))  # libraries differ in what they assume beyond the border
+    np.testing.assert_array_equal(got[inside], mask[inside])
+    assert 0.05 < got[inside].mean() < 0.95
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names"),
+    [
+        ("MVTec-AD", "carpet leather tile wood cable transistor"),
+        ("VisA", "capsules"),
+        ("BTAD", "02"),
+        ("MyParts", "anything"),
+    ],
+)
+def test_classes_without_a_rule_are_all_foreground(dataset, names):
+    for name in names.split():
+        assert foreground_mask(disc(40, 200), dataset, name).all()
+
+
+def test_channel_rules_look_at_their_channel():
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[truth(), 2] = 220
+    assert np.mean(foreground_mask(image, "MPDD", "tubes") == truth()) > 0.95
+    # pcb's triangle threshold on the blue channel of RGB.
+    assert np.mean(foreground_mask(image, "VisA", "pcb2") == truth()) > 0.95
+
+
+def test_the_table_covers_every_class_once():
+    assert {name: len(info.classes) for name, info in CATALOG.items()} == {
+        "MVTec-AD": 15,
+        "VisA": 12,
+        "MPDD": 6,
+        "BTAD": 3,
+    }
+    for info in CATALOG.values():
+        assert list(info.classes) == sorted(info.classes)
+        assert set(info.foreground) <= set(info.classes)
+
+
+def test_foreground_settings():
+    def no_pictures():
+        raise AssertionError("not needed")
+
+    assert foreground_of(None, "mvtec", "pill", no_pictures) == CATALOG["MVTec-AD"].foreground["pill"]
+    assert foreground_of("none", "mvtec", "pill", no_pictures) is None
+    assert foreground_of("BTAD/01", "mine", "x", no_pictures) == CATALOG["BTAD"].foreground["01"]
+    rule = foreground_of({"channel": "red", "threshold": 90, "invert": True}, "mine", "x", no_pictures)
+    assert rule == ForegroundRule("red", 90, True)
+    for bad in ("BTAD/09", "sometimes", {"chanel": "red"}, {"channel": "cyan"}, {"threshold": 300}):
+        with pytest.raises(UsageError, match="foreground"):
+            foreground_of(bad, "mine", "x", no_pictures)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(200, 40), (40, 200)])
+def test_auto_foreground_takes_its_polarity_from_the_border(inside, outside):
+    rule = auto_rule([disc(inside, outside)] * 4, "x")
+    assert rule.invert == (outside > inside)
+
+
+def test_auto_foreground_gives_up_where_it_is_unstable():
+    rng = np.random.default_rng(0)
+    textures = [np.repeat(rng.integers(0, 256, (64, 64, 1), dtype=np.uint8), 3, axis=2) for _ in range(4)]
+    assert auto_rule(textures, "x") is None
+    assert auto_rule([disc(40, 200), disc(200, 40)], "x") is None
+
+
+# ---- training samples ------------------------------------------------------------------------------------------------
+
+UNIT = Appearance((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def train_set(tiny_data, types, cache_mb=4, **kwargs):
+    samples = read_list(tiny_data / "samples" / "train_dots.json", tiny_data / "images")
+    synthesis = Synthesis(types, sdas_dir=str(tiny_data / "images/{}/test"), dtd_dir=str(tiny_data / "images/lines"))
+    return RealNetTrainSet(samples, tiny_data / "images", "tiny", None, UNIT, synthesis, 7, cache_mb=cache_mb, **kwargs)
+
+
+def test_samples_differ_from_the_normal_picture_only_under_the_mask(tiny_data):
+    dataset = train_set(tiny_data, {"normal": 0.2, "sdas": 0.4, "dtd": 0.4})
+    changed = 0
+    for epoch in range(4):
+        for index in range(len(dataset)):
+            sample = dataset[epoch, index]
+            different = (sample["image"] != sample["gt_image"]).any(dim=0, keepdim=True)
+            assert not (different & (sample["mask"] == 0)).any()
+            assert sample["changed"] == bool(sample["mask"].any())
+            changed += sample["changed"]
+    assert 8 < changed < 32
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(tiny_data):
+    types = {"normal": 0.0, "dtd": 1.0}
+    one, other = train_set(tiny_data, types), train_set(tiny_data, types, cache_mb=0)
+    for index in range(3):
+        _ = other[5, 7 - index]
+        for name, value in one[2, index].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[2, index][name])), name
+    assert not torch.equal(one[2, 0]["mask"], one[3, 0]["mask"])
+
+
+def test_anomaly_types_come_with_their_probability(tiny_data):
+    dataset = train_set(tiny_data, {"normal": 1.0, "dtd": 0.0})
+    assert not any(dataset[epoch, 0]["changed"] for epoch in range(20))
+    dataset = train_set(tiny_data, {"normal": 0.9, "dtd": 0.1}).anomalous_only()
+    assert sum(dataset[epoch, 0]["changed"] for epoch in range(20)) > 10
+
+
+def test_augmentation_turns_image_and_mask_together(tiny_data):
+    dataset = train_set(tiny_data, {"dtd": 1.0}, hflip=True, vflip=True, rotate=True)
+    seen = set()
+    for epoch in range(20):
+        sample = dataset[epoch, 0]
+        seen.add(sample["gt_image"].numpy().tobytes())
+        assert not ((sample["image"] != sample["gt_image"]).any(dim=0, keepdim=True) & (sample["mask"] == 0)).any()
+    assert len(seen) > 3
+
+
+def test_foreground_limits_the_mask(tiny_data):
+    dataset = train_set(tiny_data, {"dtd": 1.0})
+    dataset.rules["dots"] = ForegroundRule(threshold=140)
+    image, foreground = dataset.picture(0)
+    np.testing.assert_array_equal(foreground, image[..., 0] > 140)
+    for epoch in range(10):
+        assert not (dataset[epoch, 0]["mask"][0].numpy() * (1 - foreground)).any()
+
+
+@pytest.mark.parametrize(
+    ("types", "match"),
+    [
+        ({"normal": 0.5, "sdas": 0.6}, "add up"),
+        ({"normal": 0.5, "cutpaste": 0.5}, "cutpaste"),
+        ({"normal": 1.5, "dtd": -0.5}, "probability"),
+    ],
+)
+def test_bad_anomaly_types_are_refused(types, match):
+    with pytest.raises(UsageError, match=match):
+        Synthesis(types)
+
+
+def test_missing_sources_say_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match=r"sample\.py"):
+        Synthesis({"sdas": 1.0}, sdas_dir=str(tmp_path / "{}")).open(["bottle"])
+    with pytest.raises(UsageError, match="dtd_dir"):
+        Synthesis({"dtd": 1.0}).open(["bottle"])
+
+
+def test_pictures_are_listed_in_any_letter_case(tmp_path):
+    for name in ("b.PNG", "a.jpg", "c.txt", "d.JPeG"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.PNG", "d.JPeG"]
