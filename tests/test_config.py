@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from models import build_realnet
+from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import REALNET, REPOSITORY, settings
 from utils.config import load_config, plain
 from utils.errors import UsageError
@@ -127,6 +129,25 @@ def test_networks_that_cannot_be_built_say_why(tmp_path, override, match):
     config = load_config(written(tmp_path, CONFIG), [override])
     with pytest.raises(UsageError, match=match):
         build_realnet(config)
+
+
+@pytest.mark.parametrize("dataset", ["MVTec-AD", "demo"])
+def test_the_sections_are_the_arguments_of_the_factories(dataset):
+    folder = REPOSITORY / "experiments" / dataset
+    with torch.device("meta"):
+        for name, create in (("diffusion", create_diffusion_unet), ("classifier", create_classifier_unet)):
+            section = "unet" if name == "diffusion" else name
+            config = load_config(folder / f"{name}.yaml", [f"{section}.pertrain_path=null"])
+            assert create(**config[section]).shape.width == config[section].classifier_width
+            assert SpacedDiffusion(**config.TestSampler).num_timesteps > 1
+
+
+@pytest.mark.parametrize("spelling", ["pertrain_path", "pretrain_path"])
+def test_both_spellings_of_the_starting_weights_are_read(spelling):
+    overrides = ["unet.pertrain_path=null", f"unet.{spelling}=no.pt"]
+    config = load_config(REPOSITORY / "experiments/demo/diffusion.yaml", overrides)
+    with pytest.raises(UsageError, match=r"no\.pt does not exist"):
+        create_diffusion_unet(**config.unet)
 
 
 def test_the_small_settings_of_the_tests_build():

@@ -235,13 +235,15 @@ def create_diffusion_unet(
     resblock_updown: bool = True,
     use_checkpoint: bool = False,
     pertrain_path: str | None = None,
+    pretrain_path: str | None = None,
     image_size: int | Sequence[int] = 256,
     use_fp16: bool = False,
 ) -> UNet:
     """Build the diffusion U-Net from the keys of the YAML's `unet` section, and load weights where it names a file.
 
     Args:
-        pertrain_path: bare or wrapped state_dict to start from, or None; what fitted is logged.
+        pertrain_path: bare or wrapped state_dict to start from, or None; what fitted is logged. The name is the
+            reference's; pretrain_path is the same.
         use_checkpoint: recompute activations in the backward pass to save memory.
         image_size, use_fp16: accepted for the reference's calls; the network is size-free and its precision is the
             trainer's choice (autocast).
@@ -263,8 +265,8 @@ def create_diffusion_unet(
     )
     model = UNet(shape, 6 if learn_sigma else 3, class_number, num_heads_upsample)
     model.activation_checkpointing = use_checkpoint
-    if pertrain_path:
-        load_pretrained(model, pertrain_path, hint="unet.classifier_width and unet.channel_mult")
+    if start := pretrain_path or pertrain_path:
+        load_pretrained(model, start, hint="unet.classifier_width and unet.channel_mult")
     return model
 
 
@@ -281,6 +283,7 @@ def create_classifier_unet(
     dropout: float = 0.0,
     use_checkpoint: bool = False,
     pertrain_path: str | None = None,
+    pretrain_path: str | None = None,
     image_size: int | Sequence[int] = 256,
 ) -> ClassifierUNet:
     """Build the guidance classifier from the keys of the YAML's `classifier` section; see create_diffusion_unet.
@@ -302,6 +305,6 @@ def create_classifier_unet(
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     model = ClassifierUNet(shape, class_number, classifier_pool, size)
     model.activation_checkpointing = use_checkpoint
-    if pertrain_path:
-        load_pretrained(model, pertrain_path, hint="classifier.classifier_width and classifier.channel_mult")
+    if start := pretrain_path or pertrain_path:
+        load_pretrained(model, start, hint="classifier.classifier_width and classifier.channel_mult")
     return model
