@@ -39,13 +39,13 @@ def draw_scratch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator)
     angles = angle + bend * np.arange(steps)
     path = np.cumsum(np.stack([np.cos(angles), np.sin(angles)], axis=1), axis=0)
     points = middle + path - path[steps // 2]
-    width = int(rng.integers(3, 5))
+    width = int(rng.integers(4, 7))
     line, lit = np.zeros_like(image), np.zeros_like(image)
     for target, shift in ((line, 0.0), (lit, width * 0.8)):
         cv2.polylines(target, [np.round(points + shift).astype(np.int32)], False, 1, width)
     result = image.astype(np.float32)
-    result[lit > 0] = result[lit > 0] * 0.3 + 0.7 * 230
-    result[line > 0] = result[line > 0] * 0.25 + 0.75 * 25
+    result[lit > 0] = result[lit > 0] * 0.15 + 0.85 * 245
+    result[line > 0] = result[line > 0] * 0.1 + 0.9 * 12
     return result, line | lit
 
 
@@ -78,7 +78,7 @@ def draw_hole(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
 
 
 def draw_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An angular piece of another photograph."""
+    """An angular piece of another photograph, taken in brighter or darker light."""
     corners = int(rng.integers(5, 8))
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
     radii = rng.uniform(18, 32, corners)
@@ -86,7 +86,8 @@ def draw_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -
     polygon = np.round(centre + np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]).astype(np.int32)
     mask = np.zeros_like(image)
     cv2.fillPoly(mask, [polygon], 1)
-    return np.where(mask > 0, other, image).astype(np.float32), mask
+    light = rng.choice([-1, 1]) * rng.uniform(60, 90)
+    return np.where(mask > 0, other + light, image).astype(np.float32), mask
 
 
 DEFECTS: dict[str, Callable] = {
