@@ -16,8 +16,8 @@ import numpy as np
 from skimage import data as photographs
 
 from datasets.meta import UNIFIED, Sample, write_list
-from utils.checkpoint import write_atomic
 from utils.cli import run
+from utils.visualize import write_image
 
 CLASSES = ("brick", "grass", "gravel")
 # Other photographs that come with scikit-image, cut up as textures for the anomaly type dtd.
@@ -114,11 +114,11 @@ def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sam
     train, test = [], []
     for i in range(TRAIN_COUNT):
         filename = f"{name}/train/good/{i:03d}.png"
-        _write(root / filename, crop(photograph, rng, 0, SPLIT_COLUMN))
+        write_image(root / filename, crop(photograph, rng, 0, SPLIT_COLUMN))
         train.append(Sample(filename, 0, name))
     for i in range(GOOD_COUNT):
         filename = f"{name}/test/good/{i:03d}.png"
-        _write(root / filename, crop(photograph, rng, SPLIT_COLUMN, width))
+        write_image(root / filename, crop(photograph, rng, SPLIT_COLUMN, width))
         test.append(Sample(filename, 0, name))
     for kind, draw in DEFECTS.items():
         for i in range(DEFECT_COUNT):
@@ -126,8 +126,8 @@ def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sam
             other = crop(foreign, rng, 0, width)
             picture, mask = draw(image, other, rng)
             filename, maskname = f"{name}/test/{kind}/{i:03d}.png", f"{name}/ground_truth/{kind}/{i:03d}_mask.png"
-            _write(root / filename, np.clip(np.round(picture), 0, 255).astype(np.uint8))
-            _write(root / maskname, mask * np.uint8(255))
+            write_image(root / filename, np.clip(np.round(picture), 0, 255).astype(np.uint8))
+            write_image(root / maskname, mask * np.uint8(255))
             test.append(Sample(filename, 1, name, maskname))
     return train, test
 
@@ -137,17 +137,11 @@ def make_textures(folder: Path, seed: int) -> None:
     rng = np.random.default_rng([seed, len(CLASSES)])
     for name in TEXTURES:
         photograph = getattr(photographs, name)()
-        if photograph.ndim == 3:
-            photograph = cv2.cvtColor(photograph, cv2.COLOR_RGB2BGR)
         height, width = photograph.shape[:2]
         for i in range(TEXTURES_EACH):
             side = int(rng.integers(96, min(height, width) + 1))
             top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
-            _write(folder / f"{name}_{i}.png", photograph[top : top + side, left : left + side])
-
-
-def _write(path: Path, image: np.ndarray) -> None:
-    write_atomic(path, lambda part: cv2.imwrite(str(part), image))
+            write_image(folder / f"{name}_{i}.png", photograph[top : top + side, left : left + side])
 
 
 def make_demo(root: Path, seed: int = 0) -> None:
