@@ -50,7 +50,7 @@ def main() -> None:
     with distributed.session(args.device) as run:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
         results: dict[str, Row] = {}
-        for class_name in classes:
+        for class_name in testable(config, classes):
             default = out / config.saver.checkpoints_dir / class_name / "ckpt_best.pth.tar"
             checkpoint = Path(args.checkpoint) if args.checkpoint else default
             results |= evaluate(config, class_name, checkpoint, run, None if args.no_pictures else out)
@@ -59,6 +59,17 @@ def main() -> None:
             log.info("%s", text_table(table))
             for path in write_tables(out / config.saver.results_dir, table):
                 log.info("%s", path)
+
+
+def testable(config: EasyDict, classes: list[str]) -> list[str]:
+    """The classes whose test lists hold pictures; the others are named."""
+    empty = [name for name in classes if not len(build_realnet_test_set(config.dataset, name))]
+    path = config.dataset.test.meta_file.replace("{}", empty[0]) if empty else ""
+    if len(empty) == len(classes):
+        raise UsageError(f"{path}: holds no picture; evaluation needs good and defective test pictures")
+    for name in empty:
+        log.info("%s: left out, its test list is empty; evaluation needs good and defective pictures", name)
+    return [name for name in classes if name not in empty]
 
 
 def evaluate(config: EasyDict, class_name: str, checkpoint: Path, run: Run, out: Path | None) -> dict[str, Row]:
@@ -88,8 +99,15 @@ def evaluate(config: EasyDict, class_name: str, checkpoint: Path, run: Run, out:
 def class_metrics(maps: GatheredMaps, samples: list[Sample], chosen: list[int], window: tuple[int, int]) -> Row:
     """All metrics of some pictures; pixel metrics over those whose mask is known, if any has a defect."""
     labels = np.array([samples[i].label for i in chosen], dtype=bool)
+    if labels.all() or not labels.any():
+        lacking = "good" if labels.all() else "defective"
+        log.info(
+            "%s: no %s test picture: metrics are absent, they need both kinds", samples[chosen[0]].clsname, lacking
+        )
     row = anomaly_metrics(maps.scores[chosen], None, window, labels)
     known = [i for i in chosen if samples[i].mask_known]
+    if labels.any() and not maps.masks[known].any():
+        log.info("%s: no masks of defects: pixel metrics are absent", samples[chosen[0]].clsname)
     if maps.masks[known].any():
         pixel = anomaly_metrics(maps.scores[known], maps.masks[known], window)
         row |= {name: value for name, value in pixel.items() if name.startswith(("pixel", "pro"))}

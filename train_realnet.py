@@ -86,6 +86,8 @@ def train_class(config: EasyDict, class_name: str, run: Run, out: Path, board: A
     train_set = build_realnet_train_set(config.dataset, class_name, seed)
     test_set = build_realnet_test_set(config.dataset, class_name)
     log.info("%s: %d training pictures, %d test pictures", class_name, len(train_set), len(test_set))
+    if not len(test_set):
+        log.info("%s: the test list is empty: no validation; ckpt_best will be the newest", class_name)
     batches = EpochBatches(len(train_set), config.dataset.batch_size, run, seed)
     loader = make_loader(train_set, batches, config.dataset.workers, run)
     test_batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
@@ -220,7 +222,12 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any,
 
 
 def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Any) -> float | None:
-    """The metric by which checkpoints are compared, on rank 0; None elsewhere."""
+    """The metric by which checkpoints are compared, on rank 0; None elsewhere.
+
+    Without test pictures there is nothing to compare by, and the newest checkpoint counts as the best.
+    """
+    if not len(test_set):
+        return 0.0 if training.run.is_main else None
     maps = score_test_set(training.network, loader, training.run, training.precision)
     if maps is None:
         return None

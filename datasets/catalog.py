@@ -1,4 +1,4 @@
-"""What is known of each data set: classes, layout, foreground rule. The only place that knows names."""
+"""What is known of each data set: classes, counts, layout, foreground rule. The only place that knows names."""
 
 from dataclasses import dataclass, field
 
@@ -26,14 +26,35 @@ class DatasetInfo:
     """One data set of the field.
 
     Args:
-        type: its name in a YAML's dataset.type, and of its folder.
-        classes: in the order of the class numbers.
+        type: its name in a YAML's dataset.type, and of its picture folder under data/<name>/.
+        counts: (training, test) pictures of each class, in the order of the class numbers.
         foreground: rule of each class; a class without one is all foreground.
+        layout: the official folders, in words.
     """
 
     type: str
-    classes: tuple[str, ...]
+    counts: dict[str, tuple[int, int]]
     foreground: dict[str, ForegroundRule] = field(default_factory=dict)
+    layout: str = "C/train/good, C/test/D, C/ground_truth/D/S_mask.png"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """In the order of the class numbers."""
+        return tuple(self.counts)
+
+
+@dataclass(frozen=True)
+class TexturesInfo:
+    """A collection of textures for the anomaly type dtd.
+
+    Args:
+        type: name of its picture folder under data/<name>/.
+        folders, pictures: how many there are.
+    """
+
+    type: str
+    folders: int
+    pictures: int
 
 
 def _rules(classes: str, **rule: object) -> dict[str, ForegroundRule]:
@@ -43,23 +64,23 @@ def _rules(classes: str, **rule: object) -> dict[str, ForegroundRule]:
 CATALOG = {
     "MVTec-AD": DatasetInfo(
         "mvtec",
-        (
-            "bottle",
-            "cable",
-            "capsule",
-            "carpet",
-            "grid",
-            "hazelnut",
-            "leather",
-            "metal_nut",
-            "pill",
-            "screw",
-            "tile",
-            "toothbrush",
-            "transistor",
-            "wood",
-            "zipper",
-        ),
+        {
+            "bottle": (209, 83),
+            "cable": (224, 150),
+            "capsule": (219, 132),
+            "carpet": (280, 117),
+            "grid": (264, 78),
+            "hazelnut": (391, 110),
+            "leather": (245, 124),
+            "metal_nut": (220, 115),
+            "pill": (267, 167),
+            "screw": (320, 160),
+            "tile": (230, 117),
+            "toothbrush": (60, 42),
+            "transistor": (213, 100),
+            "wood": (247, 79),
+            "zipper": (240, 151),
+        },
         {
             **_rules("pill", close=6, open=6),
             **_rules("hazelnut metal_nut toothbrush", threshold="triangle", close=6, open=6),
@@ -68,43 +89,51 @@ CATALOG = {
     ),
     "VisA": DatasetInfo(
         "visa",
-        (
-            "candle",
-            "capsules",
-            "cashew",
-            "chewinggum",
-            "fryum",
-            "macaroni1",
-            "macaroni2",
-            "pcb1",
-            "pcb2",
-            "pcb3",
-            "pcb4",
-            "pipe_fryum",
-        ),
+        {
+            "candle": (900, 200),
+            "capsules": (542, 160),
+            "cashew": (450, 150),
+            "chewinggum": (453, 150),
+            "fryum": (450, 150),
+            "macaroni1": (900, 200),
+            "macaroni2": (900, 200),
+            "pcb1": (904, 200),
+            "pcb2": (901, 200),
+            "pcb3": (905, 201),
+            "pcb4": (904, 201),
+            "pipe_fryum": (450, 150),
+        },
         {
             **_rules("pcb1 pcb2 pcb3 pcb4", channel="blue", threshold="triangle", close=8, open=3),
             **_rules("candle cashew chewinggum fryum macaroni1 macaroni2 pipe_fryum", close=3, open=3),
         },
+        "C/Data/Images/{Normal,Anomaly}, C/Data/Masks/Anomaly and split_csv/1cls.csv; or C/train/ok, C/test/{ok,ko}, "
+        "C/ground_truth/ko/S.png",
     ),
     "MPDD": DatasetInfo(
         "mpdd",
-        (
-            "bracket_black",
-            "bracket_brown",
-            "bracket_white",
-            "connector",
-            "metal_plate",
-            "tubes",
-        ),
+        {
+            "bracket_black": (289, 79),
+            "bracket_brown": (185, 77),
+            "bracket_white": (110, 60),
+            "connector": (128, 44),
+            "metal_plate": (54, 97),
+            "tubes": (122, 101),
+        },
         {
             **_rules("bracket_black bracket_brown connector", channel="green", invert=True, close=6),
             **_rules("bracket_white tubes", channel="blue", close=6),
             **_rules("metal_plate", invert=True, close=6),
         },
     ),
-    "BTAD": DatasetInfo("btad", ("01", "02", "03"), _rules("01 03", close=15, open=6)),
+    "BTAD": DatasetInfo(
+        "btad",
+        {"01": (400, 70), "02": (399, 230), "03": (1000, 441)},
+        _rules("01 03", close=15, open=6),
+        "C/train/ok, C/test/{ok,ko}, C/ground_truth/ko/S.{png,bmp}",
+    ),
 }
+TEXTURES = {"DTD": TexturesInfo("images", 47, 5640)}
 
 
 def find(dataset: str) -> DatasetInfo | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import cv2
 import numpy as np
 
-from datasets.catalog import ForegroundRule, find
+from datasets.catalog import CATALOG, ForegroundRule, find
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
@@ -57,8 +57,8 @@ def foreground_of(
     """The rule that `dataset.foreground` asks for.
 
     Args:
-        setting: None for the rule of dataset.type's class; "none"; "auto"; "<data set>/<class>" for a rule of the
-            table; or a mapping {channel, threshold, invert, close, open}.
+        setting: None for the rule of dataset.type's class; "none"; "auto"; a rule of the table as "<data set>/<class>"
+            or "<class>"; or a mapping {channel, threshold, invert, close, open}.
         pictures: some training pictures (H,W,3) uint8, for "auto".
 
     Raises:
@@ -73,9 +73,10 @@ def foreground_of(
         return auto_rule(pictures(), class_name)
     if isinstance(setting, dict):
         return _rule_from(setting)
-    dataset, _, name = str(setting).partition("/")
-    info = find(dataset)
-    if info is None or name not in info.classes:
+    dataset, _, name = str(setting).rpartition("/")
+    named = [find(dataset)] if dataset else list(CATALOG.values())
+    info = next((info for info in named if info is not None and name in info.classes), None)
+    if info is None:
         raise UsageError(
             f"dataset.foreground: {setting!r} is not none, auto, a mapping or a rule such as MVTec-AD/bottle"
         )

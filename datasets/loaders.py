@@ -1,5 +1,6 @@
 """DataLoaders: the same batches for any number of workers, and shared over ranks."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -8,11 +9,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.images import COLOR_MODES
-from datasets.meta import class_names, read_list
+from datasets.meta import Sample, class_names, read_list
 from datasets.realnet import Appearance, RealNetTestSet, RealNetTrainSet, Synthesis
 from datasets.sdas import SDASDataset
 from utils.distributed import Run
 from utils.errors import UsageError
+
+log = logging.getLogger("realnet")
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -113,20 +116,29 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
 
     Args:
         config: its `dataset` section.
-        split: "train" or "test"; of the test list only good pictures are used.
+        split: "train" or "test"; of the test list only good pictures are used, and where it has none, training ones.
         classes: class names in order of their numbers, or None to take them from the list.
     """
     section, root = config[split], config.image_reader.kwargs.image_dir
-    samples = [sample for sample in read_list(section.meta_file, root) if sample.label == 0]
+    samples = _good_samples(section.meta_file, root, classes, may_be_empty=split == "test")
+    if not samples and split == "test":
+        log.info("%s: holds no good picture, so training pictures are shown and tested on", section.meta_file)
+        samples = _good_samples(config.train.meta_file, root, classes)
     if classes is None:
         classes = class_names(samples)
-    samples = [sample for sample in samples if sample.clsname in classes]
     if not samples:
-        raise UsageError(f"{section.meta_file}: holds no good picture of {', '.join(classes)}")
+        raise UsageError(
+            f"{section.meta_file}: holds no good picture" + (f" of {', '.join(classes)}" if classes else "")
+        )
     augmentations = _augmentations(section) if split == "train" else {}
     cache = config.cache_mb if split == "train" else 0
     size, mode = _size(config), _color_mode(config)
     return SDASDataset(samples, root, classes, size, seed, **augmentations, cache_mb=cache, color_mode=mode)
+
+
+def _good_samples(path: str, image_dir: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
+    samples = read_list(path, image_dir, may_be_empty)
+    return [s for s in samples if s.label == 0 and (classes is None or s.clsname in classes)]
 
 
 def appearance_of(config: dict) -> Appearance:
@@ -166,7 +178,7 @@ def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNet
 
 
 def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
-    """The test pictures of a class, from a realnet.yaml's `dataset` section."""
+    """The test pictures of a class, from a realnet.yaml's `dataset` section; there may be none."""
     root = config.image_reader.kwargs.image_dir
-    samples = read_list(config.test.meta_file.replace("{}", class_name), root)
+    samples = read_list(config.test.meta_file.replace("{}", class_name), root, may_be_empty=True)
     return RealNetTestSet(samples, root, appearance_of(config))

@@ -43,27 +43,31 @@ class Sample:
         return PurePosixPath(self.filename).parent.name or "good"
 
 
-def read_list(path: str | Path, image_dir: str | Path) -> list[Sample]:
+def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = False) -> list[Sample]:
     """Read and check an image list.
 
     Raises:
-        UsageError: the list is missing or empty, or one of its lines is no JSON, lacks a key, or names a file that is
-            absent or outside of image_dir. The line is named.
+        UsageError: the list is missing or (unless it may be) empty, or one of its lines is no JSON, lacks a key, or
+            names a picture twice or a file that is absent or outside of image_dir. The line is named.
     """
     path, root = Path(path), Path(image_dir)
     if not path.is_file():
-        raise UsageError(
-            f"{path} does not exist; write it with prepare_data.py or datasets/demo.py, or see data/README.md"
-        )
-    samples = []
+        raise UsageError(f"{path} does not exist; write it with prepare_data.py, or see data/README.md")
+    samples: list[Sample] = []
+    lines_of: dict[str, int] = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a UTF-8 text") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            samples.append(_parse(line, f"{path}, line {number}", root))
-    if not samples:
+            sample = _parse(line, f"{path}, line {number}", root)
+            if sample.filename in lines_of:
+                earlier = lines_of[sample.filename]
+                raise UsageError(f"{path}, line {number}: {sample.filename} is in line {earlier} already")
+            lines_of[sample.filename] = number
+            samples.append(sample)
+    if not samples and not may_be_empty:
         raise UsageError(f"{path}: holds no picture")
     return samples
 
@@ -97,8 +101,8 @@ def _check_file(name: str, where: str, root: Path) -> None:
         raise UsageError(f"{where}: {name} does not exist under {root}")
 
 
-def write_list(path: str | Path, samples: list[Sample]) -> None:
-    """Write an image list, whole or not at all."""
+def list_text(samples: list[Sample]) -> str:
+    """An image list as text."""
     lines = []
     for sample in samples:
         entry = {
@@ -110,7 +114,12 @@ def write_list(path: str | Path, samples: list[Sample]) -> None:
         if sample.maskname:
             entry["maskname"] = sample.maskname
         lines.append(json.dumps(entry, ensure_ascii=False))
-    write_text(path, "".join(line + "\n" for line in lines))
+    return "".join(line + "\n" for line in lines)
+
+
+def write_list(path: str | Path, samples: list[Sample]) -> None:
+    """Write an image list, whole or not at all."""
+    write_text(path, list_text(samples))
 
 
 def listed_classes(meta_file: str) -> list[str]:

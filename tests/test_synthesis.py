@@ -177,6 +177,8 @@ def test_foreground_settings():
     assert foreground_of(None, "mvtec", "pill", no_pictures) == CATALOG["MVTec-AD"].foreground["pill"]
     assert foreground_of("none", "mvtec", "pill", no_pictures) is None
     assert foreground_of("BTAD/01", "mine", "x", no_pictures) == CATALOG["BTAD"].foreground["01"]
+    assert foreground_of("pcb2", "mine", "x", no_pictures) == CATALOG["VisA"].foreground["pcb2"]
+    assert foreground_of("mvtec/carpet", "mine", "x", no_pictures) is None
     rule = foreground_of({"channel": "red", "threshold": 90, "invert": True}, "mine", "x", no_pictures)
     assert rule == ForegroundRule("red", 90, True)
     for bad in ("BTAD/09", "sometimes", {"chanel": "red"}, {"channel": "cyan"}, {"threshold": 300}):

@@ -36,15 +36,20 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         # mkstemp makes files private; give what a plain open() would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
+        part.chmod(0o666 & ~umask())
         part.replace(path)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The bits that new files lack; reading them takes setting them."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -34,16 +34,21 @@ class SilentBoard:
     def close(self) -> None: ...
 
 
-def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
-    """Start logging to the terminal and `log_dir`/<name>.log; returns a tensorboard writer (silent but on rank 0)."""
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """Start logging to the terminal, and nowhere else."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     log.propagate = False
-    log.setLevel(logging.INFO if run.is_main else logging.ERROR)
+    log.setLevel(level)
     terminal = _TqdmHandler()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
+
+
+def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
+    """Start logging to the terminal and `log_dir`/<name>.log; returns a tensorboard writer (silent but on rank 0)."""
+    log_to_terminal(logging.INFO if run.is_main else logging.ERROR)
     if not run.is_main:
         return SilentBoard()
     Path(log_dir).mkdir(parents=True, exist_ok=True)

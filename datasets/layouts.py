@@ -1,0 +1,357 @@
+"""Recognising data sets on disk: the official folders of the field's, and any sensible folders of one's own."""
+
+import csv
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from datasets.catalog import CATALOG, TEXTURES, DatasetInfo
+from datasets.folders import (
+    AMBIGUOUS,
+    MISSING,
+    NO_MASK,
+    SURPLUS,
+    UNREADABLE,
+    Finding,
+    MaskIndex,
+    Reader,
+    has_pictures,
+    is_mask_folder,
+)
+from datasets.meta import UNIFIED, Sample
+from utils.errors import UsageError
+
+TRAIN, TEST, UNSPLIT = "train", "test", "unsplit"
+GOOD = ("good", "ok", "okay", "normal", "pass", "passed", "良品", "正常", "合格")
+BAD = ("bad", "ko", "ng", "nok", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal", "fail", "failed")
+TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing")
+SPLIT_FILE = "split_csv/1cls.csv"
+DEPTH = 3
+OWN_LAYOUTS = (
+    "train/good with test/<kind> (and ground_truth/<kind>); good with bad (or ok with ko); pictures of good parts "
+    "alone; or a folder of one of these per class"
+)
+
+
+@dataclass
+class Found:
+    """A data set as it lies on disk.
+
+    Args:
+        root: the folder that the samples' names are relative to.
+        layout: what was recognised, in words.
+        samples: by TRAIN, TEST, and UNSPLIT for pictures of which the folders do not say which.
+        findings: what is missing, surplus or without a mask.
+    """
+
+    root: Path
+    layout: str
+    samples: dict[str, list[Sample]] = field(default_factory=lambda: {TRAIN: [], TEST: [], UNSPLIT: []})
+    findings: list[Finding] = field(default_factory=list)
+
+    def all(self) -> list[Sample]:
+        return [sample for samples in self.samples.values() for sample in samples]
+
+
+def recognize(folder: Path, dataset: str) -> Found:
+    """Find out what lies in a folder.
+
+    Args:
+        folder: as the user names it; the data set may lie a few folders deeper.
+        dataset: name of one of the field's data sets, or any other for the user's own.
+
+    Raises:
+        UsageError: nothing there looks like it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    found = _official(folder, dataset, CATALOG[dataset]) if dataset in CATALOG else _own(folder, dataset)
+    for name in {sample.clsname for sample in found.all()}:
+        if name in (UNIFIED, "all") or "," in name or "{" in name:
+            raise UsageError(f"{folder}: a class cannot be called {name!r}; rename that folder")
+    return found
+
+
+# ---- one class -------------------------------------------------------------------------------------------------------
+
+
+def _read_class(reader: Reader, folder: Path, clsname: str) -> dict[str, list[Sample]]:
+    """The samples of a class folder in any layout, by TRAIN, TEST and UNSPLIT."""
+    subfolders = reader.subfolders(folder)
+    masks = MaskIndex(reader)
+    for path in filter(is_mask_folder, subfolders):
+        masks.add_folder(path)
+    train, test = _named(subfolders, TRAIN_FOLDERS), _named(subfolders, TEST_FOLDERS)
+    samples: dict[str, list[Sample]] = {TRAIN: [], TEST: [], UNSPLIT: []}
+    if train:
+        samples[TRAIN] = _train_samples(reader, train, clsname)
+        if test:
+            samples[TEST] = _samples(reader, test, clsname, masks)
+        else:
+            reader.report(MISSING, folder / TEST, "there is no such folder, so nothing to evaluate on")
+    elif _named(subfolders, GOOD):
+        samples[UNSPLIT] = _samples(reader, folder, clsname, masks)
+    else:
+        samples[TRAIN] = [Sample(reader.name(path), 0, clsname) for path in reader.pictures(folder)]
+    masks.report_unused(but=GOOD)
+    return samples
+
+
+def _named(folders: list[Path], names: tuple[str, ...]) -> Path | None:
+    return next((folder for folder in folders if folder.name.lower() in names), None)
+
+
+def _train_samples(reader: Reader, folder: Path, clsname: str) -> list[Sample]:
+    """Good pictures of a train folder; they may lie in it or in its folder `good`."""
+    good = []
+    for kind in reader.subfolders(folder):
+        pictures = [] if is_mask_folder(kind) else reader.pictures(kind)
+        if kind.name.lower() in GOOD:
+            good += pictures
+        elif pictures:
+            reader.report(SURPLUS, kind, f"{len(pictures)} pictures that are not good; training takes good ones only")
+    good += reader.pictures(folder, nested=False) if has_pictures(folder) else []
+    return [Sample(reader.name(path), 0, clsname) for path in good]
+
+
+def _samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
+    """Pictures of a folder with one folder per kind; `good` (or ok, normal) is good, every other is a defect."""
+    samples = []
+    for kind in reader.subfolders(folder):
+        if is_mask_folder(kind):
+            continue
+        pictures = reader.pictures(kind)
+        if kind.name.lower() in GOOD:
+            samples += [Sample(reader.name(path), 0, clsname) for path in pictures]
+            continue
+        for path in filter(is_mask_folder, reader.subfolders(kind)):
+            masks.add_folder(path, kind.name)
+        samples += _defective(reader, masks.split_off(pictures, kind), kind, clsname, masks)
+    if has_pictures(folder):
+        for path in reader.pictures(folder, nested=False):
+            reader.report(SURPLUS, path, "lies in no folder that says whether it is good")
+    return samples
+
+
+def _defective(reader: Reader, pictures: list[Path], kind: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
+    same_name = defaultdict(list)
+    for path in pictures:
+        same_name[path.parent, path.stem.lower()].append(path)
+    samples = []
+    for path in pictures:
+        twins = same_name[path.parent, path.stem.lower()]
+        mask = masks.of(path, kind)
+        if mask is not None and len(twins) > 1:
+            names = " and ".join(twin.name for twin in twins)
+            reader.report(AMBIGUOUS, path, f"{names} would share the mask {reader.name(mask)}; neither takes it")
+            mask = None
+        samples.append(Sample(reader.name(path), 1, clsname, reader.name(mask) if mask else None))
+    return samples
+
+
+def report_masks(samples: list[Sample]) -> list[Finding]:
+    """Defective pictures without a mask: each, where some of the class have one; else one line for the class."""
+    findings = []
+    for name in sorted({sample.clsname for sample in samples}):
+        defective = [sample for sample in samples if sample.clsname == name and sample.label]
+        lacking = [sample for sample in defective if sample.maskname is None]
+        if lacking and len(lacking) == len(defective):
+            text = f"none of the {len(lacking)} defective pictures has a mask: pixel metrics will be absent"
+            findings.append(Finding(NO_MASK, name, text))
+        else:
+            findings += [Finding(NO_MASK, sample.filename, "has no mask") for sample in lacking]
+    return findings
+
+
+# ---- the field's data sets -------------------------------------------------------------------------------------------
+
+
+def _official(folder: Path, dataset: str, info: DatasetInfo) -> Found:
+    root = _deepest_match(folder, info)
+    if root is None:
+        hint = f"; it looks like the class {folder.name} alone: name the folder above it" if _is_class(folder) else ""
+        classes = ", ".join(info.classes)
+        raise UsageError(f"{folder}: holds none of the classes of {dataset} ({classes}); expected {info.layout}{hint}")
+    reader = Reader(root)
+    if (root / SPLIT_FILE).is_file():
+        found = Found(root, f"{dataset} with {SPLIT_FILE}", findings=reader.findings)
+        _read_split_file(reader, root / SPLIT_FILE, info, found.samples)
+    else:
+        found = Found(root, f"{dataset}, folders {info.layout.rpartition('; or ')[2]}", findings=reader.findings)
+        for name in filter(lambda name: (root / name).is_dir(), info.classes):
+            if (root / name / "Data").is_dir():
+                raise UsageError(f"{root}: {SPLIT_FILE} is missing, which says what is trained and tested on")
+            for split, samples in _read_class(reader, root / name, name).items():
+                found.samples[split] += samples
+        undecided = sorted({sample.clsname for sample in found.samples[UNSPLIT]})
+        if undecided:
+            raise UsageError(f"{root}: {', '.join(undecided)} has no train folder; expected {info.layout}")
+    _compare(found, info)
+    return found
+
+
+def _is_class(folder: Path) -> bool:
+    names = {path.name.lower() for path in Reader(folder).subfolders(folder)}
+    return bool(names & {*TRAIN_FOLDERS, *GOOD})
+
+
+def _deepest_match(folder: Path, info: DatasetInfo) -> Path | None:
+    """Of a folder and those a few levels below, the one that holds most of the classes."""
+    best, most, level = None, 0, [folder]
+    for _ in range(DEPTH):
+        for path in level:
+            folders = [path / name for name in info.classes if (path / name).is_dir()]
+            count = sum(_is_class(sub) or (sub / "Data").is_dir() for sub in folders)
+            if count > most:
+                best, most = path, count
+        level = [sub for path in level for sub in Reader(folder).subfolders(path)] if best is None else []
+    return best
+
+
+def _read_split_file(reader: Reader, path: Path, info: DatasetInfo, samples: dict[str, list[Sample]]) -> None:
+    """VisA's list of pictures: object, split, label, image, mask."""
+    try:
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: not readable as CSV ({error})") from None
+    columns = ["object", "split", "label", "image", "mask"]
+    if not lines or [column.strip() for column in lines[0]] != columns:
+        raise UsageError(f"{path}, line 1: expected the columns {','.join(columns)}")
+    listed: dict[str, int] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        where = f"{SPLIT_FILE}, line {number}"
+        problem = _line_problem(line, info, listed)
+        if problem:
+            reader.report(UNREADABLE, where, problem)
+            continue
+        clsname, split, label, image, mask = (cell.strip() for cell in line)
+        listed[image] = number
+        if not (reader.root / image).is_file():
+            reader.report(MISSING, where, f"{image} does not exist")
+            continue
+        if mask and not (reader.root / mask).is_file():
+            reader.report(MISSING, where, f"{mask} does not exist")
+            mask = ""
+        samples[split].append(Sample(image, int(label == "anomaly"), clsname, mask or None))
+    for name in info.classes:
+        folder = reader.root / name / "Data" / "Images"
+        for picture in reader.pictures(folder) if folder.is_dir() else []:
+            if reader.name(picture) not in listed:
+                reader.report(SURPLUS, picture, f"is not in {SPLIT_FILE}")
+
+
+def _line_problem(line: list[str], info: DatasetInfo, listed: dict[str, int]) -> str | None:
+    """What is wrong with a line of the split file by itself."""
+    if len(line) != 5:
+        return f"has {len(line)} columns instead of 5"
+    clsname, split, label, image, mask = (cell.strip() for cell in line)
+    if clsname not in info.classes:
+        return f"{clsname!r} is no class of the data set"
+    if split not in (TRAIN, TEST) or label not in ("normal", "anomaly"):
+        return f"split {split!r} and label {label!r}; expected train or test, and normal or anomaly"
+    if split == TRAIN and label == "anomaly":
+        return f"{image} is an anomaly, but to be trained on"
+    for name in filter(None, (image, mask)):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{name} leaves the data set's folder"
+    if image in listed:
+        return f"{image} is in line {listed[image]} already"
+    return None
+
+
+def _compare(found: Found, info: DatasetInfo) -> None:
+    """Hold the classes and counts found against the published ones."""
+    reader = Reader(found.root, found.findings)
+    counts = {name: [0, 0] for name in info.classes}
+    for i, split in enumerate((TRAIN, TEST)):
+        for sample in found.samples[split]:
+            counts[sample.clsname][i] += 1
+    for name, expected in info.counts.items():
+        if not any(counts[name]):
+            reader.report(MISSING, name, "the whole class")
+            continue
+        for split, have, want in zip(("training", "test"), counts[name], expected, strict=True):
+            if have != want:
+                kind = MISSING if have < want else SURPLUS
+                reader.report(kind, name, f"{have} {split} pictures; published are {want}")
+    for folder in reader.subfolders(found.root):
+        if folder.name not in info.classes and _is_class(folder):
+            reader.report(SURPLUS, folder, "is no class of the data set")
+
+
+# ---- pictures of one's own -------------------------------------------------------------------------------------------
+
+
+def _own(folder: Path, dataset: str) -> Found:
+    root, classes = _class_folders(folder, dataset)
+    reader = Reader(root)
+    found = Found(root, "", findings=reader.findings)
+    for name, path in classes.items():
+        for split, samples in _read_class(reader, path, name).items():
+            found.samples[split] += samples
+    if not any(sample.label == 0 for sample in found.samples[TRAIN] + found.samples[UNSPLIT]):
+        raise UsageError(f"{folder}: no pictures of good parts found; expected {OWN_LAYOUTS}")
+    if has_pictures(root) and root not in classes.values():
+        for path in reader.pictures(root, nested=False):
+            reader.report(SURPLUS, path, "lies beside the folders of the classes")
+    kinds = {True: "with a split", False: "without a split"}
+    splits = sorted(
+        {kinds[any(s.name.lower() in TRAIN_FOLDERS for s in reader.subfolders(p))] for p in classes.values()}
+    )
+    only_good = all(sample.label == 0 for sample in found.all())
+    found.layout = ("good pictures only" if only_good else "good and defective pictures") + ", " + " and ".join(splits)
+    return found
+
+
+def _class_folders(folder: Path, dataset: str) -> tuple[Path, dict[str, Path]]:
+    """The folder that names are relative to, and the folder of each class; a folder without classes is one class."""
+    reader = Reader(folder)
+    for _ in range(DEPTH):
+        if _is_class(folder):
+            return folder, {dataset: folder}
+        subfolders = [path for path in reader.subfolders(folder) if not is_mask_folder(path)]
+        classes = [path for path in subfolders if _is_class(path)]
+        if not classes and has_pictures(folder):
+            return folder, {dataset: folder}
+        classes = classes or [path for path in subfolders if has_pictures(path)]
+        bad = next((path for path in classes if path.name.lower() in BAD), None)
+        if bad is not None:
+            raise UsageError(f"{bad}: there is no folder of good pictures beside it; call that one `good`")
+        if classes:
+            return folder, {path.name: path for path in classes}
+        if len(subfolders) != 1:
+            break
+        folder = subfolders[0]
+    raise UsageError(f"{folder}: no pictures found; expected {OWN_LAYOUTS}")
+
+
+# ---- textures --------------------------------------------------------------------------------------------------------
+
+
+def recognize_textures(folder: Path, dataset: str) -> tuple[Path, list[str], list[Finding]]:
+    """A collection of textures: the folder of its folders, the pictures in it, and what differs from the published.
+
+    Raises:
+        UsageError: nothing there looks like it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    info = TEXTURES[dataset]
+    level = [folder]
+    for _ in range(DEPTH):
+        for path in level:
+            if any(has_pictures(sub) for sub in Reader(folder).subfolders(path)):
+                reader = Reader(path)
+                pictures = [reader.name(picture) for picture in reader.pictures(path)]
+                folders = len({PurePosixPath(name).parts[0] for name in pictures})
+                for have, want, what in (
+                    (folders, info.folders, "folders"),
+                    (len(pictures), info.pictures, "pictures"),
+                ):
+                    if have != want:
+                        reader.report(MISSING if have < want else SURPLUS, what, f"{have}; published are {want}")
+                return path, pictures, reader.findings
+        level = [sub for path in level for sub in Reader(folder).subfolders(path)]
+    raise UsageError(f"{folder}: no textures found; expected {info.type}/<texture>/*.jpg")

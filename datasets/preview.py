@@ -1,0 +1,131 @@
+"""Contact sheets of what training will see: masks, foregrounds and synthetic anomalies."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from easydict import EasyDict
+
+from datasets.catalog import ForegroundRule
+from datasets.images import list_pictures, read_mask
+from datasets.loaders import build_realnet_test_set, build_realnet_train_set
+from datasets.meta import Sample, read_list
+from datasets.realnet import RealNetTestSet, RealNetTrainSet
+from utils.visualize import contact_sheet, outline, to_uint8
+
+log = logging.getLogger("realnet")
+
+COLUMNS, ANOMALIES, MOST_DRAWS = 8, 16, 64
+CELL = 192
+_OUTLINE = (255, 40, 40)
+# Not white: masks that are all ones would vanish on the sheet.
+_MASK_GREY = np.uint8(215)
+
+
+def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
+    """One class on one sheet: test pictures with their masks, foregrounds, and 16 synthetic anomalies with masks.
+
+    Args:
+        config: `dataset` section of a realnet.yaml.
+
+    Returns:
+        (H,W,3) uint8.
+    """
+    config, source = _with_sources(config, class_name)
+    train_set = build_realnet_train_set(config, class_name, seed)
+    test_set = build_realnet_test_set(config, class_name)
+    count = min(COLUMNS, len(train_set))
+    indices = np.linspace(0, len(train_set) - 1, count).round().astype(int).tolist()
+    shown = [train_set.picture(index) for index in indices]
+    rows = [("training pictures", [image for image, _ in shown])]
+    rule = rules_text([train_set.rules[train_set.samples[index].clsname] for index in indices])
+    rows.append((f"foreground: {rule}", [mask * _MASK_GREY for _, mask in shown]))
+    chosen = _spread([i for i, sample in enumerate(test_set.samples) if sample.label], test_set.samples)
+    if chosen:
+        masked = sum(test_set.samples[i].maskname is not None for i in chosen)
+        outlined = f"{masked} of these {len(chosen)} with a mask (outlined)" if masked else "without masks"
+        caption = f"defective test pictures, {outlined}"
+        rows.append((caption, [_outlined(test_set, i) for i in chosen]))
+    images, masks, empty = _anomalies(train_set)
+    for start in range(0, len(images), COLUMNS):
+        caption = f"synthetic anomalies ({source}; {100 * empty:.0f}% of the draws were empty)" if start == 0 else ""
+        rows.append((caption, images[start : start + COLUMNS]))
+        rows.append(("", masks[start : start + COLUMNS]))
+    return contact_sheet([(caption, [_cell(picture) for picture in pictures]) for caption, pictures in rows])
+
+
+def rules_text(rules: Sequence[ForegroundRule | None]) -> str:
+    """The distinct foreground rules in words."""
+    texts = []
+    for rule in rules:
+        if rule is None:
+            text = "all of the picture"
+        else:
+            side = "<=" if rule.invert else ">"
+            text = f"{rule.channel} {side} {rule.threshold}, close {rule.close}, open {rule.open}"
+        if text not in texts:
+            texts.append(text)
+    return "; ".join(texts)
+
+
+def _with_sources(config: EasyDict, class_name: str) -> tuple[EasyDict, str]:
+    """The settings with only those anomaly types that have pictures, and what these are, in words.
+
+    Where none has, good pictures of the class stand in: the masks are those of the training all the same.
+    """
+    config = copy.deepcopy(config)
+    train = config.train
+    folders = {"sdas": (train.sdas_dir or "").replace("{}", class_name), "dtd": train.dtd_dir or ""}
+    wanted = [name for name, probability in train.anomaly_types.items() if name != "normal" and probability > 0]
+    there = [name for name in wanted if folders[name] and list_pictures(folders[name])]
+    for name in set(wanted) - set(there):
+        log.info("%s: no %s pictures in %s yet", class_name, name, folders[name] or "(not set)")
+    if there:
+        train.anomaly_types = {name: 1 / len(there) for name in there}
+        return config, "from " + " and ".join(there)
+    root = config.image_reader.kwargs.image_dir
+    first = read_list(train.meta_file.replace("{}", class_name), root)[0]
+    train.anomaly_types = {"dtd": 1.0}
+    train.dtd_dir = str((Path(root) / first.filename).parent)
+    return config, f"no {' or '.join(wanted)} pictures yet: training pictures stand in"
+
+
+def _spread(indices: list[int], samples: list[Sample]) -> list[int]:
+    """Up to COLUMNS of the pictures, about as many of each kind of defect."""
+    by_kind: dict[str, list[int]] = {}
+    for i in indices:
+        by_kind.setdefault(samples[i].kind, []).append(i)
+    quota = -(-COLUMNS // max(1, len(by_kind)))
+    chosen = [
+        group[int(k)] for group in by_kind.values() for k in np.linspace(0, len(group) - 1, min(quota, len(group)))
+    ]
+    return chosen[:COLUMNS]
+
+
+def _outlined(test_set: RealNetTestSet, index: int) -> np.ndarray:
+    image, sample = test_set.picture(index).copy(), test_set.samples[index]
+    if sample.maskname is not None:
+        outline(image, read_mask(test_set.root / sample.maskname, test_set.appearance.size) > 0, _OUTLINE)
+    return image
+
+
+def _anomalies(train_set: RealNetTrainSet) -> tuple[list[np.ndarray], list[np.ndarray], float]:
+    """Synthetic anomalies and their masks, and the share of draws whose mask was empty."""
+    drawn, images, masks, draws = train_set.anomalous_only(), [], [], 0
+    appearance = train_set.appearance
+    while len(images) < ANOMALIES and draws < MOST_DRAWS:
+        sample = drawn[draws // len(drawn), draws % len(drawn)]
+        draws += 1
+        if sample["changed"]:
+            images += list(to_uint8(sample["image"][None].numpy(), appearance.mean, appearance.std))
+            masks.append(sample["mask"][0].numpy().astype(np.uint8) * _MASK_GREY)
+    return images, masks, 1 - len(images) / draws
+
+
+def _cell(picture: np.ndarray) -> np.ndarray:
+    """A picture or mask small enough for a sheet."""
+    scale = min(1.0, CELL / max(picture.shape[:2]))
+    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture

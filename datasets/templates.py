@@ -1,0 +1,74 @@
+"""Settings for a data set of the user's own, from those of MVTec-AD."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from datasets.catalog import CATALOG
+from datasets.inspection import Look
+
+SOURCE = "MVTec-AD"
+TEMPLATES = Path(__file__).resolve().parent.parent / "experiments" / SOURCE
+FILES = ("diffusion.yaml", "classifier.yaml", "sample.yaml", "realnet.yaml", "realnet_unified.yaml")
+PICTURES = "images"
+STEP, AREA = 32, 256 * 256
+FOREGROUND_HINT = "or auto, a rule such as MVTec-AD/bottle, or {channel: gray, threshold: otsu, close: 6, open: 6}"
+
+
+def input_size(looks: Sequence[Look]) -> tuple[int, int]:
+    """(height, width) of about 256 x 256 pixels in the pictures' proportions; square where these differ.
+
+    Multiples of 32, which the diffusion model needs.
+    """
+    ratios = np.array([look.size[0] / look.size[1] for look in looks])
+    ratio = float(np.median(ratios))
+    if np.mean(np.abs(ratios / ratio - 1) < 0.1) < 0.9:
+        ratio = 1.0
+    sides = np.sqrt(AREA * ratio), np.sqrt(AREA / ratio)
+    return tuple(max(STEP, STEP * round(side / STEP)) for side in sides)
+
+
+def drawn_size(size: Sequence[int]) -> tuple[int, int]:
+    """What the diffusion model draws for an input size of RealNet: the next that it can."""
+    return tuple(STEP * -(-side // STEP) for side in size)
+
+
+def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: str) -> dict[str, str]:
+    """The YAML files of a data set by name, with its class number, paths and sizes.
+
+    Args:
+        classes: how many. One class needs neither classifier nor a model for all.
+        size: input size of RealNet; that of the diffusion model is rounded up to what it needs.
+        foreground: value of dataset.foreground, as YAML.
+    """
+    info = CATALOG[SOURCE]
+    drawn = drawn_size(size)
+    texts = {}
+    for name in FILES:
+        if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
+            continue
+        text = (TEMPLATES / name).read_text(encoding="utf-8")
+        text = re.sub(r"^#.*\n", f"# {name} of {dataset}, from that of {SOURCE}.\n", text, count=1)
+        fitting = drawn if name in ("diffusion.yaml", "classifier.yaml") else size
+        changes = {
+            f"data/{SOURCE}/{info.type}/": f"data/{dataset}/{PICTURES}/",
+            f"data/{SOURCE}/": f"data/{dataset}/",
+            f"experiments/{SOURCE}/": f"experiments/{dataset}/",
+            f"--dataset {SOURCE}": f"--dataset {dataset}",
+            f"type: {info.type}\n": f"type: {dataset}\n",
+            f"class_number: {len(info.classes)}\n": f"class_number: {classes}\n",
+            "input_size: [256, 256]\n": f"input_size: [{fitting[0]}, {fitting[1]}]\n",
+            "H: 256, W: 256": f"H: {drawn[0]}, W: {drawn[1]}",
+        }
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        if name == "realnet.yaml":
+            text = text.replace("  train:\n", f"  foreground: {foreground}  # {FOREGROUND_HINT}\n  train:\n", 1)
+        if name == "sample.yaml" and classes == 1:
+            text = re.sub(
+                r"^classifier:.*?(?=^TestSampler)", "classifier: null  # one class\n", text, flags=re.M | re.S
+            )
+        texts[name] = text
+    return texts

@@ -1,0 +1,302 @@
+"""Make image lists (and, for pictures of one's own, settings) from a folder or an archive of pictures.
+
+    python prepare_data.py --dataset MVTec-AD --root ~/mvtec_anomaly_detection.tar.xz    (MPDD, BTAD, VisA, DTD alike)
+    python prepare_data.py --dataset MyParts  --root ~/pictures --preview
+    python prepare_data.py --dataset MyParts  --preview                          (look again, e.g. after sample.py)
+
+Any name that is not one of the field's is a data set of your own. Its pictures may lie in train/good, test/<kind> and
+ground_truth/<kind>; in good and bad (or ok and ko) without a split; or be good ones alone. A folder per class, or one
+class. Writes data/<dataset>/samples/*.json, data/<dataset>/findings.txt, and for data sets of your own
+experiments/<dataset>/*.yaml. Exit code 1 tells that some pictures cannot be read; the lists then lack them.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from datasets import placing, templates
+from datasets.archives import SUFFIXES, is_archive, unpack
+from datasets.catalog import CATALOG, TEXTURES
+from datasets.folders import KINDS, UNREADABLE, Finding
+from datasets.inspection import Look, inspect, report_leaks, split_good
+from datasets.layouts import TEST, TRAIN, UNSPLIT, Found, recognize, recognize_textures, report_masks
+from datasets.meta import UNIFIED, Sample, list_text, listed_classes
+from datasets.preview import preview_sheet
+from utils import cli
+from utils.checkpoint import umask, write_text
+from utils.config import load_config
+from utils.errors import RunError, UsageError
+from utils.log import log, log_to_terminal
+from utils.visualize import write_image
+
+OFFICIAL = (*CATALOG, *TEXTURES)
+SHOWN = 10
+TEST_FRACTION = 0.2
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(OFFICIAL)}, or a name for your own")
+    parser.add_argument("--root", type=Path, help=f"folder of the pictures, or an archive ({' '.join(SUFFIXES)})")
+    parser.add_argument("--copy", action="store_true", help="copy the pictures to data/<dataset>/ instead of a link")
+    parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that differ")
+    parser.add_argument("--preview", action="store_true", help="write sheets of masks, foregrounds and anomalies")
+    own = parser.add_argument_group("for data sets of your own")
+    own.add_argument(
+        "--test-fraction", type=float, help=f"of the good pictures, where there is no split (default {TEST_FRACTION})"
+    )
+    own.add_argument("--seed", type=int, default=0, help="of that split (default 0)")
+    own.add_argument(
+        "--input-size", type=int, nargs=2, metavar=("H", "W"), help="default: 256x256 in the pictures' shape"
+    )
+    own.add_argument("--foreground", default="none", help="dataset.foreground of the settings (default none)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    check_arguments(args)
+    log_to_terminal()
+    unreadable = False
+    if args.root is not None:
+        unreadable = prepare_textures(args) if args.dataset in TEXTURES else prepare(args)
+    if args.preview:
+        write_previews(args.dataset)
+    if args.root is not None and args.dataset not in TEXTURES:
+        print_next(args)
+    if unreadable:
+        sys.exit(1)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    name, own = args.dataset, args.dataset not in OFFICIAL
+    for known in (*OFFICIAL, "demo"):
+        if own and name.lower() in (known.lower(), CATALOG[known].type if known in CATALOG else ""):
+            what = "is the built-in data set; take another name" if known == "demo" else f"did you mean {known}?"
+            raise UsageError(f"--dataset {name}: {what}")
+    if not re.fullmatch(r"[^\W\d_][\w.-]*", name) or yaml.safe_load(name) != name:
+        raise UsageError(f"--dataset {name}: a name starts with a letter and holds letters, digits, '_', '-' and '.'")
+    if args.root is None and not args.preview:
+        raise UsageError("--root is missing: the folder or archive of the pictures")
+    if args.preview and name in TEXTURES:
+        raise UsageError(f"--preview: {name} has no lists to preview")
+    if not own and (args.test_fraction is not None or args.input_size or args.foreground != "none"):
+        raise UsageError(f"--test-fraction, --input-size and --foreground: not for {name}, whose settings are given")
+    if args.test_fraction is not None and not 0 <= args.test_fraction < 1:
+        raise UsageError(f"--test-fraction {args.test_fraction}: has to lie in 0 .. 1")
+    if args.input_size and min(args.input_size) < 32:
+        raise UsageError(f"--input-size {' '.join(map(str, args.input_size))}: at least 32 pixels a side")
+
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(root: Path, target: Path) -> Iterator[Path]:
+    """The folder of the pictures; an archive is unpacked beside `target`, and gone in the end unless moved there."""
+    if not root.exists():
+        raise UsageError(f"--root {root} does not exist")
+    if root.is_dir():
+        yield root
+        return
+    if not is_archive(root):
+        raise UsageError(f"--root {root} is neither a folder nor an archive ({' '.join(SUFFIXES)})")
+    if target.exists():
+        raise UsageError(f"{target} is there already; use it with --root {target}, or move it away")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as folder:
+            unpack(root, Path(folder))
+            yield Path(folder)
+    except OSError as error:
+        raise RunError(f"{target.parent}: cannot be written ({error.strerror or error})") from None
+
+
+def place(args: argparse.Namespace, root: Path, target: Path, names: list[str]) -> None:
+    """Bring the pictures to data/<dataset>/."""
+    if args.root.is_file():
+        shutil.move(root, target)
+        # Folders of mkdtemp are private.
+        target.chmod(0o777 & ~umask())
+    elif args.copy:
+        placing.copy(root, target, names, args.overwrite)
+    else:
+        placing.link(root, target)
+    how = "link to " + str(target.resolve()) if target.is_symlink() else "pictures"
+    log.info("%s: %s", target, how)
+
+
+def prepare_textures(args: argparse.Namespace) -> bool:
+    """Bring a collection of textures to data/<dataset>/; returns whether some are unreadable."""
+    target = Path("data") / args.dataset / TEXTURES[args.dataset].type
+    with opened(args.root, target) as folder:
+        root, names, findings = recognize_textures(folder, args.dataset)
+        _, readable, unreadable = inspect(root, [Sample(name, 0, args.dataset) for name in names])
+        place(args, root, target, [sample.filename for sample in readable])
+    log.info("%s: %d textures in %d folders", args.dataset, len(readable), len({Path(n).parts[0] for n in names}))
+    return report(args.dataset, findings + unreadable)
+
+
+def prepare(args: argparse.Namespace) -> bool:
+    """Lists and settings of a data set; returns whether some pictures are unreadable."""
+    data = Path("data") / args.dataset
+    own = args.dataset not in CATALOG
+    target = data / (templates.PICTURES if own else CATALOG[args.dataset].type)
+    with opened(args.root, target) as folder:
+        found = recognize(folder, args.dataset)
+        log.info("%s: %s", args.root, found.layout)
+        looks, readable, unreadable = inspect(found.root, found.all())
+        train, test = divide(found, readable, looks, args.test_fraction, args.seed)
+        if not train:
+            raise UsageError(f"{args.root}: no readable picture of a good part to train on")
+        leaks = report_leaks(train, test, looks)
+        findings = found.findings + unreadable + report_masks(test) + leaks
+        lists = list_texts(data / "samples", train, test)
+        check_existing(lists, args.overwrite)
+        names = [name for sample in train + test for name in (sample.filename, sample.maskname) if name]
+        place(args, found.root, target, names)
+    for path, text in lists.items():
+        write_text(path, text)
+    print_counts(train, test)
+    if own:
+        size = tuple(args.input_size or templates.input_size(list(looks.values())))
+        write_settings(args.dataset, len({sample.clsname for sample in train}), size, args.foreground)
+    stale = set(listed_classes(str(data / "samples/train_{}.json"))) - {sample.clsname for sample in train}
+    for name in sorted(stale):
+        log.info("%s/samples/train_%s.json is of a class that is not there; delete it", data, name)
+    return report(args.dataset, findings)
+
+
+def divide(
+    found: Found, readable: list[Sample], looks: dict[str, Look], fraction: float | None, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Training and test lists: as the folders say, or by a seeded split of the good pictures of each class."""
+    by_name = {sample.filename: sample for sample in readable}
+    # Inspection may have taken a mask away, so the samples it returned are used.
+    train, test, unsplit = (
+        [by_name[s.filename] for s in found.samples[split] if s.filename in by_name] for split in (TRAIN, TEST, UNSPLIT)
+    )
+    if fraction is not None and test:
+        raise UsageError(f"--test-fraction: the folders of {found.root} say already what is trained and tested on")
+    if fraction is not None:
+        # Good pictures that the folders only list for training may be split when it is asked for.
+        train, unsplit = [], unsplit + train
+    share = TEST_FRACTION if fraction is None else fraction
+    for name in sorted({sample.clsname for sample in unsplit}):
+        good = [sample for sample in unsplit if sample.clsname == name and sample.label == 0]
+        ours, theirs = split_good(good, looks, share, seed) if good else ([], [])
+        train += ours
+        test += theirs + [sample for sample in unsplit if sample.clsname == name and sample.label]
+    return train, test
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def list_texts(folder: Path, train: list[Sample], test: list[Sample]) -> dict[Path, str]:
+    """The image lists by path: of each class, and of all. A class without test pictures has an empty test list."""
+    texts = {}
+    for split, samples in (("train", train), ("test", test)):
+        for name in sorted({sample.clsname for sample in train}):
+            mine = [sample for sample in samples if sample.clsname == name]
+            texts[folder / f"{split}_{name}.json"] = list_text(mine)
+        texts[folder / f"{split}_{UNIFIED}.json"] = list_text(samples)
+    return texts
+
+
+def write_settings(dataset: str, classes: int, size: tuple[int, int], foreground: str) -> None:
+    """Write the YAML files of a data set of the user's own; those that are there stay as they are."""
+    folder, kept = Path("experiments") / dataset, []
+    for name, text in templates.settings_texts(dataset, classes, size, foreground).items():
+        if not (folder / name).is_file():
+            write_text(folder / name, text)
+        elif (folder / name).read_bytes() != text.encode():
+            kept.append(name)
+    log.info("%s/*.yaml: %d classes, input size %dx%d (height x width)", folder, classes, *size)
+    drawn = templates.drawn_size(size)
+    if drawn != size:
+        log.info("  the diffusion model draws %dx%d: its sides have to be multiples of %d", *drawn, templates.STEP)
+    if kept:
+        log.info("  kept as they were, though not what would be written now: %s (delete to renew)", ", ".join(kept))
+
+
+def check_existing(texts: dict[Path, str], overwrite: bool) -> None:
+    """Refuse to lose lists that say something else."""
+    if overwrite:
+        return
+    different = [path for path, text in texts.items() if path.is_file() and path.read_bytes() != text.encode()]
+    if different:
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise UsageError(f"{different[0]}{more} is there already and differs; move it away, or pass --overwrite")
+
+
+def print_counts(train: list[Sample], test: list[Sample]) -> None:
+    width = max(len(sample.clsname) for sample in train)
+    log.info("%s  train  test: good  defective  with mask", "class".ljust(width))
+    for name in sorted({sample.clsname for sample in train}):
+        mine = [sample for sample in test if sample.clsname == name]
+        good, masks = sum(s.label == 0 for s in mine), sum(s.maskname is not None for s in mine)
+        count = sum(s.clsname == name for s in train)
+        log.info("%s  %5d  %10d  %9d  %9d", name.ljust(width), count, good, len(mine) - good, masks)
+
+
+def report(dataset: str, findings: list[Finding]) -> bool:
+    """Print findings, the first of each kind, and write all of them; returns whether something is unreadable."""
+    path = Path("data") / dataset / "findings.txt"
+    write_text(path, "".join(f"{finding.kind}: {finding}\n" for finding in findings))
+    counts = Counter(finding.kind for finding in findings)
+    for kind in KINDS:
+        mine = [finding for finding in findings if finding.kind == kind]
+        for finding in mine[:SHOWN]:
+            print(f"{kind}: {finding}", file=sys.stderr if kind == UNREADABLE else sys.stdout)
+        if len(mine) > SHOWN:
+            print(f"{kind}: and {len(mine) - SHOWN} more, see {path}")
+    total = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+    log.info("in all: %s", f"{total} ({path})" if total else "nothing missing, nothing left over")
+    return counts[UNREADABLE] > 0
+
+
+def write_previews(dataset: str) -> None:
+    """data/<dataset>/preview/<class>.png for every class that has a list."""
+    path = Path("experiments") / dataset / "realnet.yaml"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; pass --root to write it")
+    config = load_config(path)
+    classes = listed_classes(config.dataset.train.meta_file)
+    if not classes:
+        raise UsageError(f"{config.dataset.train.meta_file}: there are no such lists; pass --root to write them")
+    for name in classes:
+        sheet = Path("data") / dataset / "preview" / f"{name}.png"
+        write_image(sheet, preview_sheet(config.dataset, name, config.random_seed))
+        log.info("%s: preview in %s", name, sheet)
+
+
+def print_next(args: argparse.Namespace) -> None:
+    """The commands that train and evaluate."""
+    name = args.dataset
+    classes = listed_classes(f"data/{name}/samples/train_{{}}.json")
+    guided = (Path("experiments") / name / "classifier.yaml").is_file()
+    chosen = "all" if len(classes) > 1 else classes[0]
+    lines = ["", "Next, with textures as anomalies (DTD in data/DTD/images, or any folder as dataset.train.dtd_dir):"]
+    types = '--set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"'
+    lines.append(f"  python train_realnet.py --dataset {name} --class_name {chosen} {types}")
+    lines.append(f"  python evaluation_realnet.py --dataset {name} --class_name {chosen}")
+    lines.append("or with SDAS, before these two and without that --set:")
+    lines.append(f"  python train_diffusion.py --dataset {name}")
+    lines += [f"  python train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"] * guided
+    lines.append(f"  python sample.py --dataset {name}")
+    if not args.preview:
+        lines += ["To see first what training will see:", f"  python prepare_data.py --dataset {name} --preview"]
+    log.info("%s", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main)
