@@ -55,7 +55,9 @@ def unpack(archive: Path, target: Path) -> None:
     except _BROKEN as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{archive} is not a readable archive ({error or type(error).__name__})") from None
+        # tarfile tells in many lines what each of its decoders thought of the file.
+        reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
+        raise UsageError(f"{archive} is not a readable archive ({reason})") from None
     except RuntimeError as error:
         if isinstance(error, RunError):
             raise

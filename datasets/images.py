@@ -2,12 +2,13 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from utils.errors import UsageError
 
@@ -28,9 +29,11 @@ def read_picture(path: str | Path, size: Sequence[int] | None = None, color_mode
         (H,W,3) uint8. 16-bit grey is scaled to 8 bits; transparency is dropped.
 
     Raises:
-        UsageError: the file is missing or no readable picture.
+        UsageError: the file is missing or no readable picture, or holds floating-point values.
     """
     picture = _open(path)
+    if picture.mode == "F":
+        raise UsageError(f"{path} holds floating-point values, whose range is not known; save it with 8 or 16 bits")
     if picture.mode.startswith("I;16") or picture.mode == "I":
         picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     picture = picture.convert("L" if color_mode == "GRAY" else "RGB")
@@ -43,26 +46,58 @@ def read_picture(path: str | Path, size: Sequence[int] | None = None, color_mode
 
 
 def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray:
-    """Decode a mask and resize it to the nearest pixel. Returns (H,W) uint8 in {0, 1}: 1 where any value is > 0."""
+    """Decode a mask and resize it to the nearest pixel.
+
+    Returns:
+        (H,W) uint8 in {0, 1}: 1 where any channel is > 0 (in JPEG > 127, as compression leaves small values) and
+        nothing is transparent.
+    """
     picture = _open(path)
-    if picture.mode in ("RGB", "RGBA", "P", "CMYK"):
+    opaque = None
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        opaque = np.asarray(picture.convert("RGBA"))[..., 3] > 0
+    if picture.mode not in ("1", "L", "F", "I") and not picture.mode.startswith("I;16"):
         picture = picture.convert("RGB")
-    values = np.asarray(picture)
-    mask = ((values > 0).any(axis=2) if values.ndim == 3 else values > 0).astype(np.uint8)
+    values, above = np.asarray(picture), 127 if Path(path).suffix.lower() in (".jpg", ".jpeg") else 0
+    anomalous = (values > above).any(axis=2) if values.ndim == 3 else values > above
+    mask = (anomalous if opaque is None else anomalous & opaque).astype(np.uint8)
     if size is None or mask.shape == tuple(size):
         return mask
     return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of a picture, upright, from its header alone."""
+    with _reporting(path), Image.open(path) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (width, height) if turned else (height, width)
+
+
+def same_proportions(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two (height, width) differ in scale only, but for rounding."""
+    cross = first[0] * second[1], first[1] * second[0]
+    return abs(cross[0] - cross[1]) <= 0.01 * max(cross)
+
+
 def _open(path: str | Path) -> Image.Image:
+    with _reporting(path), Image.open(path) as opened:
+        opened.load()
+        return ImageOps.exif_transpose(opened)
+
+
+@contextmanager
+def _reporting(path: str | Path) -> Iterator[None]:
+    """Turn what Pillow raises on broken files into one line."""
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)
+        yield
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path} is not a readable picture ({error})") from None
+    except Image.UnidentifiedImageError:
+        raise UsageError(f"{path} is not a readable picture (of no format that is known here, or empty)") from None
+    # Pillow's decoders raise many kinds on broken input, struct.error and zlib.error among them.
+    except Exception as error:
+        raise UsageError(f"{path} is not a readable picture ({error or type(error).__name__})") from None
 
 
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

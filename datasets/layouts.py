@@ -312,10 +312,9 @@ def _class_folders(folder: Path, dataset: str) -> tuple[Path, dict[str, Path]]:
         if _is_class(folder):
             return folder, {dataset: folder}
         subfolders = [path for path in reader.subfolders(folder) if not is_mask_folder(path)]
-        classes = [path for path in subfolders if _is_class(path)]
-        if not classes and has_pictures(folder):
+        if has_pictures(folder) and not any(_is_class(path) for path in subfolders):
             return folder, {dataset: folder}
-        classes = classes or [path for path in subfolders if has_pictures(path)]
+        classes = [path for path in subfolders if _is_class(path) or has_pictures(path)]
         bad = next((path for path in classes if path.name.lower() in BAD), None)
         if bad is not None:
             raise UsageError(f"{bad}: there is no folder of good pictures beside it; call that one `good`")

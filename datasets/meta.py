@@ -6,7 +6,7 @@ python -m datasets.meta experiments/MVTec-AD/realnet.yaml        prints the clas
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from utils import cli
 from utils.checkpoint import write_text
@@ -56,7 +56,8 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
     samples: list[Sample] = []
     lines_of: dict[str, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines(), which also splits at signs that may stand in a name.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a UTF-8 text") from None
     for number, line in enumerate(lines, start=1):
@@ -75,8 +76,9 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
 def _parse(line: str, where: str, root: Path) -> Sample:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not a JSON object ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deep")
+        raise UsageError(f"{where}: not a JSON object ({reason})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
         raise UsageError(f"{where}: has to be a JSON object with a filename")
     filename, label = entry["filename"], entry.get("label")
@@ -86,18 +88,30 @@ def _parse(line: str, where: str, root: Path) -> Sample:
     clsname = entry.get("clsname") or (parts[-4] if len(parts) >= 4 else None)
     if clsname is None:
         raise UsageError(f"{where}: has no clsname, and {filename} is not of the form class/split/kind/name")
+    # Results are written to a folder of that name.
+    if not str(clsname).strip(". ") or any(sign in str(clsname) for sign in "/\\\0"):
+        raise UsageError(f"{where}: clsname {clsname!r} cannot be the name of a folder")
     maskname = entry.get("maskname") if label else None
-    for name in (filename, maskname):
+    for key, name in (("filename", filename), ("maskname", maskname)):
         if name is not None:
-            _check_file(name, where, root)
-    return Sample(filename, label, str(clsname), maskname)
+            _check_file(key, name, where, root)
+    return Sample(filename, int(label), str(clsname), maskname)
 
 
-def _check_file(name: str, where: str, root: Path) -> None:
+def _check_file(key: str, name: object, where: str, root: Path) -> None:
+    if not isinstance(name, str):
+        raise UsageError(f"{where}: {key} is {name!r}, not a text")
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts:
+    # Both slashes: on Windows either separates folders.
+    if parts.is_absolute() or ".." in name.replace("\\", "/").split("/") or PureWindowsPath(name).drive:
         raise UsageError(f"{where}: {name} leaves {root}")
-    if not (root / name).is_file():
+    try:
+        there, folder = (root / name).is_file(), (root / name).is_dir()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: {name[:80]!r} is no name of a file ({error})") from None
+    if folder:
+        raise UsageError(f"{where}: {name} under {root} is a folder, not a picture")
+    if not there:
         raise UsageError(f"{where}: {name} does not exist under {root}")
 
 

@@ -1,5 +1,6 @@
 """Bringing pictures to data/<dataset>/: a link to their folder, or copies."""
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -63,5 +64,7 @@ def _same(source: Path, target: Path) -> bool:
     if not target.is_file():
         return False
     ours, theirs = source.stat(), target.stat()
-    # Whole seconds: some file systems keep no more.
-    return ours.st_size == theirs.st_size and int(ours.st_mtime) == int(theirs.st_mtime)
+    if ours.st_size != theirs.st_size:
+        return False
+    # Copies keep the time, as finely as the file system can.
+    return ours.st_mtime_ns == theirs.st_mtime_ns or filecmp.cmp(source, target, shallow=False)

@@ -10,7 +10,7 @@ import numpy as np
 from easydict import EasyDict
 
 from datasets.catalog import ForegroundRule
-from datasets.images import list_pictures, read_mask
+from datasets.images import list_pictures
 from datasets.loaders import build_realnet_test_set, build_realnet_train_set
 from datasets.meta import Sample, read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
@@ -108,7 +108,7 @@ def _spread(indices: list[int], samples: list[Sample]) -> list[int]:
 def _outlined(test_set: RealNetTestSet, index: int) -> np.ndarray:
     image, sample = test_set.picture(index).copy(), test_set.samples[index]
     if sample.maskname is not None:
-        outline(image, read_mask(test_set.root / sample.maskname, test_set.appearance.size) > 0, _OUTLINE)
+        outline(image, test_set.mask(index) > 0, _OUTLINE)
     return image
 
 

@@ -13,7 +13,16 @@ from torch.utils.data import Dataset
 from datasets.anomaly import augment_texture, blend
 from datasets.catalog import ForegroundRule
 from datasets.foreground import apply_rule, foreground_of
-from datasets.images import SharedCache, flip_and_rotate, list_pictures, normalize, read_mask, read_picture
+from datasets.images import (
+    SharedCache,
+    flip_and_rotate,
+    list_pictures,
+    normalize,
+    picture_size,
+    read_mask,
+    read_picture,
+    same_proportions,
+)
 from datasets.meta import Sample, class_names
 from datasets.perlin import perlin_mask
 from utils.errors import UsageError
@@ -238,11 +247,25 @@ class RealNetTestSet(Dataset):
         """The resized picture (H,W,3) uint8."""
         return read_picture(self.root / self.samples[index].filename, self.appearance.size, self.appearance.color_mode)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+    def mask(self, index: int) -> np.ndarray:
+        """The resized mask (H,W) uint8 in {0, 1}, zeros where it is not known.
+
+        Raises:
+            UsageError: it is unreadable, or of other proportions than the picture, so that of another one.
+        """
         sample, size = self.samples[index], self.appearance.size
-        mask = read_mask(self.root / sample.maskname, size) if sample.maskname else np.zeros(size, np.uint8)
+        if sample.maskname is None:
+            return np.zeros(size, np.uint8)
+        path, picture = self.root / sample.maskname, self.root / sample.filename
+        mask_size, own_size = picture_size(path), picture_size(picture)
+        if not same_proportions(mask_size, own_size):
+            (h, w), (height, width) = mask_size, own_size
+            raise UsageError(f"{path}: mask of {w}x{h} pixels for {picture}, which is {width}x{height}")
+        return read_mask(path, size).copy()
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         return {
             "image": self.appearance.tensor(self.picture(index)),
-            "mask": torch.from_numpy(mask.copy()),
+            "mask": torch.from_numpy(self.mask(index)),
             "index": index,
         }

@@ -1,9 +1,10 @@
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datasets.images import SharedCache, flip_and_rotate, normalize, read_mask, read_picture
+from datasets.images import SharedCache, flip_and_rotate, normalize, picture_size, read_mask, read_picture
 from utils.errors import UsageError
 
 
@@ -58,6 +59,46 @@ def test_masks_are_anomalous_above_zero_and_resized_to_the_nearest(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png", (4, 4)), (values > 0)[::2, ::2])
     doubled = read_mask(tmp_path / "m.png", (16, 16))
     np.testing.assert_array_equal(doubled, np.kron(values > 0, np.ones((2, 2))))
+
+
+def test_masks_in_any_mode(tmp_path):
+    truth = np.zeros((16, 16), bool)
+    truth[4:9, 5:12] = True
+    grey = Image.fromarray(truth.astype(np.uint8) * 255)
+    grey.save(tmp_path / "l.png")
+    grey.convert("1").save(tmp_path / "1.bmp")
+    grey.convert("LA").save(tmp_path / "la.png")
+    grey.convert("P").save(tmp_path / "p.PNG")
+    grey.convert("RGB").save(tmp_path / "rgb.tif")
+    grey.save(tmp_path / "l.jpg", quality=60)
+    Image.fromarray(truth.astype(np.uint16) * 300).save(tmp_path / "deep.png")
+    # Red on transparent white, as annotation tools write it.
+    painted = np.full((16, 16, 4), (255, 255, 255, 0), np.uint8)
+    painted[truth] = (255, 0, 0, 255)
+    Image.fromarray(painted).save(tmp_path / "rgba.png")
+    for path in sorted(tmp_path.iterdir()):
+        mask = read_mask(path)
+        assert mask.dtype == np.uint8, path.name
+        assert np.mean(mask == truth) >= (0.97 if path.suffix == ".jpg" else 1), path.name
+
+
+def test_the_size_in_the_header_is_that_of_the_upright_picture(tmp_path):
+    Image.fromarray(gradient(40, 60)).save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(gradient(40, 60)).save(tmp_path / "b.jpg", exif=exif)
+    assert picture_size(tmp_path / "a.png") == read_picture(tmp_path / "a.png").shape[:2] == (40, 60)
+    assert picture_size(tmp_path / "b.jpg") == read_picture(tmp_path / "b.jpg").shape[:2] == (60, 40)
+
+
+def test_sixteen_bit_colour_and_floating_point(tmp_path):
+    deep = gradient().astype(np.uint16)[..., ::-1] * 257
+    for name in ("a.png", "a.tif"):
+        assert cv2.imwrite(str(tmp_path / name), deep)
+        np.testing.assert_array_equal(read_picture(tmp_path / name), gradient())
+    assert cv2.imwrite(str(tmp_path / "f.tif"), gradient()[..., 0].astype(np.float32))
+    with pytest.raises(UsageError, match=r"f\.tif holds floating-point values"):
+        read_picture(tmp_path / "f.tif")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", None])

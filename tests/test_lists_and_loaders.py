@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from datasets.images import SharedCache
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
@@ -122,6 +123,18 @@ def test_test_set_reads_masks(tiny_data):
     areas = [int(dataset[i]["mask"].sum()) for i in range(len(dataset))]
     assert areas == [0] * 4 + [64] * 4
     assert dataset[5]["index"] == 5
+
+
+def test_a_mask_of_other_proportions_is_refused_and_a_scaled_one_is_not(tiny_data):
+    samples = read_list(tiny_data / "samples" / "test_dots.json", tiny_data / "images")
+    dataset = RealNetTestSet(samples, tiny_data / "images", Appearance((32, 32), (0.5,) * 3, (0.5,) * 3))
+    path = tiny_data / "images" / samples[-1].maskname
+    expected = dataset[len(samples) - 1]["mask"]
+    Image.open(path).resize((128, 128), Image.Resampling.NEAREST).save(path)
+    assert torch.equal(dataset[len(samples) - 1]["mask"], expected)
+    Image.open(path).resize((128, 64), Image.Resampling.NEAREST).save(path)
+    with pytest.raises(UsageError, match=f"{path.name}: mask of 128x64 pixels for .*{samples[-1].filename}"):
+        dataset[len(samples) - 1]
 
 
 def test_an_empty_cache_keeps_nothing():

@@ -49,7 +49,9 @@ def run(main: Callable[[], None]) -> None:
     except (UsageError, RunError) as error:
         # Every rank meets wrong use alike, so one reports it.
         if is_main():
-            print(f"error: {_message(error)}", file=sys.stderr)
+            # A name that is no UTF-8 cannot be printed as it is.
+            text = _message(error).encode("utf-8", "backslashreplace").decode()
+            print(f"error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
