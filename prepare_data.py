@@ -220,7 +220,8 @@ def write_settings(dataset: str, classes: int, size: tuple[int, int], foreground
             write_text(folder / name, text)
         elif (folder / name).read_bytes() != text.encode():
             kept.append(name)
-    log.info("%s/*.yaml: %d classes, input size %dx%d (height x width)", folder, classes, *size)
+    count = f"{classes} class{'es' * (classes > 1)}"
+    log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
     drawn = templates.drawn_size(size)
     if drawn != size:
         log.info("  the diffusion model draws %dx%d: its sides have to be multiples of %d", *drawn, templates.STEP)
@@ -283,18 +284,23 @@ def print_next(args: argparse.Namespace) -> None:
     """The commands that train and evaluate."""
     name = args.dataset
     classes = listed_classes(f"data/{name}/samples/train_{{}}.json")
-    guided = (Path("experiments") / name / "classifier.yaml").is_file()
     chosen = "all" if len(classes) > 1 else classes[0]
-    lines = ["", "Next, with textures as anomalies (DTD in data/DTD/images, or any folder as dataset.train.dtd_dir):"]
-    types = '--set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"'
-    lines.append(f"  python train_realnet.py --dataset {name} --class_name {chosen} {types}")
-    lines.append(f"  python evaluation_realnet.py --dataset {name} --class_name {chosen}")
-    lines.append("or with SDAS, before these two and without that --set:")
-    lines.append(f"  python train_diffusion.py --dataset {name}")
-    lines += [f"  python train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"] * guided
-    lines.append(f"  python sample.py --dataset {name}")
-    if not args.preview:
-        lines += ["To see first what training will see:", f"  python prepare_data.py --dataset {name} --preview"]
+    commands = [
+        "" if args.preview else f"prepare_data.py --dataset {name} --preview    # what training will see",
+        f"train_diffusion.py --dataset {name}",
+        f"train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"
+        if len(classes) > 1
+        else "",
+        f"sample.py --dataset {name}",
+        f"train_realnet.py --dataset {name} --class_name {chosen}",
+        f"evaluation_realnet.py --dataset {name} --class_name {chosen}",
+    ]
+    lines = ["", "Next:", *(f"  python {command}" for command in commands if command)]
+    lines.append(
+        "Without a diffusion model, only the last two, and train_realnet.py with textures as anomalies (DTD, or any"
+    )
+    lines.append("folder of pictures as dataset.train.dtd_dir):")
+    lines.append('  --set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"')
     log.info("%s", "\n".join(lines))
 
 

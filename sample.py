@@ -23,7 +23,7 @@ from easydict import EasyDict
 
 from datasets.catalog import find
 from datasets.loaders import SharedBatches
-from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
+from models.sdas import SpacedDiffusion, check_size, create_classifier_unet, create_diffusion_unet
 from models.sdas.diffusion import classifier_guidance
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
@@ -135,6 +135,7 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
         raise UsageError(f"strength: {config.strength} is not a range [low, high] with 0 <= low <= high")
     if config.sampler not in ("ancestral", "ddim"):
         raise UsageError(f"sampler: {config.sampler!r} is not ancestral or ddim")
+    check_size((config.dataset.H, config.dataset.W), config.unet.channel_mult, "dataset.H, dataset.W")
     if config.dataset.channels != 3:
         raise UsageError(f"dataset.channels: {config.dataset.channels}; the networks draw RGB pictures, 3 channels")
     if config.sample_number < 1 or config.dataset.batch_size < 1:

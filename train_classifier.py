@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets.loaders import EpochBatches, SharedBatches, build_sdas_dataset, make_loader
-from models.sdas import SpacedDiffusion, create_classifier_unet
+from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, state_dict_of
 from utils.config import load_config, model_kwargs, plain, pretrained_path
@@ -69,6 +69,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config = load_config(cli.config_path(args, "classifier"), args.set)
+    check_size(config.dataset.input_size, config.classifier.channel_mult, "dataset.input_size")
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
     with distributed.session(args.device) as run:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from datasets.loaders import EpochBatches, build_sdas_dataset, make_loader
 from datasets.sdas import SDASDataset
 from models.losses import build_criterion
-from models.sdas import SpacedDiffusion, create_diffusion_unet
+from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, state_dict_of
 from utils.config import load_config, model_kwargs, plain, pretrained_path
@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config = load_config(cli.config_path(args, "diffusion"), args.set)
+    check_size(config.dataset.input_size, config.unet.channel_mult, "dataset.input_size")
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
     with distributed.session(args.device) as run:

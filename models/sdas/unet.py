@@ -94,6 +94,21 @@ class UNetShape:
         return EmbedSequential(self.res(channels, channels), self.attention(channels), self.res(channels, channels))
 
 
+def check_size(size: Sequence[int], channel_mult: Sequence[int], setting: str) -> None:
+    """Refuse an input size (height, width) that the levels of a network cannot halve.
+
+    Raises:
+        UsageError: names the setting and the nearest size that fits.
+    """
+    factor = 2 ** (len(channel_mult) - 1)
+    if any(side < 1 or side % factor for side in size):
+        nearest = [max(factor, round(side / factor) * factor) for side in size]
+        raise UsageError(
+            f"{setting}: {list(size)} does not fit {len(channel_mult)} levels (channel_mult), which need multiples of "
+            f"{factor}; the nearest is {nearest}"
+        )
+
+
 class UNetTrunk(nn.Module):
     """Time embedding and encoder, common to the diffusion model and the classifier."""
 
@@ -113,14 +128,7 @@ class UNetTrunk(nn.Module):
         return stage(x, emb)
 
     def check_size(self, x: torch.Tensor) -> None:
-        height, width = x.shape[-2:]
-        factor = self.shape.factor
-        if height % factor or width % factor:
-            nearest = [max(factor, round(side / factor) * factor) for side in (height, width)]
-            raise UsageError(
-                f"dataset.input_size: [{height}, {width}] does not fit {len(self.shape.channel_mult)} levels, which "
-                f"need multiples of {factor}; the nearest is {nearest}"
-            )
+        check_size(x.shape[-2:], self.shape.channel_mult, "input size")
 
 
 class UNet(UNetTrunk):

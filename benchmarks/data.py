@@ -1,0 +1,133 @@
+"""What a training sample costs, as a multiple of just decoding and normalising the same files in the same run.
+
+    python benchmarks/data.py
+    python benchmarks/data.py --size 192 320 --source 1024
+
+Unit: decode one SDAS picture of the input size and turn two pictures into normalised tensors. A cached SDAS-anomaly
+sample may cost 2.5 of these; an uncached one that much plus the decoding and resizing of its source.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from skimage import data as photographs
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets.catalog import ForegroundRule
+from datasets.demo import CLASSES, TEXTURES
+from datasets.images import read_picture
+from datasets.meta import Sample
+from datasets.realnet import Appearance, RealNetTrainSet, Synthesis
+
+SOURCES, DRAWN, ROUNDS, PER_ROUND = 12, 48, 15, 48
+LIMIT = 2.5
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FOREGROUND = {"channel": "gray", "threshold": "otsu", "close": 6, "open": 6}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"), help="input size")
+    parser.add_argument("--source", type=int, default=900, help="side of the good pictures on disk")
+    return parser.parse_args()
+
+
+def make_pictures(folder: Path, size: tuple[int, int], source: int) -> list[Sample]:
+    """Photographs as good pictures (PNG), SDAS pictures (JPEG as sample.py writes them) and textures."""
+    rng = np.random.default_rng(0)
+    for name in ("good", "sdas", "dtd"):
+        (folder / name).mkdir()
+    samples = []
+    for i in range(SOURCES):
+        photograph = Image.fromarray(getattr(photographs, CLASSES[i % len(CLASSES)])()).convert("RGB")
+        grain = rng.normal(0, 6, (source, source, 3))
+        noisy = np.asarray(photograph.resize((source, source))) + grain
+        Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(folder / f"good/{i}.png")
+        samples.append(Sample(f"good/{i}.png", 0, "photograph"))
+    for i in range(DRAWN):
+        photograph = Image.fromarray(getattr(photographs, CLASSES[i % len(CLASSES)])()).convert("RGB")
+        left, top = rng.integers(0, photograph.width - 256), rng.integers(0, photograph.height - 256)
+        crop = photograph.crop((left, top, left + 256, top + 256)).resize(size[::-1])
+        crop.save(folder / f"sdas/rank0_{i}.jpg", quality=95)
+    for name in TEXTURES:
+        Image.fromarray(getattr(photographs, name)()).convert("RGB").resize((480, 480)).save(folder / f"dtd/{name}.jpg")
+    return samples
+
+
+def make_set(folder: Path, samples: list[Sample], appearance: Appearance, kind: str, cache_mb: int) -> RealNetTrainSet:
+    synthesis = Synthesis({kind: 1.0}, sdas_dir=str(folder / "sdas"), dtd_dir=str(folder / "dtd"))
+    dataset = RealNetTrainSet(samples, folder, "own", FOREGROUND, appearance, synthesis, 0, cache_mb=cache_mb)
+    assert dataset.rules["photograph"] == ForegroundRule(**FOREGROUND)
+    return dataset
+
+
+def seconds(task: Callable[[int], object], start: int) -> float:
+    """Time of one call of the task, over PER_ROUND of them."""
+    begin = time.perf_counter()
+    for i in range(start, start + PER_ROUND):
+        task(i)
+    return (time.perf_counter() - begin) / PER_ROUND
+
+
+def main() -> None:
+    args = parse_args()
+    # As in a loader worker.
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    size = tuple(args.size)
+    appearance = Appearance(size, MEAN, STD)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        samples = make_pictures(folder, size, args.source)
+        ready = [read_picture(folder / sample.filename, size) for sample in samples]
+
+        def unit(i: int) -> None:
+            appearance.tensor(read_picture(folder / f"sdas/rank0_{i % DRAWN}.jpg"))
+            appearance.tensor(ready[i % SOURCES])
+
+        def decode(i: int) -> None:
+            read_picture(folder / samples[i % SOURCES].filename, size)
+
+        tasks: dict[str, Callable[[int], object]] = {"unit": unit, "decode": decode}
+        for kind in ("normal", "sdas", "dtd"):
+            for cache_mb in (64, 0):
+                dataset = make_set(folder, samples, appearance, kind, cache_mb)
+                tasks[f"{kind} {'cached' if cache_mb else 'uncached'}"] = lambda i, d=dataset: d[
+                    i // SOURCES, i % SOURCES
+                ]
+        times: dict[str, list[float]] = {name: [] for name in tasks}
+        for round_number in range(ROUNDS + 1):
+            for name, task in tasks.items():
+                taken = seconds(task, round_number * PER_ROUND)
+                # The first round fills caches.
+                if round_number:
+                    times[name].append(taken)
+    report({name: statistics.median(values) for name, values in times.items()}, size, args.source)
+
+
+def report(cost: dict[str, float], size: tuple[int, int], source: int) -> None:
+    unit, decode = cost["unit"], cost["decode"]
+    print(f"input {size[0]}x{size[1]}, good pictures {source}x{source} PNG; medians of {ROUNDS} rounds")
+    print(f"unit (decode an SDAS picture, normalise two): {1e3 * unit:.2f} ms; decode and resize a source: ", end="")
+    print(f"{1e3 * decode:.2f} ms = {decode / unit:.2f} units\n")
+    print(f"{'sample':16} {'samples/s':>9} {'units':>6}  limit")
+    for name, value in cost.items():
+        if name in ("unit", "decode"):
+            continue
+        limit = (LIMIT + (decode / unit if "uncached" in name else 0)) if name.startswith("sdas") else None
+        verdict = "" if limit is None else f"{limit:.2f} {'met' if value / unit <= limit else 'MISSED'}"
+        print(f"{name:16} {1 / value:9.0f} {value / unit:6.2f}  {verdict}")
+
+
+if __name__ == "__main__":
+    main()
