@@ -79,6 +79,8 @@ def main() -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     name, own = args.dataset, args.dataset not in OFFICIAL
     for known in (*OFFICIAL, "demo"):
+        if name == "demo" and args.root is None:
+            break
         if own and name.lower() in (known.lower(), CATALOG[known].type if known in CATALOG else ""):
             what = "is the built-in data set; take another name" if known == "demo" else f"did you mean {known}?"
             raise UsageError(f"--dataset {name}: {what}")

@@ -337,6 +337,23 @@ def test_sizes_that_the_diffusion_model_cannot_draw_are_rounded_up_for_it(tmp_pa
     assert "draws 128x224" in done.out
 
 
+REAL = REPOSITORY.parent / "shared/real"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real is not there")
+@pytest.mark.parametrize(
+    ("folder", "counts"), [("magnetic_tile", (348, 90, 170, 170)), ("nomask/crackforest", (150, 50, 50, 0))]
+)
+def test_real_photographs(folder, counts, tmp_path, prepare):
+    done = prepare("--dataset", "real", "--root", REAL / folder)
+    train, test = (lines_of(tmp_path / f"data/real/samples/{split}_real.json") for split in ("train", "test"))
+    defective = [line for line in test if line["label"]]
+    masked = [line for line in defective if "maskname" in line]
+    assert (len(train), len(test) - len(defective), len(defective), len(masked)) == counts
+    # Their makers split by physical tile and by place: no test picture nearly equals a training picture.
+    assert "both sides" not in done.out
+
+
 def test_preview_shows_what_there_is(tmp_path, prepare):
     mvtec_class(tmp_path / "shots")
     done = prepare("--dataset", "parts", "--root", "shots", "--preview")

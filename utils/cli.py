@@ -1,6 +1,7 @@
 """What the commands have in common: arguments, where their settings and outputs are, and how they fail."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,10 @@ def run(main: Callable[[], None]) -> None:
             text = _message(error).encode("utf-8", "backslashreplace").decode()
             print(f"error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        # Whoever read the output has had enough, as in `... | head`; what Python flushes at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -16,52 +16,107 @@ PRO_LIMIT = 0.3
 
 @dataclass(frozen=True)
 class Ranking:
-    """Labels ranked by descending score; one point per distinct score.
+    """Positives ranked among negatives: one entry per distinct score of a positive, in descending order.
+
+    That is all that the metrics need: where a threshold falls between two scores of positives, only the false positives
+    change. Sorting the negatives, which are nearly all pixels, costs N log N and their own size in memory.
 
     Args:
-        true_positives, false_positives: counts at score >= threshold, (K,) float64.
-        thresholds: (K,) descending.
+        thresholds: (K,) the scores.
+        true_positives: (K,) positives at score >= threshold.
+        false_positives, above: (K,) negatives at score >= threshold, and > threshold.
+        positives, negatives: how many there are.
+        weights: (K,) sum of the weights of the positives at score >= threshold.
     """
 
+    thresholds: np.ndarray
     true_positives: np.ndarray
     false_positives: np.ndarray
-    thresholds: np.ndarray
+    above: np.ndarray
+    positives: int
+    negatives: int
+    weights: np.ndarray
 
     @classmethod
-    def of(cls, scores: np.ndarray, labels: np.ndarray) -> "Ranking":
-        """Args: scores (N,) float; labels (N,) bool."""
-        order = np.argsort(-scores, kind="stable")
-        scores, labels = scores[order], labels[order].astype(bool)
-        last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
-        true_positives = np.cumsum(labels, dtype=np.int64)[last].astype(np.float64)
-        return cls(true_positives, last + 1 - true_positives, scores[last])
+    def of(cls, scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> "Ranking":
+        """Rank scores.
+
+        Args:
+            scores: float, any shape.
+            labels: bool, of that shape.
+            weights: (P,) of the positives in the order of scores[labels]; equal where absent.
+
+        Raises:
+            ValueError: a score is not a number.
+        """
+        labels = np.asarray(labels, dtype=bool)
+        positive, negative = scores[labels], scores[~labels]
+        negative.sort()
+        values, inverse, counts = np.unique(positive, return_inverse=True, return_counts=True)
+        # Sorting puts what is not a number last.
+        if any(len(ordered) and np.isnan(ordered[-1]) for ordered in (values, negative)):
+            raise ValueError("scores hold values that are not numbers")
+        weighted = counts if weights is None else np.bincount(inverse.ravel(), weights, minlength=len(values))
+        descending = values[::-1]
+        return cls(
+            descending,
+            np.cumsum(counts[::-1]),
+            len(negative) - np.searchsorted(negative, descending, side="left"),
+            len(negative) - np.searchsorted(negative, descending, side="right"),
+            len(positive),
+            len(negative),
+            np.cumsum(weighted[::-1]),
+        )
 
     @property
     def defined(self) -> bool:
         """Whether both labels occur."""
-        return self.true_positives[-1] > 0 and self.false_positives[-1] > 0
+        return self.positives > 0 and self.negatives > 0
 
     def auroc(self) -> float | None:
+        """The probability that a positive scores higher than a negative; equal scores count one half."""
         if not self.defined:
             return None
-        tpr = np.append(0.0, self.true_positives / self.true_positives[-1])
-        fpr = np.append(0.0, self.false_positives / self.false_positives[-1])
-        return float(np.trapezoid(tpr, fpr))
+        lower = self.negatives - (self.false_positives + self.above) / 2
+        return float(np.diff(self.true_positives, prepend=0) @ lower / (self.positives * self.negatives))
 
     def average_precision(self) -> float | None:
         if not self.defined:
             return None
         precision = self.true_positives / (self.true_positives + self.false_positives)
-        recall = self.true_positives / self.true_positives[-1]
-        return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+        return float(np.diff(self.true_positives, prepend=0) @ precision / self.positives)
 
     def best_f1(self) -> tuple[float | None, float | None]:
-        """The best F1 and its threshold (score >= threshold is positive)."""
+        """The best F1 and its threshold (score >= threshold is positive); the highest of equally good ones."""
         if not self.defined:
             return None, None
-        f1 = 2 * self.true_positives / (self.true_positives + self.false_positives + self.true_positives[-1])
+        f1 = 2 * self.true_positives / (self.true_positives + self.false_positives + self.positives)
         best = int(np.argmax(f1))
         return float(f1[best]), float(self.thresholds[best])
+
+    def curve(self, heights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The corners of the ROC curve: false positive rate and true positive rate, from (0, 0) to (1, 1).
+
+        Args:
+            heights: (K,) what to draw over the false positive rate instead of the true positive rate.
+        """
+        heights = self.true_positives / self.positives if heights is None else heights
+        # Down to the next positive only negatives come in, then those that tie with it together with it.
+        x = np.stack([self.above, self.false_positives], axis=1).ravel() / self.negatives
+        y = np.stack([np.append(0.0, heights[:-1]), heights], axis=1).ravel()
+        return np.concatenate([[0.0], x, [1.0]]), np.concatenate([[0.0], y, [1.0]])
+
+    def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
+        """Recall and precision at each threshold."""
+        return self.true_positives / self.positives, self.true_positives / (self.true_positives + self.false_positives)
+
+    def pro_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """The corners of the PRO curve, for a ranking whose weights add up to 1 in each region."""
+        return self.curve(self.weights / self.weights[-1])
+
+    def pro(self, limit: float = PRO_LIMIT) -> float | None:
+        """Area under the PRO curve up to a false positive rate, divided by that rate."""
+        return _area_up_to(*self.pro_curve(), limit) / limit if self.defined else None
 
 
 def image_scores(maps: np.ndarray, avgpool_size: tuple[int, int] = (16, 16)) -> np.ndarray:
@@ -80,10 +135,21 @@ def image_scores(maps: np.ndarray, avgpool_size: tuple[int, int] = (16, 16)) -> 
     return torch.cat(chunks).numpy().astype(np.float64)
 
 
+def pixel_ranking(scores: np.ndarray, masks: np.ndarray) -> Ranking:
+    """The pixels of maps (N,H,W) ranked, with weights that add up to 1 in each 8-connected region of the masks."""
+    weights = [np.zeros(0)]
+    for mask in masks:
+        if mask.any():
+            _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+            inside = labels[mask]
+            weights.append(1.0 / np.bincount(inside)[inside])
+    return Ranking.of(scores, masks, np.concatenate(weights))
+
+
 def pro(scores: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT) -> float | None:
     """Per-region overlap, integrated over the false positive rate up to `limit` and divided by it.
 
-    Regions are 8-connected; the false positive rate is over all pixels outside regions.
+    Regions are 8-connected, holes in them are not filled; the false positive rate is over all pixels outside regions.
 
     Args:
         scores: (N,H,W) float.
@@ -92,25 +158,7 @@ def pro(scores: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT) -> floa
     Returns:
         The PRO score in [0, 1]; None where there is no region or nothing outside.
     """
-    weights = np.zeros(masks.shape, dtype=np.float64)
-    regions = 0
-    for mask, weight in zip(masks, weights, strict=True):
-        if not mask.any():
-            continue
-        count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
-        sizes = np.bincount(labels.ravel(), minlength=count)
-        weight[mask] = 1.0 / sizes[labels[mask]]
-        regions += count - 1
-    normal = int(masks.size - np.count_nonzero(masks))
-    if regions == 0 or normal == 0:
-        return None
-    flat = scores.ravel()
-    order = np.argsort(-flat, kind="stable")
-    ranked = flat[order]
-    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
-    overlap = np.append(0.0, np.cumsum(weights.ravel()[order])[last] / regions)
-    fpr = np.append(0.0, np.cumsum(~masks.ravel()[order], dtype=np.int64)[last] / normal)
-    return _area_up_to(fpr, overlap, limit) / limit
+    return pixel_ranking(scores, masks).pro(limit)
 
 
 def _area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
@@ -129,6 +177,7 @@ def anomaly_metrics(
     masks: np.ndarray | None,
     avgpool_size: tuple[int, int] = (16, 16),
     labels: np.ndarray | None = None,
+    pro_limit: float = PRO_LIMIT,
 ) -> dict[str, float | None]:
     """All metrics of a set of anomaly maps.
 
@@ -137,6 +186,7 @@ def anomaly_metrics(
         masks: (N,H,W) bool ground truth, or None where it is not known: pixel metrics are then None.
         avgpool_size: window of the image score.
         labels: (N,) bool image labels; from the masks where absent.
+        pro_limit: false positive rate up to which PRO is integrated.
 
     Returns:
         image_auroc, pixel_auroc, pro, image_ap, pixel_ap, image_f1, pixel_f1, and the thresholds of the two F1s,
@@ -146,14 +196,14 @@ def anomaly_metrics(
         if masks is None:
             raise ValueError("labels are needed where there are no masks")
         labels = masks.any(axis=(1, 2))
-    image = Ranking.of(image_scores(scores, avgpool_size), np.asarray(labels, dtype=bool))
+    image = Ranking.of(image_scores(scores, avgpool_size), labels)
+    pixel = pixel_ranking(scores, masks) if masks is not None else None
     image_f1, image_threshold = image.best_f1()
-    pixel = Ranking.of(scores.ravel(), masks.ravel()) if masks is not None else None
     pixel_f1, pixel_threshold = pixel.best_f1() if pixel else (None, None)
     return {
         "image_auroc": image.auroc(),
         "pixel_auroc": pixel.auroc() if pixel else None,
-        "pro": pro(scores, masks) if masks is not None else None,
+        "pro": pixel.pro(pro_limit) if pixel else None,
         "image_ap": image.average_precision(),
         "pixel_ap": pixel.average_precision() if pixel else None,
         "image_f1": image_f1,
