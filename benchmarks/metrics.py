@@ -76,7 +76,7 @@ def main() -> None:
         measure(args.measure, args.maps[0])
         return
     print(
-        f"{'maps':>5} {'pixels':>8}  {'ours, all metrics':>18} {'peak':>8}  {'roc_auc_score':>13} {'peak':>8}  ratio  s/Mpx"
+        f"{'maps':>5} {'pixels':>8}  {'ours, all':>18} {'peak':>8}  {'roc_auc_score':>13} {'peak':>8}  ratio  s/Mpx"
     )
     for count in args.maps:
         # scikit-learn before and after ours: the machine may change its speed on the way.
