@@ -1,23 +1,27 @@
-"""Evaluate trained RealNets: a table of metrics, and a picture for every test image.
+"""Evaluate trained RealNets: tables of metrics, thresholds, a report, and a picture for every test image.
 
     python evaluation_realnet.py --dataset MVTec-AD --class_name bottle
     torchrun --nproc_per_node=2 evaluation_realnet.py --dataset MVTec-AD --class_name all
+    python evaluation_realnet.py --dataset MVTec-AD --class_name all --target-fpr 0.01
     python evaluation_realnet.py --dataset MVTec-AD --class_name bottle --checkpoint FILE
 
-Settings: experiments/<dataset>/realnet.yaml. Loads realnet_checkpoints/<class>/ckpt_best.pth.tar, writes
-realnet_results/metrics.{csv,json,md} and [image | ground truth | anomaly map] pictures to
+Settings: experiments/<dataset>/realnet.yaml. Loads realnet_checkpoints/<class>/ckpt_best.pth.tar and writes its
+thresholds beside it (ckpt_best.thresholds.json, for predict.py). Writes realnet_results/report.html,
+metrics.{csv,json,md} and metrics_by_defect.{csv,json,md}, and [image | ground truth | anomaly map] pictures to
 realnet_vis/<class>/<defect>/. Any number of ranks prints the same figures.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from easydict import EasyDict
 
+from datasets.catalog import find
 from datasets.loaders import SharedBatches, build_realnet_test_set, make_loader
-from datasets.meta import UNIFIED, Sample, listed_classes
+from datasets.meta import UNIFIED, listed_classes
 from datasets.realnet import RealNetTestSet
 from models import build_realnet
 from utils import cli, distributed
@@ -25,18 +29,34 @@ from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
 from utils.config import load_config
 from utils.distributed import Run
 from utils.errors import UsageError
+from utils.html_report import thumbnail, write_report
 from utils.log import log, progress, set_up_logging
-from utils.metrics import anomaly_metrics
-from utils.report import Row, text_table, with_mean, write_tables
+from utils.metrics import PRO_LIMIT
+from utils.report import text_table, with_mean, with_paper, write_tables
+from utils.results import ClassResult, ScoredPictures, Shown, evaluate_class
 from utils.scoring import GatheredMaps, avgpool_size, score_test_set
-from utils.visualize import result_picture, write_image
+from utils.thresholds import Thresholds, write_thresholds
+from utils.visualize import heat_overlay, result_picture, write_image
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for beyond the settings."""
+
+    target_fpr: float | None
+    pro_limit: float
+    gallery: int
+    pictures: bool
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--class_name", help="one class, several separated by commas, or all")
     parser.add_argument("--checkpoint", help="checkpoint file instead of the class's ckpt_best.pth.tar")
-    parser.add_argument("--no-pictures", action="store_true", help="metrics only")
+    parser.add_argument("--target-fpr", type=float, help="thresholds for this share of false alarms, not the best F1")
+    parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="PRO up to this false positive rate (0.3)")
+    parser.add_argument("--gallery", type=int, default=60, help="pictures of each class in report.html (60)")
+    parser.add_argument("--no-pictures", action="store_true", help="no file for every test picture")
     return parser.parse_args()
 
 
@@ -44,36 +64,51 @@ def main() -> None:
     args = parse_args()
     config = load_config(cli.config_path(args, "realnet"), args.set)
     classes = cli.chosen_classes(args.class_name, config.dataset.test.meta_file, listed_classes, UNIFIED)
-    if args.checkpoint and len(classes) > 1:
-        raise UsageError("--checkpoint: evaluates one class; name it with --class_name")
+    options = check_options(args, classes)
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
-        results: dict[str, Row] = {}
-        for class_name in testable(config, classes):
-            default = out / config.saver.checkpoints_dir / class_name / "ckpt_best.pth.tar"
-            checkpoint = Path(args.checkpoint) if args.checkpoint else default
-            results |= evaluate(config, class_name, checkpoint, run, None if args.no_pictures else out)
+        results: list[ClassResult] = []
+        for class_name, checkpoint in models(config, classes, args, out):
+            results += evaluate(config, class_name, checkpoint, run, options, out)
         if run.is_main:
-            table = with_mean(results)
-            log.info("%s", text_table(table))
-            for path in write_tables(out / config.saver.results_dir, table):
-                log.info("%s", path)
+            report(config, results, options, args.dataset or out.name, out / config.saver.results_dir)
 
 
-def testable(config: EasyDict, classes: list[str]) -> list[str]:
-    """The classes whose test lists hold pictures; the others are named."""
-    empty = [name for name in classes if not len(build_realnet_test_set(config.dataset, name))]
-    path = config.dataset.test.meta_file.replace("{}", empty[0]) if empty else ""
-    if len(empty) == len(classes):
-        raise UsageError(f"{path}: holds no picture; evaluation needs good and defective test pictures")
-    for name in empty:
-        log.info("%s: left out, its test list is empty; evaluation needs good and defective pictures", name)
-    return [name for name in classes if name not in empty]
+def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
+    if args.checkpoint and len(classes) > 1:
+        raise UsageError("--checkpoint: evaluates one class; name it with --class_name")
+    if args.target_fpr is not None and not 0 <= args.target_fpr < 1:
+        raise UsageError(f"--target-fpr {args.target_fpr}: has to lie in 0 .. 1, e.g. 0.01 for 1 %")
+    if not 0 < args.pro_limit <= 1:
+        raise UsageError(f"--pro-limit {args.pro_limit}: has to lie above 0 and up to 1")
+    return Options(args.target_fpr, args.pro_limit, max(0, args.gallery), not args.no_pictures)
 
 
-def evaluate(config: EasyDict, class_name: str, checkpoint: Path, run: Run, out: Path | None) -> dict[str, Row]:
-    """Metrics of each class in a test list, on rank 0; writes pictures under `out` where it is given."""
+def models(config: EasyDict, classes: list[str], args: argparse.Namespace, out: Path) -> list[tuple[str, Path]]:
+    """The classes that can be evaluated with their checkpoints; of `all`, those that cannot are named and left out."""
+    found, missing = [], []
+    for name in classes:
+        default = out / config.saver.checkpoints_dir / name / "ckpt_best.pth.tar"
+        checkpoint = Path(args.checkpoint) if args.checkpoint else default
+        list_path = config.dataset.test.meta_file.replace("{}", name)
+        if not len(build_realnet_test_set(config.dataset, name)):
+            missing.append(f"{list_path}: holds no picture; evaluation needs good and defective test pictures")
+        elif not checkpoint.is_file():
+            missing.append(f"{checkpoint} does not exist; train {name} first")
+        else:
+            found.append((name, checkpoint))
+    if missing and (not found or args.class_name != "all"):
+        raise UsageError(missing[0])
+    for text in missing:
+        log.info("left out: %s", text)
+    return found
+
+
+def evaluate(
+    config: EasyDict, class_name: str, checkpoint: Path, run: Run, options: Options, out: Path
+) -> list[ClassResult]:
+    """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
     test_set = build_realnet_test_set(config.dataset, class_name)
     loader = make_loader(
         test_set, SharedBatches(len(test_set), config.dataset.batch_size, run), config.dataset.workers, run
@@ -83,61 +118,123 @@ def evaluate(config: EasyDict, class_name: str, checkpoint: Path, run: Run, out:
     model = build_realnet(config, "checkpoint")
     load_weights(model, state_dict_of(content), checkpoint, "structure and net in the YAML")
     maps = score_test_set(model.to(run.device), loader, run)
-    log.info("%s: %s, epoch %s, %d pictures", class_name, checkpoint, content.get("epoch", "?"), len(test_set))
     if maps is None:
-        return {}
-    rows: dict[str, Row] = {}
-    for name in sorted({sample.clsname for sample in test_set.samples}) if class_name == UNIFIED else [class_name]:
-        chosen = [i for i, sample in enumerate(test_set.samples) if class_name != UNIFIED or sample.clsname == name]
-        rows[name] = class_metrics(maps, test_set.samples, chosen, avgpool_size(config.evaluator))
-        if out is not None:
-            threshold = rows[name]["pixel_threshold"]
-            write_pictures(test_set, maps, chosen, threshold, out / config.saver.vis_dir / name, run)
-    return rows
+        return []
+    log.info("%s: %s, epoch %s, %d pictures", class_name, checkpoint, content.get("epoch", "?"), len(test_set))
+    log.info("%s: %.1f images/s in the forward pass", class_name, maps.images_per_second)
+    pictures = scored_pictures(maps, test_set, avgpool_size(config.evaluator))
+    names = np.array([sample.clsname if class_name == UNIFIED else class_name for sample in test_set.samples])
+    results = []
+    for name in sorted(set(names)):
+        chosen = np.flatnonzero(names == name)
+        result = evaluate_class(name, pictures.subset(chosen), options.target_fpr, options.pro_limit)
+        tell_what_is_undefined(result)
+        show(result, test_set, maps, chosen, options, run, out / config.saver.vis_dir)
+        results.append(result)
+    # One threshold for all pictures of a model: which class a new picture is of need not be known.
+    overall = results[0] if len(results) == 1 else evaluate_class(UNIFIED, pictures, options.target_fpr)
+    path = write_thresholds(checkpoint, overall.thresholds, {result.name: result.thresholds for result in results})
+    log.info("%s: thresholds in %s", class_name, path)
+    return results
 
 
-def class_metrics(maps: GatheredMaps, samples: list[Sample], chosen: list[int], window: tuple[int, int]) -> Row:
-    """All metrics of some pictures; pixel metrics over those whose mask is known, if any has a defect."""
-    labels = np.array([samples[i].label for i in chosen], dtype=bool)
-    if labels.all() or not labels.any():
-        lacking = "good" if labels.all() else "defective"
-        log.info(
-            "%s: no %s test picture: metrics are absent, they need both kinds", samples[chosen[0]].clsname, lacking
-        )
-    row = anomaly_metrics(maps.scores[chosen], None, window, labels)
-    known = [i for i in chosen if samples[i].mask_known]
-    if labels.any() and not maps.masks[known].any():
-        log.info("%s: no masks of defects: pixel metrics are absent", samples[chosen[0]].clsname)
-    if maps.masks[known].any():
-        pixel = anomaly_metrics(maps.scores[known], maps.masks[known], window)
-        row |= {name: value for name, value in pixel.items() if name.startswith(("pixel", "pro"))}
-    return row
+def scored_pictures(maps: GatheredMaps, test_set: RealNetTestSet, window: tuple[int, int]) -> ScoredPictures:
+    samples = test_set.samples
+    return ScoredPictures(
+        maps.scores,
+        maps.masks,
+        np.array([sample.mask_known for sample in samples]),
+        np.array([sample.label for sample in samples], dtype=bool),
+        np.array([sample.kind for sample in samples]),
+        window,
+    )
 
 
-def write_pictures(
+def tell_what_is_undefined(result: ClassResult) -> None:
+    if result.labels.all() or not result.labels.any():
+        lacking = "good" if result.labels.all() else "defective"
+        log.info("%s: no %s test picture: image metrics are absent, they need both kinds", result.name, lacking)
+    if result.labels.any() and result.metrics["pixel_auroc"] is None:
+        log.info("%s: no masks of defects: pixel metrics are absent", result.name)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def show(
+    result: ClassResult,
     test_set: RealNetTestSet,
     maps: GatheredMaps,
-    chosen: list[int],
-    threshold: float | None,
-    folder: Path,
+    chosen: np.ndarray,
+    options: Options,
     run: Run,
+    vis_dir: Path,
 ) -> None:
-    """[image | ground truth | anomaly map with the contour of the best-F1 threshold], one file per test picture.
+    """Write [image | ground truth | anomaly map] of every picture, and collect the gallery: the worst errors."""
+    errors = signed_errors(result)
+    worst = set(np.argsort(-errors, kind="stable")[: options.gallery].tolist())
+    folder = vis_dir / result.name
+    for k in progress(range(len(chosen)), run, f"{result.name} pictures"):
+        if not options.pictures and k not in worst:
+            continue
+        index = int(chosen[k])
+        sample, image = test_set.samples[index], test_set.picture(index)
+        mask = maps.masks[index] if sample.mask_known else None
+        heat = heat_map(image, maps.scores[index], result.thresholds)
+        if options.pictures:
+            path = folder / sample.kind / f"{PurePosixPath(sample.filename).stem}.png"
+            write_image(path, result_picture(image, mask, heat))
+        if k in worst:
+            truth = None if mask is None else thumbnail(mask.astype(np.uint8) * 255)
+            score, error = float(result.scores[k]), float(errors[k])
+            shown = (thumbnail(image), thumbnail(heat), truth)
+            result.gallery.append(Shown(sample.filename, sample.kind, sample.label, score, error, *shown))
+    if options.pictures:
+        log.info("%s: pictures in %s", result.name, folder)
 
-    Colours span the scores of the class, from its median score (blue) to its highest (red).
+
+def heat_map(image: np.ndarray, scores: np.ndarray, thresholds: Thresholds) -> np.ndarray:
+    """The anomaly map over the picture, coloured from the class's median score (blue) to its highest (red)."""
+    scale = 1 / (thresholds.high - thresholds.low)
+    threshold = None if thresholds.pixel is None else (thresholds.pixel - thresholds.low) * scale
+    return heat_overlay(image, (scores - thresholds.low) * scale, threshold)
+
+
+def signed_errors(result: ClassResult) -> np.ndarray:
+    """How far each image score lies on the wrong side of the threshold, as a share of the range of scores.
+
+    Without a threshold, normal pictures with high scores come first.
     """
-    low, high = float(np.median(maps.scores[chosen])), float(maps.scores[chosen].max())
-    scale = 1 / max(high - low, 1e-6)
-    for i in progress(chosen, run, f"{folder.name} pictures"):
-        sample = test_set.samples[i]
-        picture = result_picture(
-            test_set.picture(i),
-            maps.masks[i] if sample.mask_known else None,
-            (maps.scores[i] - low) * scale,
-            None if threshold is None else (threshold - low) * scale,
-        )
-        write_image(folder / sample.kind / f"{PurePosixPath(sample.filename).stem}.png", picture)
-    log.info("%s: pictures in %s", folder.name, folder)
+    scores, threshold = result.scores, result.thresholds.image
+    scale = max(float(np.ptp(scores)), 1e-12)
+    if threshold is None:
+        return (scores - scores.max()) / scale
+    return np.where(result.labels, threshold - scores, scores - threshold) / scale
+
+
+# ---- tables and report -----------------------------------------------------------------------------------------------
+
+
+def report(config: EasyDict, results: list[ClassResult], options: Options, dataset: str, folder: Path) -> None:
+    """Print the tables and write them and the report."""
+    table = with_mean({result.name: result.metrics for result in results})
+    info = find(config.dataset.type)
+    paper = info.paper if info else {}
+    log.info("%s", text_table(with_paper(table, paper)))
+    kinds = {f"{result.name}/{kind}": row for result in results for kind, row in result.kinds.items()}
+    paths = write_tables(folder, "metrics", table, paper)
+    if kinds:
+        log.info("\n%s", text_table(kinds, "defect"))
+        paths += write_tables(folder, "metrics_by_defect", kinds, {})
+    notes = [
+        f"{sum(len(result.scores) for result in results)} test pictures. PRO up to a false positive rate of "
+        f"{options.pro_limit:g}. A picture is called anomalous where its score reaches the image threshold.",
+        "The thresholds were chosen on these pictures, so the verdicts shown are better than those on new ones.",
+    ]
+    path = folder / "report.html"
+    write_report(path, f"RealNet on {dataset}", notes, with_paper(table, paper), results)
+    for written in [*paths, path]:
+        log.info("%s", written)
 
 
 if __name__ == "__main__":

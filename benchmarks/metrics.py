@@ -75,9 +75,7 @@ def main() -> None:
     if args.measure:
         measure(args.measure, args.maps[0])
         return
-    print(
-        f"{'maps':>5} {'pixels':>8}  {'ours, all':>18} {'peak':>8}  {'roc_auc_score':>13} {'peak':>8}  ratio  s/Mpx"
-    )
+    print(f"{'maps':>5} {'pixels':>8}  {'ours, all':>18} {'peak':>8}  {'roc_auc_score':>13} {'peak':>8}  ratio  s/Mpx")
     for count in args.maps:
         # scikit-learn before and after ours: the machine may change its speed on the way.
         first, ours, second = run("scikit-learn", count), run("ours", count), run("scikit-learn", count)

@@ -15,6 +15,7 @@ from utils.errors import UsageError
 log = logging.getLogger("realnet")
 
 COLOR_MODES = ("RGB", "BGR", "GRAY")
+RESAMPLING = Image.Resampling.BILINEAR  # antialiased in Pillow
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -38,11 +39,18 @@ def read_picture(path: str | Path, size: Sequence[int] | None = None, color_mode
         picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     picture = picture.convert("L" if color_mode == "GRAY" else "RGB")
     if size is not None and picture.size != (size[1], size[0]):
-        picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        picture = picture.resize((size[1], size[0]), RESAMPLING)
     image = np.asarray(picture)
     if color_mode == "GRAY":
         return np.repeat(image[..., None], 3, axis=2)
     return np.ascontiguousarray(image[..., ::-1]) if color_mode == "BGR" else image
+
+
+def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """An (H,W,3) uint8 picture at another (height, width), as read_picture resizes it."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), RESAMPLING))
 
 
 def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from datasets.anomaly import augment_texture, blend
@@ -21,6 +20,7 @@ from datasets.images import (
     picture_size,
     read_mask,
     read_picture,
+    resize,
     same_proportions,
 )
 from datasets.meta import Sample, class_names
@@ -110,7 +110,7 @@ class Synthesis:
             source = read_picture(path, appearance.size, appearance.color_mode)
             return source, float(rng.uniform(*self.sdas_transparency_range))
         texture = augment_texture(read_picture(path, color_mode=appearance.color_mode), rng)
-        return _resize(texture, appearance.size), float(rng.uniform(*self.dtd_transparency_range))
+        return resize(texture, appearance.size), float(rng.uniform(*self.dtd_transparency_range))
 
 
 def _pictures(folder: str | None, setting: str, hint: str) -> list[Path]:
@@ -118,10 +118,6 @@ def _pictures(folder: str | None, setting: str, hint: str) -> list[Path]:
     if not found:
         raise UsageError(f"dataset.train.{setting}: {folder or 'not set'} holds no picture; {hint}")
     return found
-
-
-def _resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 class RealNetTrainSet(Dataset):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.afs import AFS, Block
@@ -77,6 +78,29 @@ class RealNet(nn.Module):
         both = self.afs(self.backbone(torch.cat([image, gt_image])), size)
         features = {block: f[:n] for block, f in both.items()}
         return features, {block: f[:n].index_copy(0, index, f[n:]) for block, f in both.items()}
+
+
+class ExportedRealNet(nn.Module):
+    """A trained RealNet with the plain inputs and outputs that other runtimes take.
+
+    Args:
+        network: in eval mode.
+        window: (height, width) of the average pooling before the maximum that is the image score.
+
+    Shape:
+        image (N,3,H,W) -> anomaly map (N,H,W) in [0,1], score (N,)
+    """
+
+    def __init__(self, network: RealNet, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.network = network
+        self.window = window
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self.network({"image": image})["anomaly_score"]
+        window = [min(k, side) for k, side in zip(self.window, image.shape[-2:], strict=True)]
+        score = F.avg_pool2d(maps, window, stride=1).amax(dim=(1, 2, 3))
+        return maps[:, 0], score
 
 
 def parse_structure(structure: Sequence[dict], channels: dict[str, int] | None = None) -> list[Block]:

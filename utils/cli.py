@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.distributed import is_main
@@ -41,6 +42,17 @@ def config_path(args: argparse.Namespace, name: str) -> Path:
 def experiment_dir(args: argparse.Namespace) -> Path:
     """Where outputs go: experiments/<dataset>/, or the folder of --config where no data set is named."""
     return Path("experiments") / args.dataset if args.dataset else Path(args.config).parent
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write under a path into one line."""
+    try:
+        yield
+    except FileExistsError:
+        raise UsageError(f"{path}: there is a file of that name, or results are there already") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def run(main: Callable[[], None]) -> None:

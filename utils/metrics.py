@@ -172,6 +172,28 @@ def _area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     return float(np.trapezoid(ys, xs))
 
 
+def summarize(image: Ranking, pixel: Ranking | None, pro_limit: float = PRO_LIMIT) -> dict[str, float | None]:
+    """The metrics of rankings of images and of pixels (see pixel_ranking; None where no mask is known).
+
+    Returns:
+        image_auroc, pixel_auroc, pro, image_ap, pixel_ap, image_f1, pixel_f1, and the thresholds of the two F1s,
+        image_threshold and pixel_threshold. None where a metric is undefined (one of the labels does not occur).
+    """
+    image_f1, image_threshold = image.best_f1()
+    pixel_f1, pixel_threshold = pixel.best_f1() if pixel else (None, None)
+    return {
+        "image_auroc": image.auroc(),
+        "pixel_auroc": pixel.auroc() if pixel else None,
+        "pro": pixel.pro(pro_limit) if pixel else None,
+        "image_ap": image.average_precision(),
+        "pixel_ap": pixel.average_precision() if pixel else None,
+        "image_f1": image_f1,
+        "pixel_f1": pixel_f1,
+        "image_threshold": image_threshold,
+        "pixel_threshold": pixel_threshold,
+    }
+
+
 def anomaly_metrics(
     scores: np.ndarray,
     masks: np.ndarray | None,
@@ -189,25 +211,11 @@ def anomaly_metrics(
         pro_limit: false positive rate up to which PRO is integrated.
 
     Returns:
-        image_auroc, pixel_auroc, pro, image_ap, pixel_ap, image_f1, pixel_f1, and the thresholds of the two F1s,
-        image_threshold and pixel_threshold. None where a metric is undefined (one of the labels does not occur).
+        See summarize.
     """
     if labels is None:
         if masks is None:
             raise ValueError("labels are needed where there are no masks")
         labels = masks.any(axis=(1, 2))
     image = Ranking.of(image_scores(scores, avgpool_size), labels)
-    pixel = pixel_ranking(scores, masks) if masks is not None else None
-    image_f1, image_threshold = image.best_f1()
-    pixel_f1, pixel_threshold = pixel.best_f1() if pixel else (None, None)
-    return {
-        "image_auroc": image.auroc(),
-        "pixel_auroc": pixel.auroc() if pixel else None,
-        "pro": pixel.pro(pro_limit) if pixel else None,
-        "image_ap": image.average_precision(),
-        "pixel_ap": pixel.average_precision() if pixel else None,
-        "image_f1": image_f1,
-        "pixel_f1": pixel_f1,
-        "image_threshold": image_threshold,
-        "pixel_threshold": pixel_threshold,
-    }
+    return summarize(image, pixel_ranking(scores, masks) if masks is not None else None, pro_limit)

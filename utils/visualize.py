@@ -96,16 +96,13 @@ def outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -
     cv2.drawContours(image, contours, -1, colour, 1)
 
 
-def result_picture(
-    image: np.ndarray, mask: np.ndarray | None, values: np.ndarray, threshold: float | None
-) -> np.ndarray:
-    """[image | ground truth | heat map with contour] of a test picture.
+def result_picture(image: np.ndarray, mask: np.ndarray | None, heat: np.ndarray) -> np.ndarray:
+    """[image | ground truth | heat map] of a test picture.
 
     Args:
-        image: (H,W,3) uint8.
+        image, heat: (H,W,3) uint8.
         mask: (H,W) bool, or None where unknown.
-        values, threshold: see heat_overlay.
     """
     truth = mask.astype(np.uint8) * 255 if mask is not None else np.full(image.shape[:2], 127, np.uint8)
     captions = ("image", "ground truth" if mask is not None else "no mask", "anomaly map")
-    return contact_sheet([("", [image, truth, heat_overlay(image, values, threshold)])], captions)
+    return contact_sheet([("", [image, truth, heat])], captions)

@@ -1,0 +1,209 @@
+"""Export a trained detector to ONNX and to torch.export, and check both against PyTorch on real pictures.
+
+    python export.py --checkpoint experiments/MyParts/realnet_checkpoints/bolts --output exported
+    python export.py --checkpoint FILE --output exported --format onnx --input pictures
+
+Writes <output>/model.onnx and <output>/model.pt2. Both take images (N,3,H,W) float32, any N, prepared as their metadata
+says, and give anomaly_map (N,H,W) and score (N,). `predict.py --checkpoint model.onnx` uses the former. ONNX needs
+`pip install -r requirements-export.txt`.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from torch import nn
+
+from datasets.images import read_picture
+from datasets.inputs import find_inputs
+from datasets.loaders import appearance_of, build_realnet_test_set
+from datasets.meta import listed_classes
+from datasets.realnet import Appearance
+from models.detector import checkpoint_path, load_realnet
+from models.realnet import ExportedRealNet
+from utils import cli
+from utils.checkpoint import write_atomic
+from utils.config import plain
+from utils.errors import RunError, UsageError
+from utils.log import log, log_to_terminal
+from utils.scoring import avgpool_size
+from utils.thresholds import read_thresholds, thresholds_json
+
+PICTURES = 8
+TOLERANCE = 1e-3
+ONNX_OPSET = 20
+MOST_BYTES = 1_900_000_000  # one ONNX file holds 2 GiB
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, or class folder with one")
+    parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the models")
+    parser.add_argument("--format", choices=["onnx", "torch", "both"], default="both")
+    parser.add_argument("--input", help="pictures to check with (default: of the settings' test list)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    log_to_terminal()
+    if args.format != "torch":
+        require_onnx(args.format)
+    path = checkpoint_path(args.checkpoint)
+    network, config = load_realnet(path, args.config)
+    model = ExportedRealNet(network, avgpool_size(config.evaluator)).eval()
+    images = check_images(args, path, config)
+    with torch.inference_mode():
+        expected = [output.numpy() for output in model(images)]
+    if args.format != "torch":
+        file = args.output / "model.onnx"
+        metadata = describe(config, path)
+        export_onnx(model, images, file, metadata)
+        compare(file, expected, run_onnx(file, images))
+    if args.format != "onnx":
+        file = args.output / "model.pt2"
+        write_atomic(file, lambda part: export_torch(model, images, part))
+        compare(file, expected, run_torch(file, images))
+
+
+def require_onnx(wanted: str) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        rest = "" if wanted == "onnx" else ", or --format torch"
+        raise RunError(f"{error.name} is not installed; pip install -r requirements-export.txt{rest}") from None
+
+
+def check_images(args: argparse.Namespace, path: Path, config: EasyDict) -> torch.Tensor:
+    """A few pictures, prepared: from --input, else from the class's test list, spread over it."""
+    appearance: Appearance = appearance_of(config.dataset)
+    root = Path(config.dataset.image_reader.kwargs.image_dir)
+    if args.input:
+        files = [source.path for source in find_inputs(args.input, str(root), [])[0]]
+    else:
+        meta_file, name = config.dataset.test.meta_file, path.parent.name
+        if "{}" in meta_file and name not in listed_classes(meta_file):
+            raise UsageError(f"{meta_file}: has no list for {name}; name pictures to check with as --input")
+        files = [root / sample.filename for sample in build_realnet_test_set(config.dataset, name).samples]
+    if len(files) < 2:
+        raise UsageError("at least two pictures are needed to check with; name them as --input")
+    chosen = [files[int(k)] for k in np.linspace(0, len(files) - 1, min(PICTURES, len(files)))]
+    return torch.stack([appearance.tensor(read_picture(f, appearance.size, appearance.color_mode)) for f in chosen])
+
+
+def describe(config: EasyDict, path: Path) -> dict[str, str]:
+    """What someone who deploys the model has to know."""
+    dataset, thresholds = config.dataset, read_thresholds(path)
+    preprocessing = {
+        "input": "image: float32 (N,3,height,width), channels in the order given",
+        "order": "BGR" if dataset.image_reader.kwargs.color_mode == "BGR" else "RGB",
+        "grey": dataset.image_reader.kwargs.color_mode == "GRAY",
+        "size": {"height": dataset.input_size[0], "width": dataset.input_size[1]},
+        "resize": "Pillow's BILINEAR (antialiased), of the picture turned upright by its EXIF orientation",
+        "scale": "(value / 255 - mean) / std",
+        "mean": list(dataset.pixel_mean),
+        "std": list(dataset.pixel_std),
+        "outputs": "anomaly_map: float32 (N,height,width) in [0,1]; score: float32 (N,), its highest "
+        f"{'x'.join(map(str, avgpool_size(config.evaluator)))} mean",
+    }
+    return {
+        "preprocessing": json.dumps(preprocessing),
+        "config": json.dumps(plain(config)),
+        "thresholds": json.dumps(thresholds_json(thresholds) if thresholds else None),
+    }
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: dict[str, str]) -> None:
+    """Write an ONNX file; weights for which it has no room go to <file>.data beside it."""
+    import onnx
+
+    # The exporter tells a user of every operator; what counts is the check afterwards.
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            opset_version=ONNX_OPSET,
+            input_names=["image"],
+            output_names=["anomaly_map", "score"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    program.model.metadata_props.update(metadata)
+    external = sum(p.numel() * p.element_size() for p in model.state_dict().values()) > MOST_BYTES
+    with cli.writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=file.parent) as folder:
+            written = Path(folder) / file.name
+            program.save(str(written), external_data=external)
+            onnx.checker.check_model(str(written))
+            # The data before the file that names it.
+            for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name):
+                part.replace(file.parent / part.name)
+
+
+def run_onnx(file: Path, images: torch.Tensor) -> list[np.ndarray]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return _one_by_one_too(lambda x: session.run(None, {"image": x.numpy()}), images)
+
+
+def export_torch(model: nn.Module, images: torch.Tensor, file: Path) -> None:
+    # Without gradients, or the program would switch them off inside and could not be loaded again.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, file)
+
+
+def run_torch(file: Path, images: torch.Tensor) -> list[np.ndarray]:
+    module = torch.export.load(file).module()
+    with torch.inference_mode():
+        return _one_by_one_too(lambda x: [output.numpy() for output in module(x)], images)
+
+
+def _one_by_one_too(call: Callable[[torch.Tensor], list[np.ndarray]], images: torch.Tensor) -> list[np.ndarray]:
+    """The outputs for a batch, the first picture's from a batch of one: the batch is dynamic."""
+    outputs, first = call(images), call(images[:1])
+    return [np.concatenate([one, many[1:]]) for one, many in zip(first, outputs, strict=True)]
+
+
+def compare(file: Path, expected: list[np.ndarray], got: list[np.ndarray]) -> None:
+    """Print the largest difference from PyTorch.
+
+    Raises:
+        RunError: it is larger than rounding explains.
+    """
+    names = ("anomaly map", "score")
+    largest = [float(np.abs(a - b).max()) for a, b in zip(expected, got, strict=True)]
+    text = ", ".join(f"{name} {value:.2g}" for name, value in zip(names, largest, strict=True))
+    log.info(
+        "%s: %.1f MiB; largest difference from PyTorch on %d pictures: %s",
+        file,
+        file.stat().st_size / 2**20,
+        len(got[0]),
+        text,
+    )
+    if max(largest) > TOLERANCE:
+        raise RunError(f"{file}: differs from PyTorch by {max(largest):.2g}, more than {TOLERANCE:g}; do not use it")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,152 @@
+"""What an evaluation finds out about one class: metrics, curves, thresholds, and pictures to show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from utils.metrics import PRO_LIMIT, Ranking, image_scores, pixel_ranking, summarize
+from utils.report import Row
+from utils.thresholds import BEST_F1, Thresholds, best_f1, for_target_fpr
+
+CURVE_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A test picture in the report's gallery.
+
+    Args:
+        name: file name. kind: of the defect, or of the good ones. label: 0 good, 1 defective. score: image score.
+        error: how far the score lies on the wrong side of the threshold, negative on the right side, as a share of
+            the range of the class's scores.
+        image, heat: (H,W,3) uint8; truth: (H,W) uint8, or None where it is not known.
+    """
+
+    name: str
+    kind: str
+    label: int
+    score: float
+    error: float
+    image: np.ndarray
+    heat: np.ndarray
+    truth: np.ndarray | None
+
+
+@dataclass
+class ClassResult:
+    """The evaluation of one class.
+
+    Args:
+        name: of the class.
+        metrics: of all its pictures. kinds: of each kind of defect against the good pictures.
+        thresholds: for verdicts.
+        scores, labels: (N,) image scores and labels.
+        curves: points (x, y) of the curves that are defined: roc and pr of images, pixel_roc, pixel_pr and pro.
+        counts: good and defective pictures of each kind of defect.
+        gallery: pictures to show, worst errors first.
+    """
+
+    name: str
+    metrics: Row
+    kinds: dict[str, Row]
+    thresholds: Thresholds
+    scores: np.ndarray
+    labels: np.ndarray
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    counts: dict[str, int]
+    gallery: list[Shown] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ScoredPictures:
+    """Anomaly maps with what is known of their pictures.
+
+    Args:
+        maps: (N,H,W) float32. masks: (N,H,W) bool. known: (N,) bool, whether the mask is known.
+        labels: (N,) bool. kinds: (N,) names.
+        window: of the image score.
+    """
+
+    maps: np.ndarray
+    masks: np.ndarray
+    known: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
+    window: tuple[int, int]
+
+    def subset(self, chosen: np.ndarray | Sequence[int]) -> "ScoredPictures":
+        parts = (array[chosen] for array in (self.maps, self.masks, self.known, self.labels, self.kinds))
+        return ScoredPictures(*parts, self.window)
+
+    def image_scores(self) -> np.ndarray:
+        return image_scores(self.maps, self.window)
+
+    def rankings(self) -> tuple[Ranking, Ranking | None]:
+        """Of images; and of the pixels of pictures with a known mask, None where no defect has one."""
+        image = Ranking.of(self.image_scores(), self.labels)
+        if not (self.masks.any(axis=(1, 2)) & self.known).any():
+            return image, None
+        return image, pixel_ranking(self.maps[self.known], self.masks[self.known])
+
+
+def evaluate_class(
+    name: str, pictures: ScoredPictures, target_fpr: float | None = None, pro_limit: float = PRO_LIMIT
+) -> ClassResult:
+    """Metrics, overall and per kind of defect, curves, and thresholds.
+
+    Args:
+        target_fpr: share of normal images (and of normal images' pixels) that may be flagged; None takes the best F1.
+        pro_limit: false positive rate up to which PRO is integrated.
+    """
+    image, pixel = pictures.rankings()
+    metrics = summarize(image, pixel, pro_limit)
+    defects = sorted(set(pictures.kinds[pictures.labels]))
+    kinds = {}
+    for kind in defects:
+        rankings = pictures.subset(~pictures.labels | (pictures.kinds == kind)).rankings()
+        kinds[kind] = summarize(*rankings, pro_limit)
+    scores = pictures.image_scores()
+    return ClassResult(
+        name,
+        metrics,
+        kinds,
+        _thresholds(pictures, scores, image, metrics, target_fpr),
+        scores,
+        pictures.labels,
+        _curves(image, pixel),
+        {kind: int(np.sum(pictures.kinds == kind)) for kind in defects},
+    )
+
+
+def _thresholds(
+    pictures: ScoredPictures, scores: np.ndarray, image: Ranking, metrics: Row, target_fpr: float | None
+) -> Thresholds:
+    low, high = float(np.median(pictures.maps)), float(pictures.maps.max())
+    high = max(high, low + 1e-6)
+    if target_fpr is None:
+        return Thresholds(best_f1(image, scores), metrics["pixel_threshold"], BEST_F1, low, high)
+    normal = ~pictures.labels
+    rule = f"at most {100 * target_fpr:g}% of the normal images (of their pixels) flagged on the evaluation set"
+    return Thresholds(
+        for_target_fpr(scores[normal], target_fpr), for_target_fpr(pictures.maps[normal], target_fpr), rule, low, high
+    )
+
+
+def _curves(image: Ranking, pixel: Ranking | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    curves = {}
+    if image.defined:
+        curves |= {"roc": image.curve(), "pr": image.precision_recall()}
+    if pixel is not None and pixel.defined:
+        curves |= {"pixel_roc": pixel.curve(), "pixel_pr": pixel.precision_recall(), "pro": pixel.pro_curve()}
+    return {name: _thinned(*points) for name, points in curves.items()}
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most some hundred points, evenly along x and y together."""
+    if len(x) <= CURVE_POINTS:
+        return x, y
+    length = np.cumsum(np.hypot(np.diff(x, prepend=x[0]), np.diff(y, prepend=y[0])))
+    chosen = np.unique(np.searchsorted(length, np.linspace(0, length[-1], CURVE_POINTS)).clip(0, len(x) - 1))
+    chosen = np.union1d(chosen, [0, len(x) - 1])
+    return x[chosen], y[chosen]

@@ -1,0 +1,56 @@
+"""Large pictures in overlapping tiles: cut up, and their maps blended without seams."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+
+def starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin so that they cover a side, each overlapping the one before by at least `overlap`."""
+    if length <= tile:
+        return [0]
+    return [*range(0, length - tile, tile - overlap), length - tile]
+
+
+def ramp(tile: int, overlap: int) -> np.ndarray:
+    """(tile,) weights that rise from the border over the overlap and are 1 inside."""
+    distance = np.minimum(np.arange(tile), np.arange(tile)[::-1]) + 1.0
+    return np.minimum(1.0, distance / (overlap + 1)).astype(np.float32)
+
+
+def tiled_map(
+    image: np.ndarray, tile: int, overlap: int, batch: int, score: Callable[[list[np.ndarray]], np.ndarray]
+) -> np.ndarray:
+    """The anomaly map of a picture at its own size, from tiles that are each scored as a picture.
+
+    Args:
+        image: (H,W,3) uint8.
+        tile: side of the square tiles in pixels of the picture; of a smaller picture, its side.
+        overlap: pixels that neighbours share, 0 <= overlap < tile.
+        batch: tiles scored at once.
+        score: list of tiles (h,w,3) -> (N,h',w') float32 maps.
+
+    Returns:
+        (H,W) float32: where tiles overlap, their mean weighted by the distance from their borders.
+    """
+    height, width = image.shape[:2]
+    sides = min(tile, height), min(tile, width)
+    places = [(y, x) for y in starts(height, tile, overlap) for x in starts(width, tile, overlap)]
+    weight = ramp(sides[0], overlap)[:, None] * ramp(sides[1], overlap)
+    total, weights = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
+    for start in range(0, len(places), batch):
+        group = places[start : start + batch]
+        maps = score([image[y : y + sides[0], x : x + sides[1]] for y, x in group])
+        for (y, x), values in zip(group, maps, strict=True):
+            area = np.s_[y : y + sides[0], x : x + sides[1]]
+            total[area] += weight * resize_map(values, sides)
+            weights[area] += weight
+    return total / weights
+
+
+def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (h,w) float32 at another (height, width), bilinearly."""
+    if values.shape == tuple(size):
+        return values
+    return cv2.resize(values, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
