@@ -3,8 +3,9 @@
 # bash run.sh demo                                  built-in data through all five stages, metrics and pictures
 # bash run.sh test                                  style checks and test suite
 # bash run.sh diffusion|classifier DATASET          train on all classes; GPUS=0,1 uses these together
-# bash run.sh sample|realnet|evaluate DATASET [CLASS...]
-#                                                   one class after the other; GPUS=0,1 queues them over these
+# bash run.sh sample|realnet DATASET [CLASS...]     one class after the other; GPUS=0,1 queues them over these
+# bash run.sh evaluate DATASET [CLASS...]           all classes in one report; GPUS=0,1 uses these together
+# bash run.sh tensorboard DATASET                   curves and pictures of the trainings in a browser; PORT=6006
 # SET="trainer.max_epoch=10 dataset.workers=2"      settings to override in the batch verbs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -21,7 +22,7 @@ usage() {
 
 setup() {
     local wanted
-    wanted=$(cat requirements.txt requirements-dev.txt | cksum)
+    wanted=$(cat requirements*.txt | cksum)
     if [[ -x $PYTHON && -f $VENV/installed && $(cat "$VENV/installed") == "$wanted" ]]; then
         return
     fi
@@ -54,7 +55,7 @@ demo() {
     stage train_realnet.py --dataset demo --class_name all
     stage evaluation_realnet.py --dataset demo --class_name all
     echo
-    echo "The table is in experiments/demo/realnet_results/metrics.md. Pictures to look at:"
+    echo "The report is experiments/demo/realnet_results/report.html: open it in a browser. Pictures to look at:"
     echo "  experiments/demo/sample_vis/<class>.png                     SDAS pictures over the strength s"
     echo "  experiments/demo/realnet_vis/<class>/training_samples.png   synthetic anomalies and their masks"
     echo "  experiments/demo/realnet_vis/<class>/<defect>/*.png         test image, ground truth, anomaly map"
@@ -82,9 +83,12 @@ overrides() {
     done
 }
 
-train_together() {
+# One process per GPU, all at one task; further arguments go to the script.
+run_together() {
     local stage=$1 dataset=$2 count=1
+    shift 2
     mapfile -t extra < <(overrides)
+    extra+=("$@")
     if [[ -n ${GPUS:-} ]]; then
         export CUDA_VISIBLE_DEVICES=$GPUS
         count=$(awk -F, '{print NF}' <<< "$GPUS")
@@ -105,7 +109,6 @@ work_on_queue() {
         mkdir "$state/$i" 2> /dev/null || continue
         name=${classes[$i]}
         local arguments=(--dataset "$dataset" --class_name "$name" "${extra[@]}")
-        [[ $stage == evaluate ]] && arguments+=(--set "saver.results_dir=realnet_results/$name/")
         if ! "$PYTHON" "${SCRIPTS[$stage]}" "${arguments[@]}" 2>&1 | sed -u "s|^|[$name] |"; then
             echo "$name" >> "$state/failed"
         fi
@@ -131,9 +134,6 @@ queue_classes() {
         work_on_queue "$gpu" "$stage" "$dataset" &
     done
     wait
-    if [[ $stage == evaluate ]]; then
-        "$PYTHON" -m utils.report "experiments/$dataset/realnet_results" "${classes[@]}" || true
-    fi
     if [[ -f $state/failed ]]; then
         echo "failed: $(sort "$state/failed" | paste -sd' ')" >&2
         exit 1
@@ -152,12 +152,24 @@ main() {
         diffusion | classifier)
             (($# == 1)) || usage
             setup
-            train_together "$verb" "$@"
+            run_together "$verb" "$@"
             ;;
-        sample | realnet | evaluate)
+        sample | realnet)
             (($# >= 1)) || usage
             setup
             queue_classes "$verb" "$@"
+            ;;
+        evaluate)
+            (($# >= 1)) || usage
+            setup
+            local dataset=$1
+            shift
+            run_together evaluate "$dataset" --class_name "$(IFS=,; echo "${*:-all}")"
+            ;;
+        tensorboard)
+            (($# == 1)) || usage
+            setup
+            exec "$PYTHON" -m tensorboard.main --logdir "experiments/$1" --port "${PORT:-6006}"
             ;;
         *) usage ;;
     esac

@@ -100,7 +100,7 @@ def main() -> None:
     apply_arguments(config, args)
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run:
-        set_up_logging(run, out / config.saver.log_dir, "sample").close()
+        board = set_up_logging(run, out / config.saver.log_dir, "sample")
         unet_path = trained_checkpoint(pretrained_path(config.unet) or "unet.pertrain_path")
         content = load_checkpoint(unet_path)
         classes = class_list(config, content, args.dataset, unet_path)
@@ -112,11 +112,14 @@ def main() -> None:
             if args.preview:
                 if run.is_main:
                     path = out / config.saver.vis_dir / f"{name}.png"
-                    write_image(path, preview(sampler, name, number))
+                    strip = preview(sampler, name, number)
+                    write_image(path, strip)
+                    board.add_image(f"sdas/{name}", strip, 0, dataformats="HWC")
                     log.info("%s: strengths %g .. %g in %s", name, PREVIEW_STRENGTHS[0], PREVIEW_STRENGTHS[-1], path)
             else:
                 folder = Path(config.workspace.root) / name
                 draw_class(sampler, run, config, folder, number, low, high, args.overwrite)
+        board.close()
 
 
 def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:

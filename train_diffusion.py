@@ -29,7 +29,7 @@ from utils.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoin
 from utils.config import load_config, model_kwargs, plain, pretrained_path
 from utils.distributed import Run, autocast
 from utils.errors import UsageError
-from utils.log import Meter, log, progress, set_up_logging
+from utils.log import Meter, log, progress, report_step, set_up_logging
 from utils.optim import EMA, Stepper, accumulation_groups, build_optimizer, precision_of, seed_all
 from utils.visualize import contact_sheet, to_uint8, write_image
 
@@ -144,18 +144,8 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
         training.step += 1
         steps += 1
         if training.step % config.trainer.print_freq_step == 0:
-            report_step(meter, board, training, epoch)
+            report_step(meter, board, training.step, epoch, training.stepper.optimizer, run)
     return float(distributed.all_reduce_mean(epoch_loss)) / steps
-
-
-def report_step(meter: Meter, board: Any, training: Training, epoch: int) -> None:
-    means, rate = meter.read()
-    text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    log.info("epoch %d  step %d  %s  %.1f images/s", epoch + 1, training.step, text, rate)
-    for name, value in means.items():
-        board.add_scalar(f"train/{name}", value, training.step)
-    board.add_scalar("train/images_per_second", rate, training.step)
-    board.add_scalar("train/learning_rate", training.stepper.optimizer.param_groups[0]["lr"], training.step)
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

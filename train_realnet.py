@@ -36,11 +36,11 @@ from utils.checkpoint import load_checkpoint, save_checkpoint, state_dict_of
 from utils.config import load_config, plain
 from utils.distributed import Run, autocast
 from utils.errors import UsageError
-from utils.log import Meter, log, progress, set_up_logging
+from utils.log import Meter, log, progress, report_step, set_up_logging
 from utils.metrics import Ranking, image_scores
 from utils.optim import Stepper, build_optimizer, precision_of, seed_all
 from utils.scoring import GatheredMaps, avgpool_size, score_test_set
-from utils.visualize import contact_sheet, to_uint8, write_image
+from utils.visualize import contact_sheet, heat_overlay, spread, to_uint8, write_image
 
 CALIBRATION_BATCHES = 8
 SHEET_PICTURES = 8
@@ -137,6 +137,7 @@ def prepare_features(network: nn.Module, train_set: RealNetTrainSet, config: Eas
         kept = len(getattr(network.afs.indexes, name))
         log.info("AFS %s: kept %d of %d channels, loss %.4f .. %.4f", name, kept, len(loss), loss.min(), loss.max())
         board.add_scalar(f"afs/{name}_kept", kept, 0)
+        board.add_histogram(f"afs/{name}_loss", loss[loss.isfinite()], 0)
 
 
 def afs_batches(config: EasyDict) -> int:
@@ -193,12 +194,7 @@ def train_one_epoch(
         values = {name: value.detach() for name, value in losses.items()}
         meter.add({"loss": total.detach(), **values}, len(batch["image"]) * run.world_size)
         if training.step % training.config.trainer.print_freq_step == 0:
-            means, rate = meter.read()
-            text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-            log.info("epoch %d  step %d  %s  %.1f images/s", epoch + 1, training.step, text, rate)
-            for name, value in means.items():
-                board.add_scalar(f"train/{name}", value, training.step)
-            board.add_scalar("train/images_per_second", rate, training.step)
+            report_step(meter, board, training.step, epoch, training.stepper.optimizer, run)
 
 
 def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any, path: Path) -> None:
@@ -236,7 +232,19 @@ def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, b
     log.info("epoch %d  %s", training.epoch, text or "validation: the test list lacks good or defective pictures")
     for name, value in metrics.items():
         board.add_scalar(f"validation/{name}", value, training.epoch)
+    board.add_image("validation/heat_maps", heat_map_sheet(test_set, maps), training.epoch, dataformats="HWC")
     return key_metric(metrics, training.config.evaluator.key_metric)
+
+
+def heat_map_sheet(test_set: RealNetTestSet, maps: GatheredMaps) -> np.ndarray:
+    """A few test pictures of each kind with masks and heat maps, coloured from the median to the highest score."""
+    chosen = spread([sample.kind for sample in test_set.samples], SHEET_PICTURES)
+    low, high = float(np.median(maps.scores)), float(maps.scores.max())
+    images = [test_set.picture(i) for i in chosen]
+    scaled = (maps.scores[chosen] - low) / max(high - low, 1e-6)
+    heat = [heat_overlay(image, values, None) for image, values in zip(images, scaled, strict=True)]
+    masks = [mask.astype(np.uint8) * 255 for mask in maps.masks[chosen]]
+    return contact_sheet([("test picture", images), ("ground truth", masks), ("anomaly map", heat)])
 
 
 def validation_metrics(maps: GatheredMaps, test_set: RealNetTestSet, window: tuple[int, int]) -> dict[str, float]:

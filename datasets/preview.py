@@ -12,9 +12,9 @@ from easydict import EasyDict
 from datasets.catalog import ForegroundRule
 from datasets.images import list_pictures
 from datasets.loaders import build_realnet_test_set, build_realnet_train_set
-from datasets.meta import Sample, read_list
+from datasets.meta import read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
-from utils.visualize import contact_sheet, outline, to_uint8
+from utils.visualize import contact_sheet, outline, spread, to_uint8
 
 log = logging.getLogger("realnet")
 
@@ -43,7 +43,8 @@ def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
     rows = [("training pictures", [image for image, _ in shown])]
     rule = rules_text([train_set.rules[train_set.samples[index].clsname] for index in indices])
     rows.append((f"foreground: {rule}", [mask * _MASK_GREY for _, mask in shown]))
-    chosen = _spread([i for i, sample in enumerate(test_set.samples) if sample.label], test_set.samples)
+    defective = [i for i, sample in enumerate(test_set.samples) if sample.label]
+    chosen = [defective[k] for k in spread([test_set.samples[i].kind for i in defective], COLUMNS)]
     if chosen:
         masked = sum(test_set.samples[i].maskname is not None for i in chosen)
         outlined = f"{masked} of these {len(chosen)} with a mask (outlined)" if masked else "without masks"
@@ -91,18 +92,6 @@ def _with_sources(config: EasyDict, class_name: str) -> tuple[EasyDict, str]:
     train.anomaly_types = {"dtd": 1.0}
     train.dtd_dir = str((Path(root) / first.filename).parent)
     return config, f"no {' or '.join(wanted)} pictures yet: training pictures stand in"
-
-
-def _spread(indices: list[int], samples: list[Sample]) -> list[int]:
-    """Up to COLUMNS of the pictures, about as many of each kind of defect."""
-    by_kind: dict[str, list[int]] = {}
-    for i in indices:
-        by_kind.setdefault(samples[i].kind, []).append(i)
-    quota = -(-COLUMNS // max(1, len(by_kind)))
-    chosen = [
-        group[int(k)] for group in by_kind.values() for k in np.linspace(0, len(group) - 1, min(quota, len(group)))
-    ]
-    return chosen[:COLUMNS]
 
 
 def _outlined(test_set: RealNetTestSet, index: int) -> np.ndarray:

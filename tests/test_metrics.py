@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from utils.metrics import Ranking, anomaly_metrics, image_scores, pro
+from utils.metrics import Ranking, anomaly_metrics, image_scores, pixel_ranking, pro
 from utils.report import COLUMNS, MEAN, markdown_table, text_table, with_mean, write_tables
 
 
@@ -44,8 +44,8 @@ scored = (
     .map(np.random.default_rng)
     .map(
         lambda rng: (
-            # Few distinct values: ties are the rule.
-            rng.integers(0, int(rng.integers(2, 30)), int(rng.integers(2, 200))).astype(np.float32),
+            # Few distinct values, down to one: ties are the rule.
+            rng.integers(0, int(rng.integers(1, 30)), int(rng.integers(1, 200))).astype(np.float32),
             rng,
         )
     )
@@ -70,16 +70,54 @@ def test_rankings_agree_with_scikit_learn(drawn):
     assert f1 == pytest.approx(max(f1_score(labels, scores >= t) for t in set(scores)), abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6))
-def test_pro_agrees_with_its_definition(seed):
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.05, 0.3, 1.0]))
+def test_pro_agrees_with_its_definition(seed, limit):
     rng = np.random.default_rng(seed)
     masks = rng.random((3, 9, 8)) < rng.uniform(0.02, 0.5)
-    scores = (rng.integers(0, 12, masks.shape) / 11).astype(np.float32)
+    scores = (rng.integers(0, int(rng.integers(1, 13)), masks.shape) / 11).astype(np.float32)
     if not masks.any() or masks.all():
-        assert pro(scores, masks) is None
+        assert pro(scores, masks, limit) is None
     else:
-        assert pro(scores, masks) == pytest.approx(slow_pro(scores, masks), abs=1e-9)
+        assert pro(scores, masks, limit) == pytest.approx(slow_pro(scores, masks, limit), abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_continuous_scores_agree_with_scikit_learn_too(seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((4, 12, 10)) < 0.2
+    masks[0] = True
+    masks[1] = False
+    scores = rng.normal(size=masks.shape).astype(np.float32) + masks
+    metrics = anomaly_metrics(scores, masks)
+    assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), scores.ravel()), abs=1e-6)
+    assert metrics["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), scores.ravel()), abs=1e-6)
+
+
+def test_constant_scores_say_nothing():
+    masks = np.zeros((4, 16, 16), bool)
+    masks[0, 0, 0] = masks[3, 15, 2:9] = True
+    metrics = anomaly_metrics(np.full(masks.shape, 0.25, np.float32), masks)
+    assert metrics["image_auroc"] == metrics["pixel_auroc"] == 0.5
+    assert metrics["pixel_ap"] == pytest.approx(masks.mean())
+    assert metrics["pro"] == pytest.approx(0.15)
+
+
+def test_holes_are_not_filled_and_corners_connect():
+    masks = np.zeros((1, 12, 12), bool)
+    masks[0, 1:6, 1:6] = True
+    masks[0, 3, 3] = False
+    masks[0, 6, 6] = True  # touches the ring at a corner: one region
+    weights = pixel_ranking(np.arange(144, dtype=np.float32).reshape(1, 12, 12), masks).weights
+    assert weights[-1] == pytest.approx(1)
+    assert len(weights) == 25
+
+
+def test_values_that_are_no_numbers_are_refused():
+    for labels in ([0, 1], [1, 0]):
+        with pytest.raises(ValueError, match="not numbers"):
+            Ranking.of(np.array([np.nan, 0.5]), np.array(labels, bool))
 
 
 def test_perfect_and_inverted_maps():
@@ -122,8 +160,9 @@ def test_tables_leave_the_undefined_out(tmp_path):
     assert table[MEAN]["image_auroc"] == pytest.approx(0.7)
     assert "n/a" in text_table(table).splitlines()[2]
     assert markdown_table(table).count("\n") == 5
-    names = [path.name for path in write_tables(tmp_path, table)]
+    names = [path.name for path in write_tables(tmp_path, "metrics", table, {"image_auroc": 0.9965})]
     assert names == ["metrics.csv", "metrics.json", "metrics.md"]
+    assert (tmp_path / "metrics.md").read_text().splitlines()[-1].startswith("| paper (mean) | 99.65 | n/a |")
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0].startswith("class,image_auroc,")
     assert lines[2].split(",")[1:4] == ["0.9", "0.5", ""]

@@ -226,6 +226,19 @@ def test_realnet_writes_checkpoints_and_training_samples(realnet):
     assert "kept 64 of 64 channels" in log
 
 
+def test_tensorboard_shows_the_training(realnet):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(realnet.out / "realnet_log/dots/train_realnet")).Reload()
+    scalars = {"loss", "SegmentCrossEntropyLoss", "FeatureMSELoss", "learning_rate", "images_per_second"}
+    assert {f"train/{name}" for name in scalars} <= set(events.Tags()["scalars"])
+    assert {"validation/image_auroc", "validation/pixel_auroc"} <= set(events.Tags()["scalars"])
+    assert 50 * 2**20 < events.Scalars("train/peak_memory_GiB")[-1].value * 2**30 < 16 * 2**30
+    assert events.Scalars("afs/block1_layer1_kept")[0].value == 64
+    assert set(events.Tags()["images"]) == {"train/samples", "validation/heat_maps"}
+    assert events.Histograms("afs/block1_layer1_loss")[0].histogram_value.num == 64
+
+
 def test_realnet_is_the_same_twice_and_for_any_number_of_workers(realnet):
     arguments = [*elsewhere(realnet, "again"), "--set", "dataset.workers=2"]
     realnet.run("train_realnet.py", "--class_name", "dots", *arguments)
@@ -260,11 +273,15 @@ def test_evaluation_prints_the_same_for_any_number_of_ranks(realnet):
     for launcher in ((), TORCHRUN, LAUNCH):
         done = realnet.run("evaluation_realnet.py", "--class_name", "all", launcher=launcher)
         tables.append(table_of(done.stdout))
-        files.append((realnet.out / "realnet_results/metrics.json").read_text())
+        names = ("metrics.json", "metrics_by_defect.csv", "report.html")
+        written = [(realnet.out / "realnet_results" / name).read_text() for name in names]
+        written.append((realnet.out / "realnet_checkpoints/dots/ckpt_best.thresholds.json").read_text())
+        files.append(written)
+        assert "images/s in the forward pass" in done.stdout
     assert tables[0] == tables[1] == tables[2]
     assert files[0] == files[1] == files[2]
     assert [line.split()[0] for line in tables[0]] == ["class", *CLASSES, "mean"]
-    metrics = json.loads(files[0])
+    metrics = json.loads(files[0][0])
     assert metrics["mean"]["pixel_auroc"] == pytest.approx(np.mean([metrics[c]["pixel_auroc"] for c in CLASSES]))
     for kind, count in (("good", 4), ("spot", 4)):
         pictures = list((realnet.out / f"realnet_vis/dots/{kind}").glob("*.png"))

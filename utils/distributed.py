@@ -1,6 +1,7 @@
 """Device, ranks and precision: decided here once, and passed on."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,6 +60,20 @@ def _pick_device(wanted: str | None, local_rank: int) -> torch.device:
     return torch.device(wanted)
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes used so far: of the GPU by tensors, or of this process where there is none (0 if not known)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # In KiB on Linux, in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @contextmanager
 def session(device: str | None = None) -> Iterator[Run]:
     """Set up device and process group from the launcher's environment, and tear them down on any way out.
@@ -100,6 +115,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over ranks, in place."""
     if _world_size() > 1:
         dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The maximum of a tensor over ranks, in place."""
+    if _world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 

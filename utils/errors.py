@@ -1,4 +1,4 @@
-"""The two ways a command fails, told apart by exit code. utils/cli.py prints them as one line on stderr."""
+"""The ways a command ends early, told apart by exit code. utils/cli.py prints failures as one line on stderr."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,15 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A failure while running that is no mistake in the input. Exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal has asked the run to end, and its state is saved. Exit code 128 + signal.
+
+    Args:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"signal {signal}")
+        self.signal = signal

@@ -158,7 +158,7 @@ def _histogram(result: ClassResult) -> str:
     if threshold is not None:
         x = _x(min(max((threshold - low) / (high - low), 0), 1))
         parts.append(f'<line x1="{x}" x2="{x}" y1="{_y(0)}" y2="{_y(1)}" stroke="#111" stroke-dasharray="4 3"/>')
-    return _frame("Image scores and threshold", "image score", "pictures", (low, high), top, "".join(parts))
+    return _frame("Image scores", "image score", "pictures", (low, high), top, "".join(parts))
 
 
 # ---- gallery ---------------------------------------------------------------------------------------------------------

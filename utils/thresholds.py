@@ -36,7 +36,14 @@ def midway_below(scores: np.ndarray, threshold: float | None) -> float | None:
     if threshold is None:
         return None
     lower = scores[scores < threshold]
-    return (float(threshold) + float(lower.max())) / 2 if lower.size else float(threshold)
+    if lower.size:
+        return (float(threshold) + float(lower.max())) / 2
+    return float(threshold) - _margin(float(scores.max()) - float(threshold), float(threshold))
+
+
+def _margin(spread: float, score: float) -> float:
+    """A distance from a score that is small against the spread of scores, and large against rounding."""
+    return max(1e-3 * spread, 1e-5 * abs(score), 1e-7)
 
 
 def best_f1(ranking: Ranking, scores: np.ndarray) -> float | None:
@@ -61,7 +68,7 @@ def for_target_fpr(normal: np.ndarray, target: float) -> float | None:
     if flagged.size:
         return (highest_below + float(flagged.min())) / 2
     # Nothing above it: a little distance, so that rounding elsewhere does not flag it.
-    return highest_below + 1e-3 * max(highest_below - float(np.median(normal)), 1e-6)
+    return highest_below + _margin(highest_below - float(np.median(normal)), highest_below)
 
 
 def sidecar(checkpoint: str | Path) -> Path:

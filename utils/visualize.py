@@ -75,6 +75,17 @@ def _rgb(picture: np.ndarray) -> np.ndarray:
     return np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
 
 
+def spread(kinds: Sequence[str], most: int) -> list[int]:
+    """Up to `most` indices, about as many of each kind, evenly over those of a kind."""
+    by_kind: dict[str, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(i)
+    quota = -(-most // max(1, len(by_kind)))
+    groups = by_kind.values()
+    chosen = [group[int(k)] for group in groups for k in np.linspace(0, len(group) - 1, min(quota, len(group)))]
+    return chosen[:most]
+
+
 def heat_overlay(image: np.ndarray, values: np.ndarray, threshold: float | None) -> np.ndarray:
     """A heat map over the picture, with the outline of what lies at or above the threshold.
 

@@ -1,0 +1,246 @@
+"""predict.py and export.py on a detector that the scripts have trained."""
+
+import csv
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from in_process import run
+from layout_trees import picture
+from PIL import Image
+
+import export
+import predict
+from tests.conftest import REPOSITORY
+from utils.thresholds import sidecar
+
+
+@pytest.fixture(scope="module")
+def detector(workspace):
+    """The workspace with a trained and evaluated class."""
+    settings = ["--class_name", "dots", "--set", "saver.checkpoints_dir=predict_checkpoints/"]
+    folders = ["--set", "saver.log_dir=predict_log/", "--set", "saver.vis_dir=predict_vis/"]
+    results = ["--set", "saver.results_dir=predict_results/"]
+    workspace.run("train_realnet.py", *settings, *folders, *results)
+    workspace.run("evaluation_realnet.py", *settings, *folders, *results)
+    return workspace
+
+
+CLASS_FOLDER = "experiments/tiny/predict_checkpoints/dots"
+TEST_FOLDER = "data/tiny/images/dots/test"
+
+
+def rows_of(folder):
+    with open(folder / "scores.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_gives_scores_verdicts_and_pictures(detector, tmp_path, monkeypatch, capsys):
+    arguments = ["--checkpoint", CLASS_FOLDER, "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+    code, out, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 0, err
+    rows = rows_of(tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == [line["file"] for line in lines]
+    assert len(rows) == 8
+    threshold = json.loads(sidecar(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar").read_text())["image"]
+    for line in lines:
+        assert line["verdict"] == ("anomalous" if line["score"] >= threshold else "normal")
+        name = line["file"].removesuffix(".png")
+        assert Image.open(tmp_path / f"out/heatmaps/{name}.png").size == (64, 64)
+        mask = np.asarray(Image.open(tmp_path / f"out/masks/{name}.png"))
+        assert mask.shape == (64, 64)
+        assert np.mean(mask > 0) == pytest.approx(line["anomalous_share"], abs=1e-5)
+    assert f"{sum(line['verdict'] == 'anomalous' for line in lines)} anomalous, 0 unreadable" in out
+
+
+def test_scores_are_those_of_the_evaluation(detector, tmp_path, monkeypatch, capsys):
+    """Best F1 is reached by the verdicts on the same pictures."""
+    arguments = ["--checkpoint", CLASS_FOLDER, "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+    run(predict.main, [*arguments, "--no-pictures", "--batch-size", "3"], detector.root, monkeypatch, capsys)
+    rows = rows_of(tmp_path / "out")
+    assert not (tmp_path / "out/heatmaps").exists()
+    flagged = np.array([row["verdict"] == "anomalous" for row in rows])
+    truth = np.array([row["file"].startswith("spot") for row in rows])
+    f1 = 2 * np.sum(flagged & truth) / (flagged.sum() + truth.sum())
+    expected = json.loads((detector.out / "predict_results/metrics.json").read_text())["dots"]["image_f1"]
+    assert f1 == pytest.approx(expected, abs=1e-9)
+
+
+def test_two_hundred_pictures_with_twenty_broken(detector, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "new pictures"
+    for i in range(200):
+        size = tuple(int(v) for v in rng.integers(20, 120, 2))
+        suffix = (".png", ".JPG", ".bmp", ".tif", ".webp")[i % 5]
+        path = picture(folder / f"lot {i % 3}/bild_ü{i:03d}{suffix}", i, size)
+        if i % 10 == 0:
+            path.write_bytes((b"", b"not a picture", path.read_bytes()[:60])[i // 10 % 3])
+    arguments = ["--checkpoint", CLASS_FOLDER, "--input", str(folder), "--output", str(tmp_path / "out")]
+    code, out, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 1
+    assert len(rows_of(tmp_path / "out")) == 180
+    assert len(err.splitlines()) == 20
+    assert all(line.startswith(f"unreadable: {folder}") for line in err.splitlines())
+    assert len(list((tmp_path / "out/masks").rglob("*.png"))) == 180
+    assert "180 pictures" in out
+    assert "20 unreadable" in out
+
+
+def test_lists_names_on_stdin_and_single_pictures(detector, tmp_path, monkeypatch, capsys):
+    names = [f"{TEST_FOLDER}/spot/00{i}.png" for i in range(3)]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
+    inputs = {
+        "list": str(tmp_path / "list.txt"),
+        "image_list": "data/tiny/samples/test_dots.json",
+        "stdin": "-",
+        "picture": names[0],
+    }
+    found = {}
+    for name, argument in inputs.items():
+        monkeypatch.setattr(sys, "stdin", iter(f"{line}\n" for line in names))
+        arguments = ["--checkpoint", f"{CLASS_FOLDER}/ckpt_best.pth.tar", "--input", argument]
+        output = ["--output", str(tmp_path / name)]
+        code, _, err = run(predict.main, [*arguments, *output], detector.root, monkeypatch, capsys)
+        assert code == 0, err
+        found[name] = {row["file"].rpartition("/")[2]: float(row["score"]) for row in rows_of(tmp_path / name)}
+    assert len(found["list"]) == len(found["stdin"]) == 3
+    assert len(found["picture"]) == 1
+    assert found["list"] == pytest.approx(found["stdin"], abs=1e-5)
+    assert found["picture"]["000.png"] == pytest.approx(found["list"]["000.png"], abs=1e-5)
+
+
+def test_pictures_of_one_name_are_both_written(detector, tmp_path, monkeypatch, capsys):
+    for name in ("a.png", "a.jpg", "A.bmp"):
+        picture(tmp_path / "in" / name, name)
+    arguments = ["--checkpoint", CLASS_FOLDER, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert len(list((tmp_path / "out/heatmaps").iterdir())) == 3
+
+
+def test_the_same_command_writes_the_same_bytes(detector, tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        arguments = ["--checkpoint", CLASS_FOLDER, "--input", TEST_FOLDER, "--output", str(tmp_path / name)]
+        tiles = ["--tile", "32", "--overlap", "8"]
+        assert run(predict.main, [*arguments, *tiles], detector.root, monkeypatch, capsys)[0] == 0
+    first, second = (sorted((tmp_path / name).rglob("*.*")) for name in ("one", "two"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_thresholds_of_the_command_line_and_none(detector, tmp_path, monkeypatch, capsys):
+    alone = tmp_path / "alone.pth.tar"
+    shutil.copy(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", alone)
+    arguments = ["--checkpoint", str(alone), "--input", TEST_FOLDER]
+    code, out, _ = run(predict.main, [*arguments, "--output", str(tmp_path / "a")], detector.root, monkeypatch, capsys)
+    assert code == 0
+    assert "scores without verdicts" in out
+    assert {row["verdict"] for row in rows_of(tmp_path / "a")} == {""}
+    assert not (tmp_path / "a/masks").exists()
+    forced = ["--output", str(tmp_path / "b"), "--threshold", "-1", "--pixel-threshold", "2"]
+    run(predict.main, [*arguments, *forced], detector.root, monkeypatch, capsys)
+    assert {row["verdict"] for row in rows_of(tmp_path / "b")} == {"anomalous"}
+    assert {row["anomalous_share"] for row in rows_of(tmp_path / "b")} == {"0.0"}
+
+
+def test_checkpoints_without_settings_need_them(detector, tmp_path, monkeypatch, capsys):
+    import torch
+
+    content = torch.load(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", weights_only=True)
+    path = tmp_path / "reference.pth.tar"
+    torch.save({name: content[name] for name in ("epoch", "arch", "state_dict", "best_metric")}, path)
+    arguments = ["--checkpoint", str(path), "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 2
+    assert "--config" in err
+    arguments += ["--config", "experiments/tiny/realnet.yaml", "--threshold", "0.5"]
+    assert run(predict.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"--checkpoint": "gone.pth.tar"}, "--checkpoint gone.pth.tar does not exist"),
+        ({"--checkpoint": "experiments/tiny"}, "experiments/tiny/ckpt_best.pth.tar does not exist"),
+        ({"--checkpoint": "experiments/tiny/realnet.yaml"}, "is not a checkpoint that can be loaded safely"),
+        ({"--checkpoint": "broken.onnx"}, "broken.onnx is not a model that export.py wrote"),
+        ({"--input": "gone"}, "--input gone does not exist"),
+        ({"--input": "data/tiny/samples"}, "--input data/tiny/samples: holds no picture"),
+        ({"--input": "bad.txt"}, "bad.txt, line 1: not a JSON object with a filename"),
+        ({"--tile": "8"}, "--tile 8: at least 16"),
+        ({"--tile": "32", "--overlap": "32"}, "--overlap 32: has to lie in 0 .. 31"),
+        ({"--batch-size": "0"}, "--batch-size 0"),
+    ],
+)
+def test_wrong_use_is_one_line(changes, text, detector, tmp_path, monkeypatch, capsys):
+    (detector.root / "broken.onnx").write_bytes(b"no model")
+    (detector.root / "bad.txt").write_text('{"file": 1}\n')
+    options = {"--checkpoint": CLASS_FOLDER, "--input": TEST_FOLDER, "--output": str(tmp_path / "out"), **changes}
+    arguments = [part for pair in options.items() for part in pair]
+    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 2
+    assert text in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_not_overwritten_unasked(detector, tmp_path, monkeypatch, capsys):
+    arguments = ["--checkpoint", CLASS_FOLDER, "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+    assert run(predict.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 2
+    assert "--overwrite" in err
+    assert run(predict.main, [*arguments, "--overwrite"], detector.root, monkeypatch, capsys)[0] == 0
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most_bytes", [10**9, 1000], ids=["one file", "data beside"])
+def test_exported_models_give_the_same_verdicts(most_bytes, detector, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "MOST_BYTES", most_bytes)
+    code, out, err = run(
+        export.main, ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path)], detector.root, monkeypatch, capsys
+    )
+    assert code == 0, err
+    assert out.count("largest difference from PyTorch on 8 pictures") == 2
+    assert (tmp_path / "model.onnx.data").exists() == (most_bytes == 1000)
+    found = []
+    for checkpoint in (CLASS_FOLDER, str(tmp_path / "model.onnx")):
+        output = tmp_path / str(len(found))
+        arguments = ["--checkpoint", checkpoint, "--input", TEST_FOLDER, "--output", str(output)]
+        assert run(predict.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+        found.append(rows_of(output))
+    assert [row["verdict"] for row in found[0]] == [row["verdict"] for row in found[1]]
+    scores = [[float(row["score"]) for row in rows] for rows in found]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+
+
+def test_metadata_says_how_to_prepare_pictures(detector, tmp_path, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx", "--input", TEST_FOLDER]
+    assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+    assert not (tmp_path / "model.pt2").exists()
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    told = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    assert told["size"] == {"height": 64, "width": 64}
+    assert told["mean"] == [0.485, 0.456, 0.406]
+    # Prepared by hand as it says.
+    image = Image.open(detector.root / TEST_FOLDER / "spot/000.png").convert("RGB")
+    values = (np.asarray(image, np.float32) / 255 - told["mean"]) / told["std"]
+    maps, scores = session.run(None, {"image": values.astype(np.float32).transpose(2, 0, 1)[None]})
+    assert maps.shape == (1, 64, 64)
+    arguments = ["--checkpoint", CLASS_FOLDER, "--input", f"{TEST_FOLDER}/spot/000.png"]
+    run(predict.main, [*arguments, "--output", str(tmp_path / "out")], detector.root, monkeypatch, capsys)
+    assert float(rows_of(tmp_path / "out")[0]["score"]) == pytest.approx(float(scores[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_extras_are_named(missing, detector, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path)]
+    code, _, err = run(export.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 1
+    assert f"{missing} is not installed; pip install -r requirements-export.txt" in err
+    assert (REPOSITORY / "requirements-export.txt").is_file()

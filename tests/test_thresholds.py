@@ -1,0 +1,122 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.errors import UsageError
+from utils.metrics import Ranking
+from utils.results import ScoredPictures, evaluate_class
+from utils.thresholds import (
+    Thresholds,
+    best_f1,
+    for_target_fpr,
+    midway_below,
+    read_thresholds,
+    sidecar,
+    write_thresholds,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=60), st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.5, 0.99]))
+def test_target_fpr_is_kept_and_used_up(values, target):
+    normal = np.array(values, np.float32) / 20
+    threshold = for_target_fpr(normal, target)
+    assert np.mean(normal >= threshold) <= target
+    # The next lower score would flag too many.
+    lower = normal[normal < threshold]
+    assert np.mean(normal >= lower.max()) > target
+
+
+def test_target_fpr_without_normal_scores_is_undefined():
+    assert for_target_fpr(np.zeros(0), 0.1) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_midway_thresholds_give_the_same_verdicts_as_the_best_f1(seed):
+    rng = np.random.default_rng(seed)
+    scores = (rng.integers(0, 15, 30) / 14).astype(np.float32)
+    labels = rng.random(30) < 0.5
+    if labels.all() or not labels.any():
+        return
+    ranking = Ranking.of(scores, labels)
+    threshold = best_f1(ranking, scores)
+    np.testing.assert_array_equal(scores >= threshold, scores >= ranking.best_f1()[1])
+    margin = np.abs(scores - threshold).min()
+    assert margin > 0
+
+
+def test_midway_below_of_nothing():
+    assert midway_below(np.array([0.5]), None) is None
+    assert 0.499 < midway_below(np.array([0.5, 0.9]), 0.5) < 0.5
+
+
+def test_sidecars_lie_beside_and_survive(tmp_path):
+    path = tmp_path / "ckpt_best.pth.tar"
+    assert sidecar(path).name == "ckpt_best.thresholds.json"
+    assert sidecar(tmp_path / "model.onnx").name == "model.thresholds.json"
+    assert read_thresholds(path) is None
+    overall = Thresholds(0.5, None, "rule", 0.1, 0.9)
+    write_thresholds(path, overall, {"a": overall, "b": Thresholds(0.2, 0.3, "rule")})
+    assert read_thresholds(path) == overall
+    assert json.loads(sidecar(path).read_text())["classes"]["b"]["image"] == 0.2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"image": "high"}', '{"image": 0.5, "pixel": NaN, "low": 0, "high": 1}']
+)
+def test_broken_sidecars_are_named(tmp_path, text):
+    sidecar(tmp_path / "ckpt_best.pth.tar").write_text(text)
+    with pytest.raises(UsageError, match=r"ckpt_best\.thresholds\.json"):
+        read_thresholds(tmp_path / "ckpt_best.pth.tar")
+
+
+# ---- results of a class ----------------------------------------------------------------------------------------------
+
+
+def scored(labels, kinds, known=None):
+    rng = np.random.default_rng(0)
+    labels = np.array(labels, bool)
+    masks = np.zeros((len(labels), 24, 24), bool)
+    masks[labels, 4:12, 6:14] = True
+    maps = rng.random(masks.shape).astype(np.float32) / 2 + 0.4 * masks
+    known = np.ones(len(labels), bool) if known is None else np.array(known)
+    return ScoredPictures(maps, masks & known[:, None, None], known, labels, np.array(kinds), (4, 4))
+
+
+def test_each_kind_of_defect_is_held_against_the_good_pictures():
+    pictures = scored([0, 0, 0, 1, 1, 1], ["good"] * 3 + ["crack", "crack", "hole"])
+    result = evaluate_class("x", pictures)
+    assert set(result.kinds) == {"crack", "hole"}
+    assert result.counts == {"crack": 2, "hole": 1}
+    alone = evaluate_class("x", pictures.subset([0, 1, 2, 5]))
+    assert result.kinds["hole"] == alone.metrics
+    assert set(result.curves) == {"roc", "pr", "pixel_roc", "pixel_pr", "pro"}
+    for name, (x, y) in result.curves.items():
+        assert len(x) == len(y) <= 310, name
+        assert 0 <= min(x.min(), y.min()) <= max(x.max(), y.max()) <= 1, name
+        assert (np.diff(x) >= 0).all(), name
+
+
+def test_thinned_curves_keep_their_area():
+    result = evaluate_class("x", scored([0, 1] * 20, ["good", "crack"] * 20))
+    assert np.trapezoid(*result.curves["pixel_roc"][::-1]) == pytest.approx(result.metrics["pixel_auroc"], abs=2e-3)
+
+
+def test_without_masks_or_defects_only_what_is_defined_is_there():
+    unmasked = evaluate_class(
+        "x", scored([0, 0, 1, 1], ["good", "good", "bad", "bad"], known=[True, True, False, False])
+    )
+    assert unmasked.metrics["image_auroc"] is not None
+    assert unmasked.metrics["pixel_auroc"] is None
+    assert set(unmasked.curves) == {"roc", "pr"}
+    good = evaluate_class("x", scored([0, 0, 0, 0], ["good"] * 4))
+    assert good.thresholds.image is None
+    assert not good.kinds
+    # A target needs no defects.
+    targeted = evaluate_class("x", scored([0, 0, 0, 0], ["good"] * 4), target_fpr=0.25)
+    assert np.mean(targeted.scores >= targeted.thresholds.image) <= 0.25
+    assert "25%" in targeted.thresholds.rule

@@ -1,0 +1,99 @@
+"""One run per folder: a file that says who is writing there."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils import distributed
+from utils.distributed import Run
+from utils.errors import RunError, UsageError
+
+NAME = ".lock"
+
+
+@contextmanager
+def exclusive(folder: str | Path, run: Run) -> Iterator[None]:
+    """Keep other runs out of a folder; rank 0 holds the lock for all.
+
+    Raises:
+        UsageError: another run that is not known to be dead writes there.
+    """
+    path = Path(folder) / NAME
+    if run.is_main:
+        _acquire(path)
+    # No rank begins before the lock is held; a refusal ends rank 0 and with it the launcher's others.
+    distributed.barrier()
+    try:
+        yield
+    finally:
+        if run.is_main:
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path) -> None:
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+    for _ in range(10):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            _remove_if_dead(path)
+            continue
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror})") from error
+        with os.fdopen(handle, "w") as file:
+            json.dump(mine, file)
+        return
+    raise UsageError(f"{path}: other runs keep taking this folder; delete the file if there are none")
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a lock whose process is gone.
+
+    Raises:
+        UsageError: the process lives, or lives elsewhere, where that cannot be told.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return
+    try:
+        holder = json.loads(text)
+        pid, host, since = int(holder["pid"]), str(holder["host"]), float(holder["since"])
+    except (ValueError, KeyError, TypeError):
+        # Cut off while it was written: the writer is given a moment before it counts as dead.
+        if time.time() - path.stat().st_mtime > 5:
+            path.unlink(missing_ok=True)
+        else:
+            time.sleep(0.5)
+        return
+    if host == socket.gethostname() and not _alive(pid, since):
+        path.unlink(missing_ok=True)
+        return
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    raise UsageError(
+        f"{path.parent}: process {pid} on {host} writes here since {started}; wait for it, or choose other saver "
+        f"folders (delete {path} only if that process is gone)"
+    )
+
+
+def _alive(pid: int, since: float) -> bool:
+    """Whether a process of this host lives and is not a later one of the same number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    try:
+        started = os.stat(f"/proc/{pid}").st_ctime
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state != "Z" and started <= since + 2
