@@ -20,15 +20,15 @@ import torch
 from easydict import EasyDict
 
 from datasets.catalog import find
-from datasets.loaders import SharedBatches, build_realnet_test_set, make_loader
+from datasets.loaders import SharedBatches, appearance_of, build_realnet_test_set, make_loader
 from datasets.meta import UNIFIED, listed_classes
 from datasets.realnet import RealNetTestSet
 from models import build_realnet
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
-from utils.config import load_config
+from utils.config import check_together, load_config
 from utils.distributed import Run
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.html_report import thumbnail, write_report
 from utils.log import log, progress, set_up_logging
 from utils.metrics import PRO_LIMIT
@@ -62,9 +62,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    config = load_config(cli.config_path(args, "realnet"), args.set)
+    path = cli.config_path(args, "realnet")
+    config = load_config(path, args.set)
     classes = cli.chosen_classes(args.class_name, config.dataset.test.meta_file, listed_classes, UNIFIED)
     options = check_options(args, classes)
+    check(config, path)
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
@@ -73,6 +75,17 @@ def main() -> None:
             results += evaluate(config, class_name, checkpoint, run, options, out)
         if run.is_main:
             report(config, results, options, args.dataset or out.name, out / config.saver.results_dir)
+
+
+def check(config: EasyDict, path: Path) -> None:
+    """Find what is wrong with the settings before anything is loaded."""
+
+    def network() -> None:
+        with torch.device("meta"):
+            build_realnet(config, "checkpoint")
+
+    checks = [("structure, net", network), ("evaluator", lambda: avgpool_size(config.evaluator))]
+    check_together(path, [*checks, ("dataset", lambda: appearance_of(config.dataset))])
 
 
 def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
@@ -120,6 +133,8 @@ def evaluate(
     maps = score_test_set(model.to(run.device), loader, run)
     if maps is None:
         return []
+    if not np.isfinite(maps.scores).all():
+        raise RunError(f"{checkpoint}: its anomaly maps hold values that are not finite; train it with a lower lr")
     log.info("%s: %s, epoch %s, %d pictures", class_name, checkpoint, content.get("epoch", "?"), len(test_set))
     log.info("%s: %.1f images/s in the forward pass", class_name, maps.images_per_second)
     pictures = scored_pictures(maps, test_set, avgpool_size(config.evaluator))

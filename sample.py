@@ -27,10 +27,13 @@ from models.sdas import SpacedDiffusion, check_size, create_classifier_unet, cre
 from models.sdas.diffusion import classifier_guidance
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
-from utils.config import load_config, model_kwargs, pretrained_path
+from utils.config import check_together, load_config, model_kwargs, pretrained_path
 from utils.distributed import Run, autocast, resolve_precision
 from utils.errors import UsageError
+from utils.lock import exclusive
 from utils.log import log, progress, set_up_logging
+from utils.resume import clear_leftovers
+from utils.signals import StopRequest, stop_requests
 from utils.visualize import contact_sheet, to_uint8, write_image
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -96,17 +99,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    config = load_config(cli.config_path(args, "sample"), args.set)
+    path = cli.config_path(args, "sample")
+    config = load_config(path, args.set)
     apply_arguments(config, args)
+    check(config, path)
     out = cli.experiment_dir(args)
-    with distributed.session(args.device) as run:
+    with distributed.session(args.device) as run, stop_requests(run) as stop:
         board = set_up_logging(run, out / config.saver.log_dir, "sample")
         unet_path = trained_checkpoint(pretrained_path(config.unet) or "unet.pertrain_path")
         content = load_checkpoint(unet_path)
         classes = class_list(config, content, args.dataset, unet_path)
         chosen = choose_classes(args.class_name, classes)
         sampler = set_up_sampler(config, run, content, unet_path)
-        low, high = config.strength
         for name in chosen:
             number = classes.index(name)
             if args.preview:
@@ -118,7 +122,8 @@ def main() -> None:
                     log.info("%s: strengths %g .. %g in %s", name, PREVIEW_STRENGTHS[0], PREVIEW_STRENGTHS[-1], path)
             else:
                 folder = Path(config.workspace.root) / name
-                draw_class(sampler, run, config, folder, number, low, high, args.overwrite)
+                with exclusive(folder, run):
+                    draw_class(sampler, run, config, folder, number, args.overwrite, stop)
         board.close()
 
 
@@ -138,11 +143,27 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
         raise UsageError(f"strength: {config.strength} is not a range [low, high] with 0 <= low <= high")
     if config.sampler not in ("ancestral", "ddim"):
         raise UsageError(f"sampler: {config.sampler!r} is not ancestral or ddim")
-    check_size((config.dataset.H, config.dataset.W), config.unet.channel_mult, "dataset.H, dataset.W")
-    if config.dataset.channels != 3:
-        raise UsageError(f"dataset.channels: {config.dataset.channels}; the networks draw RGB pictures, 3 channels")
-    if config.sample_number < 1 or config.dataset.batch_size < 1:
-        raise UsageError("sample_number and dataset.batch_size have to be 1 or more")
+
+
+def check(config: EasyDict, path: Path) -> None:
+    """Find what is wrong with the settings before anything is loaded."""
+    size = (config.dataset.H, config.dataset.W)
+
+    def networks() -> None:
+        with torch.device("meta"):
+            create_diffusion_unet(**model_kwargs(config.unet))
+            if config.classifier is not None:
+                create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
+
+    check_together(
+        path,
+        [
+            ("dataset", lambda: check_size(size, config.unet.channel_mult, "dataset.H, dataset.W")),
+            ("unet, classifier", networks),
+            ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
+            ("amp", lambda: resolve_precision(config.amp, torch.device("cpu"))),
+        ],
+    )
 
 
 def class_list(config: EasyDict, content: dict, dataset: str | None, path: Path) -> list[str]:
@@ -202,13 +223,18 @@ def draw_class(
     config: EasyDict,
     folder: Path,
     number: int,
-    low: float,
-    high: float,
     overwrite: bool,
+    stop: StopRequest,
 ) -> None:
-    """Complete the pictures 0 .. sample_number - 1 of a class; ranks share the batches."""
-    if overwrite and run.is_main:
-        for path in folder.glob("rank*_*.jpg"):
+    """Complete the pictures 0 .. sample_number - 1 of a class; ranks share the batches.
+
+    Raises:
+        Stopped: a signal has ended it after a batch; the same command goes on from there.
+    """
+    low, high = config.strength
+    if run.is_main:
+        clear_leftovers(folder)
+        for path in folder.glob("rank*_*.jpg") if overwrite else ():
             path.unlink()
     distributed.barrier()
     existing = {int(match[1]) for path in folder.glob("rank*_*.jpg") if (match := PICTURE_NAME.fullmatch(path.name))}
@@ -224,6 +250,9 @@ def draw_class(
         for i, picture in zip(indices, pictures, strict=True):
             if i not in existing:
                 write_image(folder / f"rank{run.rank}_{i}.jpg", picture)
+        if stop.signal:
+            log.info("signal %d: stopped; the same command without --overwrite goes on", stop.signal)
+            stop.exit(stop.signal)
     distributed.barrier()
     kept = len(existing & set(range(config.sample_number)))
     log.info(

@@ -9,7 +9,7 @@ classifier_log/.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ from easydict import EasyDict
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.loaders import EpochBatches, SharedBatches, build_sdas_dataset, make_loader
+from datasets.loaders import EpochBatches, SharedBatches, build_sdas_dataset, check_sdas_list, make_loader
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
 from utils import cli, distributed
-from utils.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, state_dict_of
-from utils.config import load_config, model_kwargs, plain, pretrained_path
+from utils.checkpoint import prune_checkpoints, save_checkpoint, state_dict_of
+from utils.config import check_together, load_config, model_kwargs, plain, pretrained_path
 from utils.distributed import Run, autocast
-from utils.errors import UsageError
-from utils.log import Meter, log, progress, report_step, set_up_logging
-from utils.optim import EMA, Stepper, accumulation_groups, build_optimizer, precision_of, seed_all
+from utils.lock import exclusive
+from utils.log import Meter, log, progress, set_up_logging
+from utils.optim import EMA, Stepper, accumulation_groups, build_optimizer, precision_of, seed_step
+from utils.resume import resumable
+from utils.signals import stop_requests
+from utils.training import Position, Saver, report_step, restore_from, trainer_checks
 
 T_BINS = 10
 
@@ -57,7 +60,8 @@ class Training:
     ema: EMA | None
     stepper: Stepper
     precision: str
-    step: int = 0
+    accuracy: float = 0.0
+    position: Position = field(default_factory=Position)
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,18 +72,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    config = load_config(cli.config_path(args, "classifier"), args.set)
-    check_size(config.dataset.input_size, config.classifier.channel_mult, "dataset.input_size")
+    path = cli.config_path(args, "classifier")
+    config = load_config(path, args.set)
+    check(config, path)
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
-    with distributed.session(args.device) as run:
+    with distributed.session(args.device) as run, stop_requests(run) as stop, exclusive(checkpoints, run):
         board = set_up_logging(run, out / config.saver.log_dir, "train_classifier")
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
-        if len(classes) > config.classifier.class_number:
-            raise UsageError(
-                f"classifier.class_number: {config.classifier.class_number}, but the list has {len(classes)} classes"
-            )
         test_set = TestPictures(build_sdas_dataset(config.dataset, "test", classes, config.random_seed))
         batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed)
         loader = make_loader(train_set, batches, config.dataset.workers, run)
@@ -87,27 +88,55 @@ def main() -> None:
         test_loader = make_loader(test_set, test_batches, config.dataset.workers, run)
         log.info("%d pictures of %d classes, %d test pictures", len(train_set), len(classes), len(test_set))
 
-        resumed = newest_checkpoint(checkpoints) if args.resume else None
-        training = set_up_training(config, run, resumed)
-        start = restore(training, resumed) if resumed else 0
+        resumed = resumable(checkpoints, run, args.resume)
+        training = set_up_training(config, run, resumed is not None)
+        if resumed:
+            restore(training, resumed, checkpoints)
+        position = training.position
+        every = config.trainer.save_freq_step
+        saver = Saver(checkpoints, run, stop, every, training.stepper, lambda: resumable_content(training, classes))
         process = SpacedDiffusion(**config.TrainSampler)
-        accuracy = 0.0
-        for epoch in range(start, config.trainer.max_epoch):
-            batches.set_epoch(epoch)
-            seed_all(config.random_seed, epoch, run.rank)
-            train_one_epoch(training, process, loader, board, epoch)
-            last = epoch + 1 == config.trainer.max_epoch
-            if (epoch + 1) % config.trainer.val_freq_epoch == 0 or last:
-                accuracy = validate(training, SpacedDiffusion(**config.TestSampler), test_loader, board, epoch + 1)
-            if ((epoch + 1) % config.trainer.save_freq_epoch == 0 or last) and run.is_main:
-                path = checkpoints / f"ckpt_{epoch + 1}.pth.tar"
-                save_checkpoint(path, checkpoint_of(training, classes, epoch + 1, accuracy))
-                prune_checkpoints(checkpoints, config.saver.keep)
-                log.info("saved %s", path)
+        for epoch in range(position.epoch, config.trainer.max_epoch):
+            batches.set_epoch(epoch, position.step_in_epoch * config.trainer.accumulate)
+            train_one_epoch(training, process, loader, board, saver)
+            position.finish_epoch()
+            last = position.epoch == config.trainer.max_epoch
+            if position.epoch % config.trainer.val_freq_epoch == 0 or last:
+                test_process = SpacedDiffusion(**config.TestSampler)
+                training.accuracy = validate(training, test_process, test_loader, board, position.epoch)
+            if position.epoch % config.trainer.save_freq_epoch == 0 or last:
+                if run.is_main:
+                    path = checkpoints / f"ckpt_{position.epoch}.pth.tar"
+                    save_checkpoint(path, checkpoint_of(training, classes))
+                    prune_checkpoints(checkpoints, config.saver.keep)
+                    log.info("saved %s", path)
+                saver.save()
         board.close()
 
 
-def set_up_training(config: EasyDict, run: Run, resumed: Path | None) -> Training:
+def check(config: EasyDict, path: Path) -> None:
+    """Find what is wrong with the settings before anything is loaded or trained."""
+    size = config.dataset.input_size
+
+    def network() -> None:
+        with torch.device("meta"):
+            create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
+
+    lists = [(split, lambda split=split: check_sdas_list(config, split, "classifier")) for split in ("train", "test")]
+    check_together(
+        path,
+        [
+            ("dataset", lambda: check_size(size, config.classifier.channel_mult, "dataset.input_size")),
+            ("classifier", network),
+            ("TrainSampler", lambda: SpacedDiffusion(**config.TrainSampler)),
+            ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
+            *trainer_checks(config.trainer),
+            *lists,
+        ],
+    )
+
+
+def set_up_training(config: EasyDict, run: Run, resumed: bool) -> Training:
     """Network, its average where one is kept, and the optimiser."""
     torch.manual_seed(config.random_seed)
     start_weights = None if resumed else pretrained_path(config.classifier)
@@ -121,18 +150,19 @@ def set_up_training(config: EasyDict, run: Run, resumed: Path | None) -> Trainin
     ema = EMA(network, config.trainer.ema_decay) if config.trainer.ema_decay is not None else None
     optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
     precision = precision_of(config.trainer, run.device)
-    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm)
+    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm, config.trainer.max_bad_steps)
     model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
     return Training(config, run, network, model, ema, stepper, precision)
 
 
-def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, epoch: int) -> None:
-    """One pass over the pictures."""
-    config, run = training.config, training.run
+def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+    """One pass over the pictures, or over the rest of them in an epoch that is resumed."""
+    config, run, position = training.config, training.run, training.position
     training.model.train()
     meter = Meter()
-    stream = iter(progress(loader, run, f"epoch {epoch + 1}"))
+    stream = iter(progress(loader, run, f"epoch {position.epoch + 1}"))
     for group in accumulation_groups(len(loader), config.trainer.accumulate):
+        seed_step(config.random_seed, position.step, run.rank)
         for micro, batch in enumerate(islice(stream, group)):
             image, label = (batch[name].to(run.device, non_blocking=True) for name in ("image", "label"))
             t = torch.randint(process.num_timesteps, (len(image),), device=run.device)
@@ -147,9 +177,10 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
         training.stepper.step()
         if training.ema is not None:
             training.ema.update(training.network)
-        training.step += 1
-        if training.step % config.trainer.print_freq_step == 0:
-            report_step(meter, board, training.step, epoch, training.stepper.optimizer, run)
+        position.finish_step()
+        if position.step % config.trainer.print_freq_step == 0:
+            report_step(meter, board, position, training.stepper, run)
+        saver.after_step(position)
 
 
 def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,10 +214,12 @@ def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, b
         "epoch %d  top-1 %.4f  top-3 %.4f  over %d pictures", epoch, top1 / pictures, top3 / pictures, pictures / T_BINS
     )
     log.info("  top-1 by t from 0 to T: %s", "  ".join(f"{value:.3f}" for value in by_t))
-    board.add_scalar("validation/top1", top1 / pictures, training.step)
-    board.add_scalar("validation/top3", top3 / pictures, training.step)
+    board.add_scalar("validation/top1", top1 / pictures, training.position.step)
+    board.add_scalar("validation/top3", top3 / pictures, training.position.step)
     for k, value in enumerate(by_t):
-        board.add_scalar(f"validation_top1_by_t/{k * process.num_timesteps // T_BINS:04d}", value, training.step)
+        board.add_scalar(
+            f"validation_top1_by_t/{k * process.num_timesteps // T_BINS:04d}", value, training.position.step
+        )
     return top1 / pictures
 
 
@@ -201,35 +234,44 @@ def draw_for(indices: torch.Tensor, k: int, steps: int, like: torch.Tensor) -> t
     return torch.stack(t).to(like.device), torch.stack(noise).to(like)
 
 
-def checkpoint_of(training: Training, classes: list[str], epoch: int, accuracy: float) -> dict[str, Any]:
+def checkpoint_of(training: Training, classes: list[str]) -> dict[str, Any]:
+    """The networks, for guidance."""
     content = {
-        "epoch": epoch,
+        "epoch": training.position.epoch,
         "arch": plain(training.config.classifier),
         "classes": classes,
         "state_dict": training.network.state_dict(),
-        "acc": accuracy,
-        "step": training.step,
-        "stepper": training.stepper.state_dict(),
+        "acc": training.accuracy,
     }
     if training.ema is not None:
-        content |= {"ema_state_dict": training.ema.model.state_dict(), "ema_updates": training.ema.updates}
+        content["ema_state_dict"] = training.ema.model.state_dict()
     return content
 
 
-def restore(training: Training, path: Path) -> int:
-    """Continue from a checkpoint; returns the number of finished epochs."""
-    content = load_checkpoint(path)
-    try:
+def resumable_content(training: Training, classes: list[str]) -> dict[str, Any]:
+    """Everything that a resumed run needs; what is random follows from the step."""
+    return {
+        **checkpoint_of(training, classes),
+        "ema_updates": training.ema.updates if training.ema is not None else 0,
+        "position": training.position.state_dict(),
+        "stepper": training.stepper.state_dict(),
+    }
+
+
+def restore(training: Training, content: dict[str, Any], checkpoints: Path) -> None:
+    """Continue from a saved state."""
+
+    def load(content: dict[str, Any]) -> None:
         training.network.load_state_dict(state_dict_of(content))
         training.stepper.load_state_dict(content["stepper"])
         if training.ema is not None:
             training.ema.model.load_state_dict(content["ema_state_dict"])
             training.ema.updates = content["ema_updates"]
-    except (KeyError, RuntimeError) as error:
-        raise UsageError(f"{path}: cannot be resumed with these settings ({str(error).splitlines()[0]})") from error
-    training.step = content["step"]
-    log.info("resumed %s after epoch %d", path, content["epoch"])
-    return content["epoch"]
+        training.accuracy = content["acc"]
+        training.position.load_state_dict(content["position"])
+
+    restore_from(content, checkpoints, load)
+    log.info("resumed %s after epoch %d, step %d", checkpoints, training.position.epoch, training.position.step)
 
 
 if __name__ == "__main__":

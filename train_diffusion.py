@@ -9,7 +9,7 @@ and, at every validation, one contact sheet per class to diffusion_vis/.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,20 @@ from easydict import EasyDict
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.loaders import EpochBatches, build_sdas_dataset, make_loader
+from datasets.loaders import EpochBatches, build_sdas_dataset, check_sdas_list, make_loader
 from datasets.sdas import SDASDataset
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
 from utils import cli, distributed
-from utils.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint, state_dict_of
-from utils.config import load_config, model_kwargs, plain, pretrained_path
+from utils.checkpoint import prune_checkpoints, save_checkpoint, state_dict_of
+from utils.config import check_together, load_config, model_kwargs, plain, pretrained_path
 from utils.distributed import Run, autocast
-from utils.errors import UsageError
-from utils.log import Meter, log, progress, report_step, set_up_logging
-from utils.optim import EMA, Stepper, accumulation_groups, build_optimizer, precision_of, seed_all
+from utils.lock import exclusive
+from utils.log import Meter, log, progress, set_up_logging
+from utils.optim import EMA, EpochLoss, Stepper, accumulation_groups, build_optimizer, precision_of, seed_step
+from utils.resume import resumable
+from utils.signals import stop_requests
+from utils.training import Position, Saver, report_step, restore_from, trainer_checks
 from utils.visualize import contact_sheet, to_uint8, write_image
 
 STRENGTHS = (0.0, 0.1, 0.2)
@@ -48,7 +51,8 @@ class Training:
     ema: EMA
     stepper: Stepper
     precision: str
-    step: int = 0
+    loss: EpochLoss
+    position: Position = field(default_factory=Position)
 
     def evaluated(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The averaged network, in the training's precision."""
@@ -64,41 +68,67 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    config = load_config(cli.config_path(args, "diffusion"), args.set)
-    check_size(config.dataset.input_size, config.unet.channel_mult, "dataset.input_size")
+    path = cli.config_path(args, "diffusion")
+    config = load_config(path, args.set)
+    check(config, path)
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
-    with distributed.session(args.device) as run:
+    with distributed.session(args.device) as run, stop_requests(run) as stop, exclusive(checkpoints, run):
         board = set_up_logging(run, out / config.saver.log_dir, "train_diffusion")
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
-        if len(classes) > config.unet.class_number:
-            raise UsageError(f"unet.class_number: {config.unet.class_number}, but the list has {len(classes)} classes")
         test_set = build_sdas_dataset(config.dataset, "test", classes, config.random_seed)
         batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed)
         loader = make_loader(train_set, batches, config.dataset.workers, run)
         log.info("%d pictures of %d classes, %d test pictures", len(train_set), len(classes), len(test_set))
 
-        resumed = newest_checkpoint(checkpoints) if args.resume else None
-        training = set_up_training(config, run, resumed)
-        start = restore(training, resumed) if resumed else 0
+        resumed = resumable(checkpoints, run, args.resume)
+        training = set_up_training(config, run, resumed is not None)
+        if resumed:
+            restore(training, resumed, checkpoints)
+        position = training.position
+        every = config.trainer.save_freq_step
+        saver = Saver(checkpoints, run, stop, every, training.stepper, lambda: resumable_content(training, classes))
         process = SpacedDiffusion(**config.TrainSampler)
-        for epoch in range(start, config.trainer.max_epoch):
-            batches.set_epoch(epoch)
-            seed_all(config.random_seed, epoch, run.rank)
-            loss = train_one_epoch(training, process, loader, board, epoch)
-            last = epoch + 1 == config.trainer.max_epoch
-            if (epoch + 1) % config.trainer.val_freq_epoch == 0 or last:
-                validate(training, test_set, classes, board, out / config.saver.vis_dir, epoch + 1)
+        for epoch in range(position.epoch, config.trainer.max_epoch):
+            batches.set_epoch(epoch, position.step_in_epoch * config.trainer.accumulate)
+            train_one_epoch(training, process, loader, board, saver)
+            position.finish_epoch()
+            last = position.epoch == config.trainer.max_epoch
+            if position.epoch % config.trainer.val_freq_epoch == 0 or last:
+                validate(training, test_set, classes, board, out / config.saver.vis_dir, position.epoch)
                 if run.is_main:
-                    path = checkpoints / f"ckpt_{epoch + 1}.pth.tar"
-                    save_checkpoint(path, checkpoint_of(training, classes, epoch + 1, loss))
+                    path = checkpoints / f"ckpt_{position.epoch}.pth.tar"
+                    save_checkpoint(path, checkpoint_of(training, classes))
                     prune_checkpoints(checkpoints, config.saver.keep)
                     log.info("saved %s", path)
+                saver.save()
         board.close()
 
 
-def set_up_training(config: EasyDict, run: Run, resumed: Path | None) -> Training:
+def check(config: EasyDict, path: Path) -> None:
+    """Find what is wrong with the settings before anything is loaded or trained."""
+
+    def network() -> None:
+        with torch.device("meta"):
+            create_diffusion_unet(**model_kwargs(config.unet))
+
+    lists = [(split, lambda split=split: check_sdas_list(config, split, "unet")) for split in ("train", "test")]
+    check_together(
+        path,
+        [
+            ("dataset", lambda: check_size(config.dataset.input_size, config.unet.channel_mult, "dataset.input_size")),
+            ("unet", network),
+            ("TrainSampler", lambda: SpacedDiffusion(**config.TrainSampler)),
+            ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
+            ("criterion", lambda: build_criterion(config.criterion)),
+            *trainer_checks(config.trainer),
+            *lists,
+        ],
+    )
+
+
+def set_up_training(config: EasyDict, run: Run, resumed: bool) -> Training:
     """Network, its average, and the optimiser."""
     torch.manual_seed(config.random_seed)
     start_weights = None if resumed else pretrained_path(config.unet)
@@ -110,21 +140,24 @@ def set_up_training(config: EasyDict, run: Run, resumed: Path | None) -> Trainin
     ema = EMA(network, config.trainer.ema_decay)
     optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
     precision = precision_of(config.trainer, run.device)
-    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm)
+    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm, config.trainer.max_bad_steps)
     compiled = torch.compile(network) if config.trainer.compile else network
     model = distributed.parallel(compiled, run)
     parameters = sum(p.numel() for p in network.parameters())
     log.info("U-Net with %.1f M parameters on %s x %d", parameters / 1e6, run.device.type, run.world_size)
-    return Training(config, run, network, model, ema, stepper, precision)
+    return Training(config, run, network, model, ema, stepper, precision, EpochLoss(run.device))
 
 
-def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, epoch: int) -> float:
-    """One pass over the pictures; returns the mean loss of its steps."""
-    config, run = training.config, training.run
+def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+    """One pass over the pictures, or over the rest of them in an epoch that is resumed."""
+    config, run, position = training.config, training.run, training.position
     training.model.train()
-    meter, epoch_loss, steps = Meter(), torch.zeros((), device=run.device), 0
-    stream = iter(progress(loader, run, f"epoch {epoch + 1}"))
+    meter = Meter()
+    if position.step_in_epoch == 0:
+        training.loss.reset()
+    stream = iter(progress(loader, run, f"epoch {position.epoch + 1}"))
     for group in accumulation_groups(len(loader), config.trainer.accumulate):
+        seed_step(config.random_seed, position.step, run.rank)
         for micro, batch in enumerate(islice(stream, group)):
             image = batch["image"].to(run.device, non_blocking=True)
             if config.trainer.channels_last:
@@ -138,14 +171,13 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
                 loss = losses["loss"].mean()
                 training.stepper.backward(loss / group)
             meter.add({name: value.detach().mean() for name, value in losses.items()}, len(image) * run.world_size)
-            epoch_loss += loss.detach() / group
+            training.loss.add(loss.detach(), 1 / group)
         training.stepper.step()
         training.ema.update(training.network)
-        training.step += 1
-        steps += 1
-        if training.step % config.trainer.print_freq_step == 0:
-            report_step(meter, board, training.step, epoch, training.stepper.optimizer, run)
-    return float(distributed.all_reduce_mean(epoch_loss)) / steps
+        position.finish_step()
+        if position.step % config.trainer.print_freq_step == 0:
+            report_step(meter, board, position, training.stepper, run)
+        saver.after_step(position)
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
@@ -185,10 +217,10 @@ def validate(
     if run.is_main:
         for name, sheet in {k: v for part in gathered for k, v in part.items()}.items():
             write_image(vis_dir / f"epoch_{epoch}" / f"{name}.png", sheet)
-            board.add_image(f"validation/{name}", sheet, training.step, dataformats="HWC")
+            board.add_image(f"validation/{name}", sheet, training.position.step, dataformats="HWC")
         if totals[1]:
             error = float(totals[0] / totals[1])
-            board.add_scalar("validation/reconstruction_error", error, training.step)
+            board.add_scalar("validation/reconstruction_error", error, training.position.step)
             log.info("epoch %d  reconstruction error %.5f  pictures in %s", epoch, error, vis_dir / f"epoch_{epoch}")
 
 
@@ -214,32 +246,42 @@ def pictures_of(images: torch.Tensor) -> list[np.ndarray]:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoint_of(training: Training, classes: list[str], epoch: int, loss: float) -> dict[str, Any]:
+def checkpoint_of(training: Training, classes: list[str]) -> dict[str, Any]:
+    """The networks, for sampling."""
     return {
-        "epoch": epoch,
+        "epoch": training.position.epoch,
         "arch": plain(training.config.unet),
         "classes": classes,
         "state_dict": training.network.state_dict(),
         "ema_state_dict": training.ema.model.state_dict(),
+        "loss": training.loss.mean(),
+    }
+
+
+def resumable_content(training: Training, classes: list[str]) -> dict[str, Any]:
+    """Everything that a resumed run needs; what is random follows from the step."""
+    return {
+        **checkpoint_of(training, classes),
         "ema_updates": training.ema.updates,
-        "loss": loss,
-        "step": training.step,
+        "position": training.position.state_dict(),
+        "epoch_loss": training.loss.state_dict(),
         "stepper": training.stepper.state_dict(),
     }
 
 
-def restore(training: Training, path: Path) -> int:
-    """Continue from a checkpoint; returns the number of finished epochs."""
-    content = load_checkpoint(path)
-    try:
+def restore(training: Training, content: dict[str, Any], checkpoints: Path) -> None:
+    """Continue from a saved state."""
+
+    def load(content: dict[str, Any]) -> None:
         training.network.load_state_dict(state_dict_of(content))
         training.ema.model.load_state_dict(content["ema_state_dict"])
+        training.ema.updates = content["ema_updates"]
         training.stepper.load_state_dict(content["stepper"])
-    except (KeyError, RuntimeError) as error:
-        raise UsageError(f"{path}: cannot be resumed with these settings ({str(error).splitlines()[0]})") from error
-    training.ema.updates, training.step = content["ema_updates"], content["step"]
-    log.info("resumed %s after epoch %d", path, content["epoch"])
-    return content["epoch"]
+        training.loss.load_state_dict(content["epoch_loss"])
+        training.position.load_state_dict(content["position"])
+
+    restore_from(content, checkpoints, load)
+    log.info("resumed %s after epoch %d, step %d", checkpoints, training.position.epoch, training.position.step)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ ckpt_last.pth.tar to resume from), realnet_log/<class>/, and a sheet of training
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from datasets.loaders import (
     SharedBatches,
     build_realnet_test_set,
     build_realnet_train_set,
+    check_realnet_data,
     make_loader,
 )
 from datasets.meta import UNIFIED, listed_classes
@@ -32,14 +33,18 @@ from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from models import build_realnet
 from models.losses import build_criterion
 from utils import cli, distributed
-from utils.checkpoint import load_checkpoint, save_checkpoint, state_dict_of
-from utils.config import load_config, plain
+from utils.checkpoint import save_checkpoint, state_dict_of
+from utils.config import check_together, load_config, plain
 from utils.distributed import Run, autocast
 from utils.errors import UsageError
-from utils.log import Meter, log, progress, report_step, set_up_logging
+from utils.lock import exclusive
+from utils.log import Meter, log, progress, set_up_logging
 from utils.metrics import Ranking, image_scores
-from utils.optim import Stepper, build_optimizer, precision_of, seed_all
+from utils.optim import Stepper, build_optimizer, precision_of, seed_step
+from utils.resume import resumable
 from utils.scoring import GatheredMaps, avgpool_size, score_test_set
+from utils.signals import StopRequest, stop_requests
+from utils.training import Position, Saver, report_step, restore_from, trainer_checks
 from utils.visualize import contact_sheet, heat_overlay, spread, to_uint8, write_image
 
 CALIBRATION_BATCHES = 8
@@ -56,9 +61,8 @@ class Training:
     model: nn.Module
     stepper: Stepper
     precision: str
-    step: int = 0
-    epoch: int = 0
     best_metric: float = -1.0
+    position: Position = field(default_factory=Position)
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,17 +74,43 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    config = load_config(cli.config_path(args, "realnet"), args.set)
+    path = cli.config_path(args, "realnet")
+    config = load_config(path, args.set)
     classes = cli.chosen_classes(args.class_name, config.dataset.train.meta_file, listed_classes, UNIFIED)
     out = cli.experiment_dir(args)
-    with distributed.session(args.device) as run:
+    check(config, path, classes)
+    with distributed.session(args.device) as run, stop_requests(run) as stop:
         for class_name in classes:
             board = set_up_logging(run, out / config.saver.log_dir / class_name, "train_realnet")
-            train_class(config, class_name, run, out, board, args.resume)
+            with exclusive(out / config.saver.checkpoints_dir / class_name, run):
+                train_class(config, class_name, run, out, board, args.resume, stop)
             board.close()
 
 
-def train_class(config: EasyDict, class_name: str, run: Run, out: Path, board: Any, resume: bool) -> None:
+def check(config: EasyDict, path: Path, classes: list[str]) -> None:
+    """Find what is wrong with the settings before anything is loaded or trained."""
+
+    def network() -> None:
+        with torch.device("meta"):
+            build_realnet(config, "checkpoint")
+
+    data = [("dataset", lambda name=name: check_realnet_data(config.dataset, name)) for name in classes]
+    check_together(
+        path,
+        [
+            ("structure, net", network),
+            ("net.afs.kwargs.init_bsn", lambda: afs_batches(config)),
+            ("criterion", lambda: build_criterion(config.criterion)),
+            ("evaluator", lambda: (avgpool_size(config.evaluator), key_metric({}, config.evaluator.key_metric))),
+            *trainer_checks(config.trainer),
+            *data,
+        ],
+    )
+
+
+def train_class(
+    config: EasyDict, class_name: str, run: Run, out: Path, board: Any, resume: bool, stop: StopRequest
+) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
     seed = config.random_seed
     train_set = build_realnet_train_set(config.dataset, class_name, seed)
@@ -95,31 +125,28 @@ def train_class(config: EasyDict, class_name: str, run: Run, out: Path, board: A
     checkpoints = out / config.saver.checkpoints_dir / class_name
 
     torch.manual_seed(seed)
-    last = checkpoints / "ckpt_last.pth.tar"
-    resumed = load_checkpoint(last) if resume and last.is_file() else None
+    resumed = resumable(checkpoints, run, resume)
     network = build_realnet(config, "checkpoint" if resumed else None).to(run.device)
-    if resumed:
-        load_resumed(network, resumed, last)
-    else:
+    if not resumed:
         prepare_features(network, train_set, config, run, board)
     training = set_up_training(config, network, run)
     if resumed:
-        training.stepper.load_state_dict(resumed["stepper"])
-        training.epoch, training.step = resumed["epoch"], resumed["step"]
-        training.best_metric = resumed["best_metric"]
-        log.info("resumed %s after epoch %d", last, training.epoch)
+        restore(training, resumed, checkpoints)
 
     criterion = build_criterion(config.criterion)
+    position = training.position
+    every = config.trainer.save_freq_step
+    saver = Saver(checkpoints, run, stop, every, training.stepper, lambda: resumable_content(training))
     sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
-    for epoch in range(training.epoch, config.trainer.max_epoch):
-        batches.set_epoch(epoch)
-        seed_all(seed, epoch, run.rank)
-        train_one_epoch(training, criterion, loader, board, epoch, sheet_path if epoch == 0 else None)
-        training.epoch = epoch + 1
-        if training.epoch % config.trainer.val_freq_epoch == 0 or training.epoch == config.trainer.max_epoch:
+    for epoch in range(position.epoch, config.trainer.max_epoch):
+        batches.set_epoch(epoch, position.step_in_epoch)
+        train_one_epoch(training, criterion, loader, board, saver, sheet_path if position.step == 0 else None)
+        position.finish_epoch()
+        if position.epoch % config.trainer.val_freq_epoch == 0 or position.epoch == config.trainer.max_epoch:
             metric = validate(training, test_set, test_loader, board)
             if run.is_main:
-                save(training, metric, checkpoints)
+                save_best(training, metric, checkpoints)
+            saver.save()
 
 
 def prepare_features(network: nn.Module, train_set: RealNetTrainSet, config: EasyDict, run: Run, board: Any) -> None:
@@ -156,7 +183,7 @@ def set_up_training(config: EasyDict, network: nn.Module, run: Run) -> Training:
         network = network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
     precision = precision_of(config.trainer, run.device)
-    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm)
+    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm, config.trainer.max_bad_steps)
     model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log.info("%.1f M trainable parameters on %s x %d", trainable / 1e6, run.device.type, run.world_size)
@@ -168,18 +195,22 @@ def train_one_epoch(
     criterion: dict[str, nn.Module],
     loader: DataLoader,
     board: Any,
-    epoch: int,
+    saver: Saver,
     sheet_path: Path | None,
 ) -> None:
-    """One pass over the pictures; shows the first batch where a path for its sheet is given."""
-    run = training.run
+    """One pass over the pictures, or over the rest of them in an epoch that is resumed.
+
+    Shows the first batch where a path for its sheet is given.
+    """
+    run, position = training.run, training.position
     training.model.train()
     meter = Meter()
-    for batch in progress(loader, run, f"epoch {epoch + 1}"):
+    for batch in progress(loader, run, f"epoch {position.epoch + 1}"):
         if sheet_path is not None:
             show_samples(batch, training, board, sheet_path)
             sheet_path = None
         # `changed` stays on the CPU: it becomes an index without waiting for the device.
+        seed_step(training.config.random_seed, position.step, run.rank)
         batch = {
             name: value if name == "changed" else value.to(run.device, non_blocking=True)
             for name, value in batch.items()
@@ -190,11 +221,12 @@ def train_one_epoch(
         total = sum(losses.values())
         training.stepper.backward(total)
         training.stepper.step()
-        training.step += 1
+        position.finish_step()
         values = {name: value.detach() for name, value in losses.items()}
         meter.add({"loss": total.detach(), **values}, len(batch["image"]) * run.world_size)
-        if training.step % training.config.trainer.print_freq_step == 0:
-            report_step(meter, board, training.step, epoch, training.stepper.optimizer, run)
+        if position.step % training.config.trainer.print_freq_step == 0:
+            report_step(meter, board, position, training.stepper, run)
+        saver.after_step(position)
 
 
 def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any, path: Path) -> None:
@@ -210,7 +242,7 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any,
     rows.append(("mask", list((masks * 255).astype(np.uint8))))
     sheet = contact_sheet(rows)
     write_image(path, sheet)
-    board.add_image("train/samples", sheet, training.step, dataformats="HWC")
+    board.add_image("train/samples", sheet, training.position.step, dataformats="HWC")
     log.info("training samples in %s", path)
 
 
@@ -227,12 +259,17 @@ def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, b
     maps = score_test_set(training.network, loader, training.run, training.precision)
     if maps is None:
         return None
+    if not np.isfinite(maps.scores).all():
+        log.warning("epoch %d  the anomaly maps hold values that are not finite", training.position.epoch)
+        return float("-inf")
     metrics = validation_metrics(maps, test_set, avgpool_size(training.config.evaluator))
     text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    log.info("epoch %d  %s", training.epoch, text or "validation: the test list lacks good or defective pictures")
+    log.info(
+        "epoch %d  %s", training.position.epoch, text or "validation: the test list lacks good or defective pictures"
+    )
     for name, value in metrics.items():
-        board.add_scalar(f"validation/{name}", value, training.epoch)
-    board.add_image("validation/heat_maps", heat_map_sheet(test_set, maps), training.epoch, dataformats="HWC")
+        board.add_scalar(f"validation/{name}", value, training.position.epoch)
+    board.add_image("validation/heat_maps", heat_map_sheet(test_set, maps), training.position.epoch, dataformats="HWC")
     return key_metric(metrics, training.config.evaluator.key_metric)
 
 
@@ -266,29 +303,46 @@ def key_metric(metrics: dict[str, float], key: str) -> float:
     return float(np.mean(list(metrics.values()))) if metrics else 0.0
 
 
-def save(training: Training, metric: float, checkpoints: Path) -> None:
-    """ckpt_last always, ckpt_best where the metric is at least as good as before."""
+def save_best(training: Training, metric: float, checkpoints: Path) -> None:
+    """ckpt_best, where the metric is at least as good as before."""
     best = metric >= training.best_metric
     training.best_metric = max(metric, training.best_metric)
-    content = {
-        "epoch": training.epoch,
+    if best:
+        save_checkpoint(checkpoints / "ckpt_best.pth.tar", checkpoint_of(training))
+        log.info("saved %s (%.4f)", checkpoints / "ckpt_best.pth.tar", metric)
+
+
+def checkpoint_of(training: Training) -> dict[str, Any]:
+    """The detector with the settings that it needs to be used."""
+    return {
+        "epoch": training.position.epoch,
         "arch": plain(training.config.net),
         "state_dict": training.network.state_dict(),
         "best_metric": training.best_metric,
         "config": plain(training.config),
     }
-    if best:
-        save_checkpoint(checkpoints / "ckpt_best.pth.tar", content)
-        log.info("saved %s (%.4f)", checkpoints / "ckpt_best.pth.tar", metric)
-    resumable = {**content, "step": training.step, "stepper": training.stepper.state_dict()}
-    save_checkpoint(checkpoints / "ckpt_last.pth.tar", resumable)
 
 
-def load_resumed(network: nn.Module, content: dict, path: Path) -> None:
-    try:
-        network.load_state_dict(state_dict_of(content))
-    except RuntimeError as error:
-        raise UsageError(f"{path}: cannot be resumed with these settings ({str(error).splitlines()[0]})") from error
+def resumable_content(training: Training) -> dict[str, Any]:
+    """Everything that a resumed run needs; what is random follows from the step."""
+    return {
+        **checkpoint_of(training),
+        "position": training.position.state_dict(),
+        "stepper": training.stepper.state_dict(),
+    }
+
+
+def restore(training: Training, content: dict[str, Any], checkpoints: Path) -> None:
+    """Continue from a saved state; the channels that AFS has selected are in it."""
+
+    def load(content: dict[str, Any]) -> None:
+        training.network.load_state_dict(state_dict_of(content))
+        training.stepper.load_state_dict(content["stepper"])
+        training.best_metric = content["best_metric"]
+        training.position.load_state_dict(content["position"])
+
+    restore_from(content, checkpoints, load)
+    log.info("resumed %s after epoch %d, step %d", checkpoints, training.position.epoch, training.position.step)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 def list_pictures(folder: str | Path) -> list[Path]:
     """All pictures under a folder, sorted by path."""
     found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(found)
+    # A killed run may have left a hidden, half-written one.
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def flip_and_rotate(

@@ -3,11 +3,13 @@
 import logging
 import os
 from collections.abc import Iterator
+from itertools import cycle, islice
 
 import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datasets.foreground import foreground_of
 from datasets.images import COLOR_MODES
 from datasets.meta import Sample, class_names, read_list
 from datasets.realnet import Appearance, RealNetTestSet, RealNetTrainSet, Synthesis
@@ -21,7 +23,8 @@ log = logging.getLogger("realnet")
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), shuffled by (seed, epoch), shared over ranks.
 
-    The last indices are filled up with the epoch's first so that every rank has as many. The epoch travels with the
+    The last indices are filled up with the epoch's first so that every rank has as many, also where there are fewer
+    samples than ranks. The epoch travels with the
     index, so that loader workers that outlive an epoch draw anew in each.
 
     Args:
@@ -34,22 +37,24 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, length: int, batch_size: int, run: Run, seed: int, epochs: int = 1) -> None:
         self.length, self.batch_size, self.seed, self.epochs = length, batch_size, seed, epochs
         self.rank, self.world_size = run.rank, run.world_size
-        self.epoch = 0
+        self.epoch, self.skip = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch, and how many of its first batches are left out (those that a resumed run has had)."""
+        self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
         per_rank = -(-self.length // self.world_size)
-        return self.epochs * -(-per_rank // self.batch_size)
+        return max(0, self.epochs * -(-per_rank // self.batch_size) - self.skip)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.epoch, self.epoch + self.epochs):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(self.length, generator=generator).tolist()
-            order += order[: -self.length % self.world_size]
+            order = list(islice(cycle(order), -(-self.length // self.world_size) * self.world_size))
             mine = order[self.rank :: self.world_size]
-            for start in range(0, len(mine), self.batch_size):
+            first = self.skip * self.batch_size if epoch == self.epoch else 0
+            for start in range(first, len(mine), self.batch_size):
                 yield [(epoch, index) for index in mine[start : start + self.batch_size]]
 
 
@@ -136,6 +141,58 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
     return SDASDataset(samples, root, classes, size, seed, **augmentations, cache_mb=cache, color_mode=mode)
 
 
+def check_sdas_list(config: dict, split: str, network: str) -> None:
+    """Check a list of a diffusion.yaml or classifier.yaml, without opening its pictures.
+
+    Args:
+        network: the section whose class_number has to suffice, "unet" or "classifier".
+    """
+    _color_mode(config.dataset)
+    path, root = config.dataset[split].meta_file, config.dataset.image_reader.kwargs.image_dir
+    samples = _good_samples(path, root, None, may_be_empty=split == "test")
+    if not samples and split == "train":
+        raise UsageError(f"{path}: holds no good picture")
+    classes, most = class_names(samples), config[network].class_number
+    if len(classes) > most:
+        raise UsageError(f"{network}.class_number: {most}, but {path} has {len(classes)} classes")
+
+
+def check_realnet_data(config: dict, class_name: str) -> None:
+    """Check the lists and folders that a class of a realnet.yaml needs, without opening the pictures."""
+    train, root = config.train, config.image_reader.kwargs.image_dir
+    _color_mode(config)
+    samples = read_list(train.meta_file.replace("{}", class_name), root)
+    read_list(config.test.meta_file.replace("{}", class_name), root, may_be_empty=True)
+    synthesis = _synthesis(train)
+    classes = class_names(samples)
+    synthesis.open(classes)
+    if config.foreground != "auto":
+        for name in classes:
+            foreground_of(config.foreground, config.type, name, list)
+
+
+def _synthesis(train: dict) -> Synthesis:
+    """The `dataset.train` section of a realnet.yaml."""
+    for name in ("sdas_transparency_range", "dtd_transparency_range"):
+        if train[name][0] > train[name][1]:
+            raise UsageError(f"dataset.train.{name}: {train[name]} is not a range [low, high]")
+    if train.min_perlin_scale >= train.perlin_scale:
+        low, high = train.min_perlin_scale, train.perlin_scale
+        raise UsageError(f"dataset.train.min_perlin_scale: {low} has to be below perlin_scale {high}")
+    synthesis = Synthesis(
+        dict(train.anomaly_types),
+        train.sdas_dir,
+        train.dtd_dir,
+        train.sdas_transparency_range,
+        train.dtd_transparency_range,
+        train.min_perlin_scale,
+        train.perlin_scale,
+    )
+    if not any(p > 0 for name, p in synthesis.anomaly_types.items() if name != "normal"):
+        raise UsageError("dataset.train.anomaly_types: without sdas or dtd there is nothing to learn from")
+    return synthesis
+
+
 def _good_samples(path: str, image_dir: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
     samples = read_list(path, image_dir, may_be_empty)
     return [s for s in samples if s.label == 0 and (classes is None or s.clsname in classes)]
@@ -153,17 +210,7 @@ def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNet
     samples = [sample for sample in read_list(path, root) if sample.label == 0]
     if not samples:
         raise UsageError(f"{path}: holds no good picture")
-    synthesis = Synthesis(
-        dict(train.anomaly_types),
-        train.sdas_dir,
-        train.dtd_dir,
-        train.sdas_transparency_range,
-        train.dtd_transparency_range,
-        train.min_perlin_scale,
-        train.perlin_scale,
-    )
-    if not any(p > 0 for name, p in synthesis.anomaly_types.items() if name != "normal"):
-        raise UsageError("dataset.train.anomaly_types: without sdas or dtd there is nothing to learn from")
+    synthesis = _synthesis(train)
     return RealNetTrainSet(
         samples,
         root,

@@ -122,12 +122,20 @@ def parse_structure(structure: Sequence[dict], channels: dict[str, int] | None =
                 f"structure: block {i} has to read {{name, layers: [{{idx, planes}}, ...], stride}} ({error})"
             ) from None
         for layer, planes in layers:
-            if channels and not 0 < planes <= channels[layer]:
+            if planes < 1:
+                raise UsageError(f"structure: {block['name']} keeps {planes} channels of {layer}; at least 1 is needed")
+            if channels and planes > channels[layer]:
                 raise UsageError(
                     f"structure: {block['name']} keeps {planes} of {layer}, which has {channels[layer]} channels"
                 )
     if not blocks:
         raise UsageError("structure: at least one block is needed")
+    finest = min(block.stride for block in blocks)
+    for block in blocks:
+        if block.stride < 1 or block.stride % finest:
+            raise UsageError(
+                f"structure: {block.name}'s stride {block.stride} is not a multiple of the finest stride, {finest}"
+            )
     return blocks
 
 

@@ -58,7 +58,10 @@ def test_diffusion_writes_checkpoints_sheets_and_logs(diffusion):
     assert {"epoch", "arch", "state_dict", "loss", "ema_state_dict"} <= set(content)
     assert content["epoch"] == 2
     assert content["classes"] == list(CLASSES)
-    assert content["step"] == 4  # 4 batches an epoch, 3 accumulated
+    last = load_checkpoint(diffusion.out / "diffusion_checkpoints/ckpt_last.pth.tar")
+    # 4 batches an epoch, 3 accumulated.
+    assert last["position"] == {"epoch": 2, "step": 4, "step_in_epoch": 0}
+    assert "stepper" not in content
     averaged = content["ema_state_dict"]["input_blocks.0.0.weight"]
     assert not torch.equal(averaged, content["state_dict"]["input_blocks.0.0.weight"])
     for name in CLASSES:
@@ -81,7 +84,8 @@ def test_diffusion_resumes_and_keeps_the_newest_checkpoints(diffusion):
     done = diffusion.run("train_diffusion.py", *arguments, "--resume")
     assert "after epoch 1" in done.stdout
     folder = diffusion.out / "resumed/checkpoints"
-    assert [path.name for path in folder.iterdir()] == ["ckpt_2.pth.tar"]
+    names = ["ckpt_2.pth.tar", "ckpt_last.pth.tar", "ckpt_previous.pth.tar"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert_same_weights(diffusion.out / "diffusion_checkpoints/ckpt_2.pth.tar", folder / "ckpt_2.pth.tar")
 
 
@@ -187,6 +191,7 @@ def test_sampling_options_change_the_pictures(diffusion, classifier):
         ["--strength", "0.5", "0.9"],
     ):
         arguments = ["--set", f"workspace.root={root}", "--set", "sample_number=1", "--overwrite"]
+        arguments += ["--set", "classifier_scale=30"]
         diffusion.run("sample.py", "--class_name", "dots", *arguments, *options)
         seen.add(drawn(root / "dots")[0].tobytes())
     assert len(seen) == 5

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -59,7 +60,17 @@ def write_text(path: str | Path, text: str) -> None:
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically."""
-    write_atomic(path, lambda part: torch.save(content, part))
+
+    def write(part: Path) -> None:
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:
+            # torch's writer says "unexpected pos" and the like where the disk is full.
+            full = shutil.disk_usage(part.parent).free < 2 * part.stat().st_size + 2**20
+            reason = "No space left on device" if full else str(error).splitlines()[0]
+            raise RunError(f"{path}: cannot be written ({reason})") from error
+
+    write_atomic(path, write)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -3,12 +3,17 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.distributed import is_main
-from utils.errors import RunError, UsageError
+import torch
+
+from utils import distributed
+from utils.errors import RunError, Stopped, UsageError
+
+SECONDS_FOR_RANK_0 = 5.0
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -60,18 +65,36 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UsageError, RunError) as error:
-        # Every rank meets wrong use alike, so one reports it.
-        if is_main():
-            # A name that is no UTF-8 cannot be printed as it is.
-            text = _message(error).encode("utf-8", "backslashreplace").decode()
-            print(f"error: {text}", file=sys.stderr)
+        _report(_message(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)
+    except torch.OutOfMemoryError as error:
+        _report(f"{str(error).splitlines()[0]} A smaller dataset.batch_size or trainer.amp: bf16 needs less memory")
+        sys.exit(1)
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        # The rank that has failed tells why; only where it cannot, because it was killed, this is left to be told.
+        time.sleep(2 * SECONDS_FOR_RANK_0)
+        _report("the connection to another rank is lost; it has ended, see its message")
+        sys.exit(1)
     except BrokenPipeError:
         # Whoever read the output has had enough, as in `... | head`; what Python flushes at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _report(text: str) -> None:
+    """Print an error. What every rank meets alike, rank 0 tells; the others tell only what rank 0 has not met."""
+    if not distributed.is_main():
+        # Where rank 0 has ended with the same error, the launcher ends this rank meanwhile.
+        time.sleep(SECONDS_FOR_RANK_0)
+        text = f"rank {os.environ['RANK']}: {text}"
+    # A name that is no UTF-8 cannot be printed as it is.
+    print(f"error: {text.encode('utf-8', 'backslashreplace').decode()}", file=sys.stderr, flush=True)
 
 
 def _message(error: Exception) -> str:

@@ -1,8 +1,9 @@
 """The YAML settings: one table of every key with its type and default, and a loader that checks files against it."""
 
 import difflib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,24 @@ from typing import Any
 import yaml
 from easydict import EasyDict
 
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key: its type, and its default where it may be left out.
+    """One key: its type, its default where it may be left out, and what its numbers are confined to.
 
-    `kind` is int, float, bool, str, ints, floats, list, map or any; a "?" behind it admits null.
+    `kind` is int, float, bool, str, ints, floats, list, map or any; a "?" behind it admits null. `low` and `high` bound
+    numbers, also those in a list; `length` is that of a list.
     """
 
     kind: str
     default: Any = _MISSING
+    low: float | None = None
+    high: float | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,32 +51,32 @@ _AUGMENT = {name: Setting("bool", False) for name in ("hflip", "vflip", "rotate"
 _PERTRAINED = {name: Setting("str?", None) for name in ("pertrain_path", "pretrain_path")}
 
 _UNET = {
-    "classifier_width": Setting("int", 256),
-    "classifier_depth": Setting("int", 2),
-    "channel_mult": Setting("ints", [1, 1, 2, 2, 4, 4]),
-    "attention_resolutions": Setting("ints", [32, 16, 8]),
-    "class_number": Setting("int"),
+    "classifier_width": Setting("int", 256, low=1),
+    "classifier_depth": Setting("int", 2, low=1),
+    "channel_mult": Setting("ints", [1, 1, 2, 2, 4, 4], low=1),
+    "attention_resolutions": Setting("ints", [32, 16, 8], low=1),
+    "class_number": Setting("int", low=1),
     "learn_sigma": Setting("bool", True),
-    "dropout": Setting("float", 0.0),
-    "num_heads": Setting("int", 4),
-    "num_heads_upsample": Setting("int", -1),
-    "num_head_channels": Setting("int", 64),
+    "dropout": Setting("float", 0.0, low=0, high=1),
+    "num_heads": Setting("int", 4, low=1),
+    "num_heads_upsample": Setting("int", -1, low=-1),
+    "num_head_channels": Setting("int", 64, low=-1),
     "use_scale_shift_norm": Setting("bool", True),
     "resblock_updown": Setting("bool", True),
     "use_checkpoint": Setting("bool", False),
     **_PERTRAINED,
 }
 _CLASSIFIER = {
-    "classifier_width": Setting("int", 128),
-    "classifier_depth": Setting("int", 2),
-    "channel_mult": Setting("ints", [1, 1, 2, 2, 4, 4]),
-    "classifier_attention_resolutions": Setting("ints", [32, 16, 8]),
-    "class_number": Setting("int"),
+    "classifier_width": Setting("int", 128, low=1),
+    "classifier_depth": Setting("int", 2, low=1),
+    "channel_mult": Setting("ints", [1, 1, 2, 2, 4, 4], low=1),
+    "classifier_attention_resolutions": Setting("ints", [32, 16, 8], low=1),
+    "class_number": Setting("int", low=1),
     "classifier_use_scale_shift_norm": Setting("bool", True),
     "classifier_resblock_updown": Setting("bool", True),
     "classifier_pool": Setting("str", "attention"),
-    "num_head_channels": Setting("int", 64),
-    "dropout": Setting("float", 0.0),
+    "num_head_channels": Setting("int", 64, low=-1),
+    "dropout": Setting("float", 0.0, low=0, high=1),
     "use_checkpoint": Setting("bool", False),
     **_PERTRAINED,
 }
@@ -81,16 +86,18 @@ _SDAS_DATASET = Section(
         "image_reader": _READER,
         "train": Section({"meta_file": Setting("str"), **_AUGMENT}),
         "test": Section({"meta_file": Setting("str"), **_AUGMENT}),
-        "input_size": Setting("ints", [256, 256]),
-        "batch_size": Setting("int", 5),
-        "workers": Setting("int", 2),
-        "cache_mb": Setting("int", 2048),
+        "input_size": Setting("ints", [256, 256], low=1, length=2),
+        "batch_size": Setting("int", 5, low=1),
+        "workers": Setting("int", 2, low=0),
+        "cache_mb": Setting("int", 2048, low=0),
     }
 )
 _OPTIMIZER = Section({"type": Setting("str", "Adam"), "kwargs": Setting("map", {"lr": 1e-4})})
 _TRAINER = {
-    "max_epoch": Setting("int", 1000),
-    "print_freq_step": Setting("int", 30),
+    "max_epoch": Setting("int", 1000, low=1),
+    "save_freq_step": Setting("int", 1000, low=0),
+    "max_bad_steps": Setting("int", 20, low=1),
+    "print_freq_step": Setting("int", 30, low=1),
     "amp": Setting("str", "off"),
     "channels_last": Setting("bool", False),
     "compile": Setting("bool", False),
@@ -99,16 +106,16 @@ _TRAINER = {
 _SDAS_TRAINER = {
     **_TRAINER,
     "use_fp16": Setting("bool", False),
-    "accumulate": Setting("int", 1),
-    "clip_max_norm": Setting("float?", 1.0),
-    "val_batch_number": Setting("int", 6),
+    "accumulate": Setting("int", 1, low=1),
+    "clip_max_norm": Setting("float?", 1.0, low=0),
+    "val_batch_number": Setting("int", 6, low=1),
 }
 
 
 def _sampler(section_counts: str) -> Section:
     return Section(
         {
-            "T": Setting("int", 1000),
+            "T": Setting("int", 1000, low=1),
             "section_counts": Setting("any", section_counts),
             "beta_scheduler": Setting("str", "linear"),
             "rescale_timesteps": Setting("bool", False),
@@ -123,12 +130,12 @@ def _saver(stage: str) -> Section:
             "log_dir": Setting("str", f"{stage}_log/"),
             "vis_dir": Setting("str", f"{stage}_vis/"),
             "results_dir": Setting("str", f"{stage}_results/"),
-            "keep": Setting("int", 3),
+            "keep": Setting("int", 3, low=1),
         }
     )
 
 
-_SEED = {"random_seed": Setting("int", 100)}
+_SEED = {"random_seed": Setting("int", 100, low=0, high=2**31 - 1)}
 
 SETTINGS: dict[str, Section] = {
     "diffusion": Section(
@@ -137,7 +144,11 @@ SETTINGS: dict[str, Section] = {
             "dataset": _SDAS_DATASET,
             "unet": Section(_UNET),
             "trainer": Section(
-                {**_SDAS_TRAINER, "val_freq_epoch": Setting("int", 10), "ema_decay": Setting("float", 0.9999)}
+                {
+                    **_SDAS_TRAINER,
+                    "val_freq_epoch": Setting("int", 10, low=1),
+                    "ema_decay": Setting("float", 0.9999, low=0, high=1),
+                }
             ),
             "criterion": Setting("list", [{"name": "ImageMSELoss", "type": "ImageMSELoss"}]),
             "TrainSampler": _sampler("ddim1000"),
@@ -153,9 +164,9 @@ SETTINGS: dict[str, Section] = {
             "trainer": Section(
                 {
                     **_SDAS_TRAINER,
-                    "val_freq_epoch": Setting("int", 5),
-                    "save_freq_epoch": Setting("int", 5),
-                    "ema_decay": Setting("float?", None),
+                    "val_freq_epoch": Setting("int", 5, low=1),
+                    "save_freq_epoch": Setting("int", 5, low=1),
+                    "ema_decay": Setting("float?", None, low=0, high=1),
                 }
             ),
             "criterion": Setting("list", []),
@@ -169,15 +180,15 @@ SETTINGS: dict[str, Section] = {
             **_SEED,
             "dataset": Section(
                 {
-                    "batch_size": Setting("int", 16),
-                    "channels": Setting("int", 3),
-                    "H": Setting("int", 256),
-                    "W": Setting("int", 256),
+                    "batch_size": Setting("int", 16, low=1),
+                    "channels": Setting("int", 3, low=3, high=3),
+                    "H": Setting("int", 256, low=1),
+                    "W": Setting("int", 256, low=1),
                 }
             ),
             "classes": Setting("list?", None),
-            "sample_number": Setting("int"),
-            "strength": Setting("floats", [0.1, 0.2]),
+            "sample_number": Setting("int", low=1),
+            "strength": Setting("floats", [0.1, 0.2], low=0, length=2),
             "sampler": Setting("str", "ancestral"),
             "amp": Setting("str", "off"),
             "classifier_scale": Setting("float", 1.0),
@@ -201,27 +212,31 @@ SETTINGS: dict[str, Section] = {
                             "meta_file": Setting("str"),
                             "dtd_dir": Setting("str?", None),
                             "sdas_dir": Setting("str?", None),
-                            "dtd_transparency_range": Setting("floats", [0.2, 1.0]),
-                            "sdas_transparency_range": Setting("floats", [0.5, 1.0]),
-                            "perlin_scale": Setting("int", 6),
-                            "min_perlin_scale": Setting("int", 0),
+                            "dtd_transparency_range": Setting("floats", [0.2, 1.0], low=0, high=1, length=2),
+                            "sdas_transparency_range": Setting("floats", [0.5, 1.0], low=0, high=1, length=2),
+                            "perlin_scale": Setting("int", 6, low=1, high=12),
+                            "min_perlin_scale": Setting("int", 0, low=0, high=11),
                             "anomaly_types": Setting("map"),
                             **_AUGMENT,
                         }
                     ),
                     "test": Section({"meta_file": Setting("str"), **_AUGMENT}),
-                    "input_size": Setting("ints", [256, 256]),
-                    "pixel_mean": Setting("floats", [0.485, 0.456, 0.406]),
-                    "pixel_std": Setting("floats", [0.229, 0.224, 0.225]),
-                    "batch_size": Setting("int", 16),
-                    "workers": Setting("int", 4),
-                    "cache_mb": Setting("int", 2048),
+                    "input_size": Setting("ints", [256, 256], low=1, length=2),
+                    "pixel_mean": Setting("floats", [0.485, 0.456, 0.406], length=3),
+                    "pixel_std": Setting("floats", [0.229, 0.224, 0.225], low=1e-6, length=3),
+                    "batch_size": Setting("int", 16, low=1),
+                    "workers": Setting("int", 4, low=0),
+                    "cache_mb": Setting("int", 2048, low=0),
                 }
             ),
             "structure": Setting("list"),
             "net": Setting("list"),
             "trainer": Section(
-                {**_TRAINER, "val_freq_epoch": Setting("int", 5), "clip_max_norm": Setting("float?", None)}
+                {
+                    **_TRAINER,
+                    "val_freq_epoch": Setting("int", 5, low=1),
+                    "clip_max_norm": Setting("float?", None, low=0),
+                }
             ),
             "saver": _saver("realnet"),
             "criterion": Setting("list"),
@@ -264,7 +279,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
         raise UsageError(f"{path} does not exist")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UsageError(f"{path}{where}: not readable as YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(raw, dict):
@@ -338,13 +353,40 @@ def _check(raw: Any, section: Section, prefix: str, problems: list[str]) -> dict
             checked[name] = _check(raw.get(name), entry, f"{prefix}{name}.", problems)
         elif name in raw:
             checked[name] = raw[name]
-            if not _fits(raw[name], entry.kind):
-                problems.append(f"{prefix}{name}: {raw[name]!r} is not {_KINDS[entry.kind.rstrip('?')]}")
+            problem = _problem(raw[name], entry)
+            if problem:
+                problems.append(f"{prefix}{name}: {_shortened(raw[name])} {problem}")
         elif entry.default is _MISSING:
             problems.append(f"{prefix}{name} is missing")
         else:
             checked[name] = entry.default
     return checked
+
+
+def _problem(value: Any, setting: Setting) -> str | None:
+    """What is wrong with a value, or None."""
+    if not _fits(value, setting.kind):
+        return f"is not {_KINDS[setting.kind.rstrip('?')]}"
+    if setting.length is not None and len(value) != setting.length:
+        return f"has to hold {setting.length} numbers"
+    if setting.kind.rstrip("?") in ("ints", "floats") and not value and setting.length is None:
+        return "is empty"
+    numbers = value if isinstance(value, list) else [value]
+    for number in numbers if setting.kind.rstrip("?") in ("int", "float", "ints", "floats") else []:
+        if number is None:
+            continue
+        if not math.isfinite(number):
+            return "is not finite"
+        if setting.low is not None and number < setting.low:
+            return f"has to be at least {setting.low:g}"
+        if setting.high is not None and number > setting.high:
+            return f"has to be at most {setting.high:g}"
+    return None
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _suggest(name: str, section: Section, prefix: str) -> str:
@@ -381,6 +423,32 @@ def _fits(value: Any, kind: str) -> bool:
         "map": isinstance(value, dict),
         "any": True,
     }[kind]
+
+
+def check_together(path: str | Path, checks: Sequence[tuple[str, Callable[[], Any]]]) -> None:
+    """Run checks of settings, and report all that fail in one message that names the file.
+
+    Args:
+        path: of the settings.
+        checks: what each looks at, and a function that raises where that does not fit.
+
+    Raises:
+        UsageError: one line for each that failed.
+    """
+    problems = []
+    for section, check in checks:
+        try:
+            check()
+        except UsageError as error:
+            problems += [text if text.startswith(str(path)) else f"{path}: {text}" for text in str(error).splitlines()]
+        except RunError:
+            # Not a mistake in the settings, weights that cannot be had here for one: it comes up in its turn.
+            continue
+        # What torch and Python raise on values that make no sense to them.
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            problems.append(f"{path}: {section}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    if problems:
+        raise UsageError("\n".join(dict.fromkeys(problems)))
 
 
 def plain(config: Any) -> Any:

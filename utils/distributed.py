@@ -99,6 +99,12 @@ def session(device: str | None = None) -> Iterator[Run]:
             dist.destroy_process_group()
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error tells that another rank has gone."""
+    told = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "socket closed", "Socket Timeout")
+    return isinstance(error, dist.DistError) or any(text.lower() in str(error).lower() for text in told)
+
+
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
 from tqdm import tqdm
 
-from utils.distributed import Run, peak_memory
+from utils.distributed import Run
 
 log = logging.getLogger("realnet")
 
@@ -68,25 +67,6 @@ def progress(items: Iterable, run: Run, description: str, total: int | None = No
     """A progress bar on rank 0, quiet where there is no terminal."""
     quiet = not run.is_main or not sys.stderr.isatty()
     return tqdm(items, desc=description, total=total, leave=False, disable=quiet, dynamic_ncols=True)
-
-
-def report_step(meter: "Meter", board: Any, step: int, epoch: int, optimizer: Optimizer, run: Run) -> None:
-    """Print and record the mean losses since the last report, speed, learning rate and memory.
-
-    Args:
-        step, epoch: optimiser steps so far; epochs finished before this one.
-    """
-    means, rate = meter.read()
-    text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    log.info("epoch %d  step %d  %s  %.1f images/s", epoch + 1, step, text, rate)
-    scalars = {
-        **means,
-        "images_per_second": rate,
-        "learning_rate": optimizer.param_groups[0]["lr"],
-        "peak_memory_GiB": peak_memory(run.device) / 2**30,
-    }
-    for name, value in scalars.items():
-        board.add_scalar(f"train/{name}", value, step)
 
 
 class Meter:

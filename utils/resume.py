@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from utils import distributed
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import Run
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
@@ -47,6 +49,24 @@ def load_resumable(folder: str | Path) -> dict[str, Any] | None:
     if damaged:
         raise damaged[0][1]
     return None
+
+
+def resumable(folder: str | Path, run: Run, wanted: bool) -> dict[str, Any] | None:
+    """What --resume goes on from, on every rank; None to start from the beginning.
+
+    Args:
+        folder: that no other run writes to (lock.exclusive); what a killed run left half-written is removed.
+        wanted: whether --resume was given.
+    """
+    content = None
+    if run.is_main:
+        clear_leftovers(folder)
+        content = load_resumable(folder) if wanted else None
+        if wanted and content is None:
+            log.info("%s: nothing to resume; starting from the beginning", folder)
+    # Rank 0 puts damaged files aside before the others look.
+    distributed.barrier()
+    return content if run.is_main or not wanted else load_resumable(folder)
 
 
 def clear_leftovers(folder: str | Path) -> None:

@@ -55,9 +55,13 @@ def kept_timesteps(steps: int, section_counts: str | int | Sequence[int]) -> lis
     """
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
         return _strided(steps, section_counts)
-    if isinstance(section_counts, str):
-        section_counts = [int(part) for part in section_counts.split(",")]
-    counts = [section_counts] if isinstance(section_counts, int) else list(section_counts)
+    try:
+        parts = section_counts.split(",") if isinstance(section_counts, str) else section_counts
+        counts = [int(part) for part in (parts if isinstance(parts, (list, tuple)) else [parts])]
+    except (TypeError, ValueError):
+        raise UsageError(f"section_counts: {section_counts!r} is not ddimN, a number or a list of numbers") from None
+    if not counts:
+        raise UsageError("section_counts: is empty")
     size, extra = divmod(steps, len(counts))
     kept, start = [], 0
     for i, count in enumerate(counts):

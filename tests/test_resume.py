@@ -1,0 +1,395 @@
+"""Runs that are killed, asked to stop, or fail: what they leave behind, and that they go on as if nothing had been."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import REPOSITORY, Workspace
+from utils import distributed
+from utils.checkpoint import load_checkpoint, save_checkpoint, write_text
+from utils.distributed import Run
+from utils.errors import RunError, UsageError
+from utils.lock import exclusive
+from utils.optim import Stepper
+from utils.resume import LAST, PREVIOUS, clear_leftovers, load_resumable, save_resumable
+from utils.signals import StopRequest
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ALONE = Run(0, 1, torch.device("cpu"))
+STEPS = ["--set", "trainer.save_freq_step=1", "--set", "trainer.max_epoch=4"]
+
+
+def elsewhere(stage: str) -> list[str]:
+    folders = {"checkpoints_dir": "checkpoints", "log_dir": "log", "vis_dir": "vis"}
+    return [part for key, name in folders.items() for part in ("--set", f"saver.{key}={stage}/{name}")]
+
+
+def start(workspace: Workspace, script: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(REPOSITORY / script), "--dataset", "tiny", *arguments]
+    return subprocess.Popen(
+        command, cwd=workspace.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def position(folder: Path) -> int:
+    try:
+        return load_checkpoint(folder / LAST)["position"]["step"]
+    except UsageError:
+        return 0
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    assert first["position"] == second["position"]
+    for key in ("state_dict", "ema_state_dict"):
+        if key in first:
+            assert all(torch.equal(first[key][name], second[key][name]) for name in first[key])
+    moments = [content["stepper"]["optimizer"]["state"] for content in (first, second)]
+    for key, state in moments[0].items():
+        assert all(
+            torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][key][name])) for name, value in state.items()
+        )
+
+
+TRAININGS = [
+    ("train_diffusion.py", []),
+    ("train_classifier.py", []),
+    ("train_realnet.py", ["--class_name", "dots"]),
+]
+
+
+def checkpoints_of(workspace: Workspace, stage: str, script: str) -> Path:
+    return workspace.out / stage / "checkpoints" / ("dots" if "realnet" in script else "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=["TERM", "INT", "USR1"])
+@pytest.mark.parametrize(("script", "arguments"), TRAININGS, ids=[script for script, _ in TRAININGS])
+def test_a_stopped_training_goes_on_to_the_last_bit(script, arguments, number, workspace):
+    if number != signal.SIGTERM and "realnet" not in script:
+        return
+    whole, stopped = f"whole_{script}", f"stopped_{script}_{number}"
+    if not (workspace.out / whole).exists():
+        workspace.run(script, *arguments, *elsewhere(whole), *STEPS)
+    folder = checkpoints_of(workspace, stopped, script)
+    process = start(workspace, script, *arguments, *elsewhere(stopped), *STEPS)
+    wait_for(lambda: (folder / LAST).is_file(), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert err == ""
+    assert f"signal {int(number)}: saved after step" in out
+    assert not (folder / ".lock").exists()
+    middle = position(folder)
+    done = workspace.run(script, *arguments, *elsewhere(stopped), *STEPS, "--resume")
+    assert f"step {middle}" in done.stdout
+    assert_same_state(checkpoints_of(workspace, whole, script) / LAST, folder / LAST)
+    assert list(folder.glob(".*")) == []
+
+
+def test_a_killed_training_goes_on_to_the_last_bit_with_two_ranks(workspace):
+    arguments = ["--class_name", "dots", *STEPS]
+    workspace.run("train_realnet.py", *arguments, *elsewhere("whole_ranks"), launcher=TORCHRUN)
+    folder = checkpoints_of(workspace, "killed_ranks", "realnet")
+    process = start(workspace, "train_realnet.py", *arguments, *elsewhere("killed_ranks"), launcher=TORCHRUN)
+    wait_for(lambda: (folder / PREVIOUS).is_file(), process)
+    # One rank dies: the job ends within a minute, and says so.
+    killed = children_of(process.pid)[-1]
+    os.kill(killed, signal.SIGKILL)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
+    assert "connection to another rank is lost" in err or "Signal 9" in err
+    assert all(not Path(f"/proc/{pid}").exists() for pid in (killed,))
+    done = workspace.run("train_realnet.py", *arguments, *elsewhere("killed_ranks"), "--resume", launcher=TORCHRUN)
+    assert "resumed" in done.stdout
+    last = checkpoints_of(workspace, "whole_ranks", "realnet") / LAST
+    assert_same_state(last, folder / LAST)
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
+def test_two_ranks_stop_at_the_same_step(workspace):
+    folder = workspace.out / "ranks_stop/checkpoints"
+    arguments = [*elsewhere("ranks_stop"), *STEPS, "--set", "trainer.max_epoch=500"]
+    process = start(workspace, "train_diffusion.py", *arguments, launcher=TORCHRUN)
+    wait_for(lambda: (folder / LAST).is_file(), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert f"signal {int(signal.SIGTERM)}: saved after step" in out, err
+    steps = position(folder)
+    arguments = [*elsewhere("ranks_stop"), "--set", "trainer.max_epoch=1", "--resume"]
+    done = workspace.run("train_diffusion.py", *arguments, launcher=TORCHRUN)
+    assert f"step {steps}" in done.stdout
+
+
+def test_killed_sampling_draws_the_rest(workspace):
+    if not (workspace.out / "diffusion_checkpoints").exists():
+        workspace.run("train_diffusion.py")
+    arguments = ["--no-classifier", "--class_name", "dots", "--set", "sample_number=12"]
+    workspace.run("sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_whole")
+    root = workspace.data / "drawn_killed/dots"
+    process = start(workspace, "sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_killed")
+    wait_for(lambda: len(list(root.glob("rank*.jpg"))) > 2, process)
+    process.kill()
+    process.communicate()
+    (root / ".part-left.jpg").write_bytes(b"half")
+    workspace.run("sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_killed")
+    first, second = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (workspace.data / "drawn_whole/dots", root)
+    )
+    assert first == second
+    assert len(first) == 12
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    for step in (1, 2):
+        save_resumable(tmp_path, {"step": step})
+    newest = tmp_path / LAST
+    newest.write_bytes(newest.read_bytes()[:100])
+    with caplog.at_level("WARNING", logger="realnet"):
+        assert load_resumable(tmp_path) == {"step": 1}
+    assert LAST in caplog.text
+    assert "is used instead" in caplog.text
+    # The damaged one does not push the good one out.
+    save_resumable(tmp_path, {"step": 3})
+    assert load_resumable(tmp_path) == {"step": 3}
+    assert load_checkpoint(tmp_path / LAST) == {"step": 3}
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
+    assert load_resumable(tmp_path) is None
+    (tmp_path / LAST).write_bytes(b"nothing")
+    with pytest.raises(UsageError, match=LAST):
+        load_resumable(tmp_path)
+
+
+def test_a_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch):
+    save_resumable(tmp_path, {"step": 1})
+
+    def crash(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for moment in ("utils.resume.save_checkpoint", "pathlib.Path.replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(moment, crash)
+            with pytest.raises(KeyboardInterrupt):
+                save_resumable(tmp_path, {"step": 2})
+        assert load_resumable(tmp_path)["step"] == 1
+        clear_leftovers(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LAST]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/bin/mount").exists(), reason="a small file system needs root")
+def test_a_full_disk_damages_nothing(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=False).returncode:
+        pytest.xfail("this machine mounts no file system")
+    try:
+        save_checkpoint(small / "ckpt.pth.tar", {"weights": torch.zeros(100_000)})
+        with pytest.raises(RunError, match="No space left on device"):
+            save_checkpoint(small / "ckpt.pth.tar", {"weights": torch.ones(400_000)})
+        assert not load_checkpoint(small / "ckpt.pth.tar")["weights"].any()
+        assert [path.name for path in small.iterdir()] == ["ckpt.pth.tar"]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+# ---- one run per folder ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_with_the_first_one_s_process(workspace):
+    folder = workspace.out / "locked/checkpoints"
+    arguments = [*elsewhere("locked"), *STEPS, "--set", "trainer.max_epoch=300"]
+    process = start(workspace, "train_classifier.py", *arguments)
+    try:
+        wait_for(lambda: (folder / LAST).is_file(), process)
+        done = workspace.run("train_classifier.py", *arguments, code=2)
+        assert f"process {process.pid} on {socket.gethostname()} writes here" in done.stderr
+    finally:
+        process.kill()
+        process.communicate()
+    # It is dead now: its lock does not count.
+    assert (folder / ".lock").exists()
+    workspace.run("train_classifier.py", *elsewhere("locked"), "--set", "trainer.max_epoch=1", "--resume")
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"pid": "x"}'])
+def test_an_unreadable_lock_that_is_old_does_not_count(tmp_path, text):
+    (tmp_path / ".lock").write_text(text)
+    os.utime(tmp_path / ".lock", (0, 0))
+    with exclusive(tmp_path, ALONE):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_of_another_host_counts(tmp_path):
+    write_text(tmp_path / ".lock", json.dumps({"pid": 1, "host": "elsewhere", "since": time.time()}))
+    with pytest.raises(UsageError, match="process 1 on elsewhere"), exclusive(tmp_path, ALONE):
+        pass
+
+
+def test_a_later_process_of_the_same_number_does_not_count(tmp_path):
+    write_text(tmp_path / ".lock", json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "since": 1.0}))
+    with exclusive(tmp_path, ALONE):
+        pass
+
+
+# ---- signals and ranks -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    request = StopRequest(ALONE)
+    request.receive(signal.SIGTERM, None)
+    request.receive(signal.SIGTERM, None)
+    assert request.agreed() == signal.SIGTERM
+    # A launcher's copy of the terminal's signal is no second one.
+    assert ended == []
+    request.since -= 2
+    request.receive(signal.SIGINT, None)
+    assert ended == [128 + signal.SIGINT]
+
+
+def test_an_error_of_one_rank_alone_is_told(workspace, tmp_path):
+    (tmp_path / "fail.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from utils import cli, distributed\n"
+        "from utils.errors import RunError\n"
+        "def main():\n"
+        "    with distributed.session('cpu') as run:\n"
+        "        if run.rank == 1:\n"
+        "            raise RunError('rank one has no disk')\n"
+        "        distributed.barrier()\n"
+        "cli.run(main)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(tmp_path / "fail.py")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "rank 1: rank one has no disk" in done.stderr
+    assert time.monotonic() - began < 60
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(fused, value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+    stepper = Stepper(model, optimizer, "off", 1.0, max_bad_steps=2)
+
+    def step(scale: float) -> None:
+        stepper.backward(model(torch.randn(2, 3, 4, 4) * scale).square().mean())
+        stepper.step()
+
+    step(1.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    for _ in range(2):
+        step(value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(moments, (v for s in optimizer.state.values() for v in s.values()), strict=True)
+    )
+    assert int(stepper.bad_steps) == 2
+    stepper.check(Path("ckpt"))
+    step(1.0)
+    assert int(stepper.bad_in_a_row) == 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for _ in range(3):
+        step(value)
+    with pytest.raises(RunError, match=r"not finite in 3 steps in a row .*no state was saved"):
+        stepper.check(Path("ckpt"))
+
+
+def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(workspace):
+    arguments = [*elsewhere("diverged"), "--class_name", "dots", "--set", "trainer.max_bad_steps=1"]
+    arguments += ["--set", "trainer.save_freq_step=1", "--set", "trainer.max_epoch=30"]
+    # Finite, and far beyond what float32 features bear.
+    done = workspace.run("train_realnet.py", *arguments, "--set", "trainer.optimizer.kwargs.lr=1e30", code=1)
+    assert "not finite in 2 steps in a row (trainer.max_bad_steps: 1)" in done.stderr
+    assert f"diverged/checkpoints/dots/{LAST}" in done.stderr
+    assert load_checkpoint(workspace.out / f"diverged/checkpoints/dots/{LAST}")["position"]["step"] >= 1
+
+
+def test_memory_does_not_grow_with_steps():
+    """The loop's own parts: steps, skipped steps, running means."""
+    import resource
+
+    from utils.log import Meter
+
+    model = nn.Linear(64, 64)
+    stepper = Stepper(model, torch.optim.Adam(model.parameters()), "off", 1.0)
+    meter, sizes = Meter(), []
+    for step in range(2000):
+        loss = model(torch.ones(8, 64)).square().mean()
+        stepper.backward(loss)
+        stepper.step()
+        meter.add({"loss": loss.detach()}, 8)
+        if step % 20 == 0:
+            meter.read()
+        if step in (500, 1999):
+            sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert sizes[1] <= 1.02 * sizes[0]
+
+
+def test_fewer_samples_than_ranks_do_not_hang():
+    from datasets.loaders import EpochBatches
+
+    for length, world in ((1, 3), (2, 5), (1, 2)):
+        batches = [list(EpochBatches(length, 2, Run(rank, world, ALONE.device), 1)) for rank in range(world)]
+        assert {len(rank) for rank in batches} == {1}
+
+
+def test_skipped_batches_are_those_of_the_beginning():
+    from datasets.loaders import EpochBatches
+
+    batches = EpochBatches(10, 3, ALONE, 1)
+    batches.set_epoch(2)
+    whole = list(batches)
+    batches.set_epoch(2, skip=2)
+    assert list(batches) == whole[2:]
+    assert len(batches) == 2
+    assert np.all([epoch == 2 for batch in batches for epoch, _ in batch])
+
+
+def test_lost_connections_are_recognised():
+    assert distributed.is_lost_connection(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))
+    assert not distributed.is_lost_connection(RuntimeError("shapes cannot be multiplied"))
