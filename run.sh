@@ -66,7 +66,8 @@ run_tests() {
     setup
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
-    "$PYTHON" -m pytest "$@"
+    # Two at a time, a file each: on more cores the scripts under test use the rest.
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
 }
 
 # ---- batches over classes and GPUs -----------------------------------------------------------------------------------

@@ -140,8 +140,8 @@ def kills(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
             continue
         if script == "train_diffusion.py" and ranks == 1:
             shutil.copytree(whole.folder(work), work / "trained")
-        hit = 0
-        for _ in range(mine):
+        hit, different = 0, 0
+        while hit < mine:
             process = start(killed, work, *killed.resume)
             try:
                 process.communicate(timeout=rng.uniform(0.5, took))
@@ -149,11 +149,15 @@ def kills(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
                 hit += 1
+                continue
+            # Done before it was killed: compared, and begun anew.
+            different += not same(result_of(whole, work), result_of(killed, work))
+            shutil.rmtree(killed.folder(work))
         done = run(killed, work, *killed.resume)
-        equal = done.returncode == 0 and same(result_of(whole, work), result_of(killed, work))
+        different += done.returncode != 0 or not same(result_of(whole, work), result_of(killed, work))
         clean = not leftovers(work)
-        text = f"{hit} kills, then {'identical' if equal else 'DIFFERENT'}{'' if clean else ', LEFTOVERS'}"
-        yield f"{script}, {ranks} rank(s)", equal and clean, text
+        text = f"{hit} kills, then {'DIFFERENT' if different else 'identical'}{'' if clean else ', LEFTOVERS'}"
+        yield f"{script}, {ranks} rank(s)", clean and not different, text
 
 
 def sigterm(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:

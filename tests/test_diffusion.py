@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
+from models.sdas.blocks import GroupNorm32, attend
 from models.sdas.diffusion import classifier_guidance, draw_noise
 from tests.rule_filled import fill, randn
 from utils.errors import UsageError
@@ -246,3 +247,18 @@ def test_a_size_that_does_not_fit_names_the_nearest():
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(UsageError, match="96 channels"):
         create_diffusion_unet(96, 1, [1], [1], 2, num_head_channels=64)
+
+
+def test_attention_and_group_norm_compute_in_float32_under_autocast():
+    q, k, v = (torch.randn(1, 2, 5, 8) * 300 for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    seen = []
+    norm = GroupNorm32(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attend(q, k, v), expected)
+        # Logits of 1e5 would be infinite in half precision.
+        assert attend(q.half(), k.half(), v.half()).isfinite().all()
+        values = torch.randn(1, 32, 4, 4) * 1e3 + 1e4
+        seen.append(norm(values.bfloat16()))
+    exact = norm(values.bfloat16().float())
+    torch.testing.assert_close(seen[0].float(), exact, atol=0.02, rtol=0.02)

@@ -85,8 +85,14 @@ class AttentionBlock(nn.Module):
         tokens = x.reshape(n, c, h * w)
         qkv = self.qkv(self.norm(tokens)).reshape(n, self.num_heads, 3, c // self.num_heads, h * w)
         q, k, v = (part.transpose(-1, -2).contiguous() for part in qkv.unbind(2))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, h * w)
+        attended = attend(q, k, v).transpose(-1, -2).reshape(n, c, h * w)
         return (tokens + self.proj_out(attended)).reshape(n, c, h, w)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Scaled dot product attention (N, heads, tokens, channels), in float32 under autocast too: fp16 overflows."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
@@ -126,7 +132,7 @@ class AttentionPool2d(nn.Module):
         qkv = self.qkv_proj(tokens).reshape(n, 3, self.num_heads, c // self.num_heads, -1)
         q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(1))
         # Only the mean token's answer is used, so only its query is asked.
-        attended = F.scaled_dot_product_attention(q[:, :, :1], k, v).transpose(-1, -2).reshape(n, c, 1)
+        attended = attend(q[:, :, :1], k, v).transpose(-1, -2).reshape(n, c, 1)
         return self.c_proj(attended)[..., 0]
 
 
