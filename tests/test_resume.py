@@ -166,6 +166,21 @@ def test_killed_sampling_draws_the_rest(workspace):
     assert len(first) == 12
 
 
+def test_sampling_that_is_asked_to_stop_finishes_its_batch(workspace):
+    if not (workspace.out / "diffusion_checkpoints").exists():
+        workspace.run("train_diffusion.py")
+    arguments = ["--no-classifier", "--class_name", "dots", "--set", "sample_number=3000"]
+    root = workspace.data / "drawn_stopped/dots"
+    process = start(workspace, "sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_stopped")
+    wait_for(lambda: len(list(root.glob("rank*.jpg"))) > 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped; the same command without --overwrite goes on" in out
+    assert len(list(root.glob("rank*.jpg"))) % 3 == 0
+    assert list(root.glob(".*")) == []
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
