@@ -164,8 +164,12 @@ class SharedCache:
         """The item, or None where it is not kept. Do not write to it."""
         return self.items[index].numpy() if index < self.kept and self.filled[index] else None
 
+    def has_room(self, index: int) -> bool:
+        """Whether the item of this index is among those that are kept."""
+        return index < self.kept
+
     def put(self, index: int, item: np.ndarray) -> None:
-        if index < self.kept:
+        if self.has_room(index):
             self.items[index].numpy()[...] = item
             self.filled[index] = True
 

@@ -185,12 +185,13 @@ class RealNetTrainSet(Dataset):
     def picture(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The resized picture (H,W,3) uint8 and its foreground (H,W) uint8 in {0, 1}."""
         kept = self.cache.get(index)
-        if kept is None:
-            image = self._read(self.samples[index])
-            foreground = apply_rule(image, self.rules[self.samples[index].clsname])
-            kept = np.dstack([image, foreground])
-            self.cache.put(index, kept)
-        return kept[..., :3], kept[..., 3]
+        if kept is not None:
+            return kept[..., :3], kept[..., 3]
+        image = self._read(self.samples[index])
+        foreground = apply_rule(image, self.rules[self.samples[index].clsname])
+        if self.cache.has_room(index):
+            self.cache.put(index, np.dstack([image, foreground]))
+        return image, foreground
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | bool]:
         epoch, index = key
