@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +93,21 @@ def run(job: Job, work: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def start(job: Job, work: Path, *arguments: str) -> subprocess.Popen:
-    """In a process group of its own, which can be killed whole."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(job.command(*arguments), cwd=work, start_new_session=True, **pipes)
+    return subprocess.Popen(job.command(*arguments), cwd=work, **pipes)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all below it: a launcher puts its ranks into process groups of their own."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(map(int, line.split()) for line in listing.splitlines())
+    doomed, found = {pid}, True
+    while found:
+        found = {child for child, parent in parents.items() if parent in doomed} - doomed
+        doomed |= found
+    for victim in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
 
 
 def result_of(job: Job, work: Path) -> dict[str, object]:
@@ -118,6 +130,14 @@ def same(first: dict[str, object], second: dict[str, object]) -> bool:
     return first.keys() == second.keys() and all(equal(first[name], second[name]) for name in first)
 
 
+def train_for_sampling(work: Path) -> None:
+    """The diffusion model that sample.py draws with."""
+    if not (work / "trained").exists():
+        job = Job("train_diffusion.py", 1, "sampled_from")
+        assert run(job, work).returncode == 0
+        shutil.copytree(job.folder(work), work / "trained")
+
+
 def leftovers(work: Path) -> list[Path]:
     return [path for pattern in (".part-*", ".lock", "ckpt_next*") for path in work.rglob(pattern)]
 
@@ -125,12 +145,12 @@ def leftovers(work: Path) -> list[Path]:
 # ---- points ----------------------------------------------------------------------------------------------------------
 
 
-def kills(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
+def kills(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
     """SIGKILL at random moments, resumed until done, against undisturbed runs."""
     rng = random.Random(0)
-    jobs = [(script, ranks) for script in SMALL for ranks in (1, 2)]
+    jobs = [(script, ranks) for script in args.scripts for ranks in (1, 2)]
     for i, (script, ranks) in enumerate(jobs):
-        mine = count // len(jobs) + (i < count % len(jobs))
+        mine = args.kills // len(jobs) + (i < args.kills % len(jobs))
         whole, killed = (Job(script, ranks, f"{what}{ranks}_{script[:-3]}") for what in ("whole", "killed"))
         began = time.monotonic()
         done = run(whole, work)
@@ -138,15 +158,13 @@ def kills(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
         if done.returncode:
             yield f"{script}, {ranks} rank(s)", False, done.stderr.strip()[-200:]
             continue
-        if script == "train_diffusion.py" and ranks == 1:
-            shutil.copytree(whole.folder(work), work / "trained")
         hit, different = 0, 0
         while hit < mine:
             process = start(killed, work, *killed.resume)
             try:
                 process.communicate(timeout=rng.uniform(0.5, took))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_tree(process.pid)
                 process.communicate()
                 hit += 1
                 continue
@@ -160,12 +178,13 @@ def kills(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
         yield f"{script}, {ranks} rank(s)", clean and not different, text
 
 
-def sigterm(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
+def sigterm(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
     """SIGTERM to torchrun with two ranks: saved, ended, resumed."""
-    del count
+    del args
     for script in ("train_diffusion.py", "train_classifier.py", "train_realnet.py"):
         job = Job(script, 2, f"term_{script[:-3]}")
-        process = start(job, work)
+        # Long enough not to be done when the signal comes.
+        process = start(job, work, "--set", "trainer.max_epoch=400")
         wait(lambda job=job: (job.folder(work) / LAST).is_file(), process)
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
@@ -177,9 +196,9 @@ def sigterm(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
         yield f"SIGTERM, {script}", held, f"ended after {took:.1f} s, {'resumed' if held else 'NOT resumed'}"
 
 
-def dead_rank(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
+def dead_rank(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
     """One of two ranks killed: the job ends within a minute with a message."""
-    del count
+    del args
     for victim in (0, 1):
         job = Job("train_realnet.py", 2, f"dead{victim}")
         process = start(job, work)
@@ -195,9 +214,9 @@ def dead_rank(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
         yield f"rank {victim} killed", took < 60 and told and process.returncode != 0, f"ended after {took:.1f} s"
 
 
-def disk_full(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
+def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
     """A small tmpfs under checkpoints and under pictures: a message, the state before intact, resumed with space."""
-    del count
+    del args
     for script in ("train_classifier.py", "sample.py"):
         job = Job(script, 1, f"full_{script[:-3]}")
         place = job.folder(work) if script == "sample.py" else work / "experiments/demo" / job.stage
@@ -247,9 +266,9 @@ def small_disk(place: Path) -> Iterator[Path | None]:
             subprocess.run(["umount", "-l", str(place)], check=False)
 
 
-def leak(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
+def leak(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
     """Resident memory over 2000 steps of the small detector."""
-    del count
+    del args
     job = Job("train_realnet.py", 1, "leak")
     more = ["trainer.max_epoch=140", "trainer.val_freq_epoch=140", "trainer.print_freq_step=100", "dataset.workers=0"]
     process = start(job, work, *(part for setting in more for part in ("--set", setting)))
@@ -274,9 +293,9 @@ def resident(pid: int) -> int:
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
-def suites(work: Path, count: int) -> Iterator[tuple[str, bool, str]]:
+def suites(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
     """Hostile files and two hundred bad settings and lists, as the tests have them."""
-    del work, count
+    del work, args
     for what, files in {
         "pickles that run a command": ["tests/test_hostile_files.py"],
         "bad settings and lists": ["tests/test_bad_settings.py", "tests/test_broken_files.py"],
@@ -298,6 +317,7 @@ POINTS = {"kills": kills, "sigterm": sigterm, "rank": dead_rank, "disk": disk_fu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(POINTS), nargs="+", default=list(POINTS))
+    parser.add_argument("--scripts", nargs="+", choices=list(SMALL), default=list(SMALL), help="to kill")
     parser.add_argument("--kills", type=int, default=50, help="in all (default 50)")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -306,8 +326,9 @@ def main() -> None:
         work = Path(name)
         make_demo(work / "data/demo")
         shutil.copytree(ROOT / "experiments/demo", work / "experiments/demo", ignore=shutil.ignore_patterns("*_*"))
+        train_for_sampling(work)
         for point in args.only:
-            for what, held, text in POINTS[point](work, args.kills):
+            for what, held, text in POINTS[point](work, args):
                 failed += not held
                 print(f"{'holds' if held else 'FAILS'}  {what:32} {text}", flush=True)
     sys.exit(failed > 0)

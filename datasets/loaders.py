@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from itertools import cycle, islice
+from types import FrameType
 
 import cv2
 import torch
@@ -83,16 +85,39 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, run: Run) -> D
         num_workers=workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_single_threaded,
+        worker_init_fn=_start_worker,
         # Of its own: the loader draws seeds, more or fewer by the number of workers, which must not move torch's.
         generator=torch.Generator(),
     )
 
 
-def _single_threaded(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     del worker
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    outlive_signals()
+
+
+def outlive_signals() -> None:
+    """Keep a loader worker alive when a signal asks the whole job to stop: its rank still finishes the step.
+
+    Launchers and terminals signal the rank's process group, which the worker leaves; SLURM signals every process, once.
+    The rank itself ends workers that hang with two SIGTERMs, of which the second counts.
+    """
+    if not hasattr(os, "setsid"):  # Windows
+        return
+    os.setsid()
+    seen = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        del frame
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+
+    signal.signal(signal.SIGTERM, receive)
+    for name in ("SIGINT", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 # ---- from the settings -----------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from torch import nn
 from utils.errors import UsageError
 
 TIMEOUT = timedelta(minutes=30)
+LAUNCHER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def session(device: str | None = None) -> Iterator[Run]:
         # gloo carries the Python objects and CPU tensors, nccl the gradients.
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
+        _end_with_launcher()
     try:
         yield Run(rank, world_size, picked)
         if world_size > 1:
@@ -97,6 +101,20 @@ def session(device: str | None = None) -> Iterator[Run]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """End this rank when its launcher is killed: nobody else would, and it would wait for its peers for long."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LAUNCHER_SECONDS)
+        print("error: the launcher has ended; so does this rank", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
