@@ -150,7 +150,7 @@ def test_bad_settings_are_named_before_anything_starts(kind, config, key, worksp
 
 
 def test_all_that_is_wrong_is_in_one_message(workspace, monkeypatch, capsys):
-    config = settings("data/tiny", "experiments/tiny")["realnet"]
+    config = copy.deepcopy(settings("data/tiny", "experiments/tiny")["realnet"])
     config["structure"][0]["layers"][0]["planes"] = 100
     config["dataset"]["train"]["anomaly_types"] = {"normal": 0.5, "dtd": 0.2}
     config["trainer"]["optimizer"]["type"] = "Adamant"
