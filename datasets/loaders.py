@@ -2,10 +2,8 @@
 
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from itertools import cycle, islice
-from types import FrameType
 
 import cv2
 import torch
@@ -18,6 +16,7 @@ from datasets.realnet import Appearance, RealNetTestSet, RealNetTrainSet, Synthe
 from datasets.sdas import SDASDataset
 from utils.distributed import Run
 from utils.errors import UsageError
+from utils.signals import outlive_signals
 
 log = logging.getLogger("realnet")
 
@@ -96,28 +95,6 @@ def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     outlive_signals()
-
-
-def outlive_signals() -> None:
-    """Keep a loader worker alive when a signal asks the whole job to stop: its rank still finishes the step.
-
-    Launchers and terminals signal the rank's process group, which the worker leaves; SLURM signals every process, once.
-    The rank itself ends workers that hang with two SIGTERMs, of which the second counts.
-    """
-    if not hasattr(os, "setsid"):  # Windows
-        return
-    os.setsid()
-    seen = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        del frame
-        if seen:
-            os._exit(128 + number)
-        seen.append(number)
-
-    signal.signal(signal.SIGTERM, receive)
-    for name in ("SIGINT", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 # ---- from the settings -----------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.meta import Sample, class_names, listed_classes, read_list, write_list
 from datasets.realnet import Appearance, RealNetTestSet
 from datasets.sdas import SDASDataset
+from tests.conftest import REPOSITORY
 from utils.distributed import Run
 from utils.errors import UsageError
 
@@ -140,3 +143,29 @@ def test_a_mask_of_other_proportions_is_refused_and_a_scaled_one_is_not(tiny_dat
 def test_an_empty_cache_keeps_nothing():
     cache = SharedCache(3, (2, 2), 0)
     assert cache.get(0) is None
+
+
+LEAVES_A_WORKER = """
+import torch
+from datasets.loaders import SharedBatches, make_loader
+from utils.distributed import Run
+
+run = Run(0, 1, torch.device("cpu"))
+batches = iter(make_loader(list(range(8)), SharedBatches(8, 2, run), 1, run))
+print(next(batches).tolist())
+batches.itself = batches  # so that nothing ends the worker before the interpreter does
+raise SystemExit(3)
+"""
+
+
+def test_a_rank_that_leaves_a_worker_behind_still_ends():
+    """The worker ignores the SIGTERM that multiprocessing sends it."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_A_WORKER],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "[0, 1]\n", "")

@@ -1,5 +1,8 @@
 """Ending in good order: a first signal lets the step finish and the state be saved, a second ends at once."""
 
+import atexit
+import multiprocessing
+import multiprocessing.util  # its own function at exit has to be registered before the one here, so that it runs after
 import os
 import signal
 import time
@@ -58,3 +61,28 @@ def stop_requests(run: Run) -> Iterator[StopRequest]:
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
+
+
+def outlive_signals() -> None:
+    """Keep a loader worker alive when a signal asks the whole job to stop: its rank still finishes the step.
+
+    Launchers and terminals signal the rank's process group, which the worker leaves; SLURM signals every process.
+    The worker ends when its rank tells it to or is gone.
+    """
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
+    for name in NAMES:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """Kill the loader workers that a rank leaves at its end.
+
+    multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever.
+    """
+    left = multiprocessing.active_children()
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for worker in left:
+        worker.kill()
