@@ -29,14 +29,16 @@ from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
 from utils.config import check_together, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
-from utils.html_report import thumbnail, write_report
+from utils.html_report import write_report
 from utils.log import log, progress, set_up_logging
-from utils.metrics import PRO_LIMIT
+from utils.metrics import PRO_LIMIT, image_scores
 from utils.report import text_table, with_mean, with_paper, write_tables
-from utils.results import ClassResult, ScoredPictures, Shown, evaluate_class
+from utils.results import ClassResult, ScoredPictures, Shown, evaluate_class, thresholds_of
 from utils.scoring import GatheredMaps, avgpool_size, score_test_set
 from utils.thresholds import Thresholds, write_thresholds
-from utils.visualize import heat_overlay, result_picture, write_image
+from utils.visualize import heat_overlay, result_picture, thumbnail, write_image
+
+THUMBNAIL = 200  # pixels, longer side, in the report's gallery
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def main() -> None:
     with distributed.session(args.device) as run:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
         results: list[ClassResult] = []
-        for class_name, checkpoint in models(config, classes, args, out):
-            results += evaluate(config, class_name, checkpoint, run, options, out)
+        for class_name, test_set, checkpoint in models(config, classes, args, out):
+            results += evaluate(config, class_name, test_set, checkpoint, run, options, out)
         if run.is_main:
             report(config, results, options, args.dataset or out.name, out / config.saver.results_dir)
 
@@ -98,19 +100,25 @@ def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
     return Options(args.target_fpr, args.pro_limit, max(0, args.gallery), not args.no_pictures)
 
 
-def models(config: EasyDict, classes: list[str], args: argparse.Namespace, out: Path) -> list[tuple[str, Path]]:
-    """The classes that can be evaluated with their checkpoints; of `all`, those that cannot are named and left out."""
+def models(
+    config: EasyDict, classes: list[str], args: argparse.Namespace, out: Path
+) -> list[tuple[str, RealNetTestSet, Path]]:
+    """The classes that can be evaluated with their test pictures and checkpoints.
+
+    Of `all`, those that cannot be are named and left out.
+    """
     found, missing = [], []
     for name in classes:
         default = out / config.saver.checkpoints_dir / name / "ckpt_best.pth.tar"
         checkpoint = Path(args.checkpoint) if args.checkpoint else default
         list_path = config.dataset.test.meta_file.replace("{}", name)
-        if not len(build_realnet_test_set(config.dataset, name)):
+        test_set = build_realnet_test_set(config.dataset, name)
+        if not len(test_set):
             missing.append(f"{list_path}: holds no picture; evaluation needs good and defective test pictures")
         elif not checkpoint.is_file():
             missing.append(f"{checkpoint} does not exist; train {name} first")
         else:
-            found.append((name, checkpoint))
+            found.append((name, test_set, checkpoint))
     if missing and (not found or args.class_name != "all"):
         raise UsageError(missing[0])
     for text in missing:
@@ -119,10 +127,15 @@ def models(config: EasyDict, classes: list[str], args: argparse.Namespace, out: 
 
 
 def evaluate(
-    config: EasyDict, class_name: str, checkpoint: Path, run: Run, options: Options, out: Path
+    config: EasyDict,
+    class_name: str,
+    test_set: RealNetTestSet,
+    checkpoint: Path,
+    run: Run,
+    options: Options,
+    out: Path,
 ) -> list[ClassResult]:
     """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
-    test_set = build_realnet_test_set(config.dataset, class_name)
     loader = make_loader(
         test_set, SharedBatches(len(test_set), config.dataset.batch_size, run), config.dataset.workers, run
     )
@@ -147,8 +160,12 @@ def evaluate(
         show(result, test_set, maps, chosen, options, run, out / config.saver.vis_dir)
         results.append(result)
     # One threshold for all pictures of a model: which class a new picture is of need not be known.
-    overall = results[0] if len(results) == 1 else evaluate_class(UNIFIED, pictures, options.target_fpr)
-    path = write_thresholds(checkpoint, overall.thresholds, {result.name: result.thresholds for result in results})
+    overall = (
+        results[0].thresholds
+        if len(results) == 1
+        else thresholds_of(pictures, *pictures.rankings(), options.target_fpr)
+    )
+    path = write_thresholds(checkpoint, overall, {result.name: result.thresholds for result in results})
     log.info("%s: thresholds in %s", class_name, path)
     return results
 
@@ -157,11 +174,11 @@ def scored_pictures(maps: GatheredMaps, test_set: RealNetTestSet, window: tuple[
     samples = test_set.samples
     return ScoredPictures(
         maps.scores,
+        image_scores(maps.scores, window),
         maps.masks,
         np.array([sample.mask_known for sample in samples]),
         np.array([sample.label for sample in samples], dtype=bool),
         np.array([sample.kind for sample in samples]),
-        window,
     )
 
 
@@ -200,9 +217,9 @@ def show(
             path = folder / sample.kind / f"{PurePosixPath(sample.filename).stem}.png"
             write_image(path, result_picture(image, mask, heat))
         if k in worst:
-            truth = None if mask is None else thumbnail(mask.astype(np.uint8) * 255)
+            truth = None if mask is None else thumbnail(mask.astype(np.uint8) * 255, THUMBNAIL)
             score, error = float(result.scores[k]), float(errors[k])
-            shown = (thumbnail(image), thumbnail(heat), truth)
+            shown = (thumbnail(image, THUMBNAIL), thumbnail(heat, THUMBNAIL), truth)
             result.gallery.append(Shown(sample.filename, sample.kind, sample.label, score, error, *shown))
     if options.pictures:
         log.info("%s: pictures in %s", result.name, folder)

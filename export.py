@@ -14,6 +14,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from utils.config import plain
 from utils.errors import RunError, UsageError
 from utils.log import log, log_to_terminal
 from utils.scoring import avgpool_size
-from utils.thresholds import read_thresholds, thresholds_json
+from utils.thresholds import read_thresholds
 
 PICTURES = 8
 TOLERANCE = 1e-3
@@ -119,7 +120,7 @@ def describe(config: EasyDict, path: Path) -> dict[str, str]:
     return {
         "preprocessing": json.dumps(preprocessing),
         "config": json.dumps(plain(config)),
-        "thresholds": json.dumps(thresholds_json(thresholds) if thresholds else None),
+        "thresholds": json.dumps(asdict(thresholds) if thresholds else None),
     }
 
 

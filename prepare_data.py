@@ -78,12 +78,11 @@ def main() -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     name, own = args.dataset, args.dataset not in OFFICIAL
-    for known in (*OFFICIAL, "demo"):
-        if name == "demo" and args.root is None:
-            break
+    if name.lower() == "demo" and (name != "demo" or args.root is not None):
+        raise UsageError(f"--dataset {name}: is the built-in data set; take another name")
+    for known in OFFICIAL:
         if own and name.lower() in (known.lower(), CATALOG[known].type if known in CATALOG else ""):
-            what = "is the built-in data set; take another name" if known == "demo" else f"did you mean {known}?"
-            raise UsageError(f"--dataset {name}: {what}")
+            raise UsageError(f"--dataset {name}: did you mean {known}?")
     if not re.fullmatch(r"[^\W\d_][\w.-]*", name) or yaml.safe_load(name) != name:
         raise UsageError(f"--dataset {name}: a name starts with a letter and holds letters, digits, '_', '-' and '.'")
     if args.root is None and not args.preview:

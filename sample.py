@@ -29,7 +29,7 @@ from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
 from utils.config import check_together, load_config, model_kwargs, pretrained_path
 from utils.distributed import Run, autocast, resolve_precision
-from utils.errors import UsageError
+from utils.errors import Stopped, UsageError
 from utils.lock import exclusive
 from utils.log import log, progress, set_up_logging
 from utils.resume import clear_leftovers
@@ -252,7 +252,7 @@ def draw_class(
                 write_image(folder / f"rank{run.rank}_{i}.jpg", picture)
         if stop.signal:
             log.info("signal %d: stopped; the same command without --overwrite goes on", stop.signal)
-            stop.exit(stop.signal)
+            raise Stopped(stop.signal)
     distributed.barrier()
     kept = len(existing & set(range(config.sample_number)))
     log.info(

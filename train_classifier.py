@@ -9,7 +9,7 @@ classifier_log/.
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from easydict import EasyDict
-from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets.loaders import EpochBatches, SharedBatches, build_sdas_dataset, check_sdas_list, make_loader
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
 from utils import cli, distributed
-from utils.checkpoint import prune_checkpoints, save_checkpoint, state_dict_of
+from utils.checkpoint import save_numbered
 from utils.config import check_together, load_config, model_kwargs, plain, pretrained_path
 from utils.distributed import Run, autocast
 from utils.lock import exclusive
@@ -31,7 +30,7 @@ from utils.log import Meter, log, progress, set_up_logging
 from utils.optim import EMA, Stepper, accumulation_groups, build_optimizer, precision_of, seed_step
 from utils.resume import resumable
 from utils.signals import stop_requests
-from utils.training import Position, Saver, report_step, restore_from, trainer_checks
+from utils.training import Saver, Training, report_step, trainer_checks
 
 T_BINS = 10
 
@@ -50,18 +49,11 @@ class TestPictures(torch.utils.data.Dataset):
 
 
 @dataclass
-class Training:
-    """What an epoch needs and a checkpoint holds."""
+class ClassifierTraining(Training):
+    """With the averaged network, where one is kept, and the newest top-1 accuracy."""
 
-    config: EasyDict
-    run: Run
-    network: nn.Module
-    model: nn.Module
     ema: EMA | None
-    stepper: Stepper
-    precision: str
     accuracy: float = 0.0
-    position: Position = field(default_factory=Position)
 
 
 def parse_args() -> argparse.Namespace:
@@ -106,10 +98,7 @@ def main() -> None:
                 training.accuracy = validate(training, test_process, test_loader, board, position.epoch)
             if position.epoch % config.trainer.save_freq_epoch == 0 or last:
                 if run.is_main:
-                    path = checkpoints / f"ckpt_{position.epoch}.pth.tar"
-                    save_checkpoint(path, checkpoint_of(training, classes))
-                    prune_checkpoints(checkpoints, config.saver.keep)
-                    log.info("saved %s", path)
+                    save_numbered(checkpoints, checkpoint_of(training, classes), config.saver.keep)
                 saver.save()
         board.close()
 
@@ -136,7 +125,7 @@ def check(config: EasyDict, path: Path) -> None:
     )
 
 
-def set_up_training(config: EasyDict, run: Run, resumed: bool) -> Training:
+def set_up_training(config: EasyDict, run: Run, resumed: bool) -> ClassifierTraining:
     """Network, its average where one is kept, and the optimiser."""
     torch.manual_seed(config.random_seed)
     start_weights = None if resumed else pretrained_path(config.classifier)
@@ -152,10 +141,12 @@ def set_up_training(config: EasyDict, run: Run, resumed: bool) -> Training:
     precision = precision_of(config.trainer, run.device)
     stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm, config.trainer.max_bad_steps)
     model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
-    return Training(config, run, network, model, ema, stepper, precision)
+    return ClassifierTraining(config, run, network, model, stepper, precision, ema)
 
 
-def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+def train_one_epoch(
+    training: ClassifierTraining, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver
+) -> None:
     """One pass over the pictures, or over the rest of them in an epoch that is resumed."""
     config, run, position = training.config, training.run, training.position
     training.model.train()
@@ -190,7 +181,9 @@ def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, epoch: int) -> float:
+def validate(
+    training: ClassifierTraining, process: SpacedDiffusion, loader: DataLoader, board: Any, epoch: int
+) -> float:
     """Top-1 and top-3 accuracy on noisy test pictures of all ranks, also against t; returns top-1.
 
     Each picture is seen once in each of T_BINS equal ranges of t, with noise of its own.
@@ -234,7 +227,7 @@ def draw_for(indices: torch.Tensor, k: int, steps: int, like: torch.Tensor) -> t
     return torch.stack(t).to(like.device), torch.stack(noise).to(like)
 
 
-def checkpoint_of(training: Training, classes: list[str]) -> dict[str, Any]:
+def checkpoint_of(training: ClassifierTraining, classes: list[str]) -> dict[str, Any]:
     """The networks, for guidance."""
     content = {
         "epoch": training.position.epoch,
@@ -248,30 +241,22 @@ def checkpoint_of(training: Training, classes: list[str]) -> dict[str, Any]:
     return content
 
 
-def resumable_content(training: Training, classes: list[str]) -> dict[str, Any]:
-    """Everything that a resumed run needs; what is random follows from the step."""
-    return {
-        **checkpoint_of(training, classes),
-        "ema_updates": training.ema.updates if training.ema is not None else 0,
-        "position": training.position.state_dict(),
-        "stepper": training.stepper.state_dict(),
-    }
+def resumable_content(training: ClassifierTraining, classes: list[str]) -> dict[str, Any]:
+    """Everything that a resumed run needs."""
+    updates = training.ema.updates if training.ema is not None else 0
+    return training.resumable({**checkpoint_of(training, classes), "ema_updates": updates})
 
 
-def restore(training: Training, content: dict[str, Any], checkpoints: Path) -> None:
+def restore(training: ClassifierTraining, content: dict[str, Any], checkpoints: Path) -> None:
     """Continue from a saved state."""
 
-    def load(content: dict[str, Any]) -> None:
-        training.network.load_state_dict(state_dict_of(content))
-        training.stepper.load_state_dict(content["stepper"])
+    def own(content: dict[str, Any]) -> None:
         if training.ema is not None:
             training.ema.model.load_state_dict(content["ema_state_dict"])
             training.ema.updates = content["ema_updates"]
         training.accuracy = content["acc"]
-        training.position.load_state_dict(content["position"])
 
-    restore_from(content, checkpoints, load)
-    log.info("resumed %s after epoch %d, step %d", checkpoints, training.position.epoch, training.position.step)
+    training.restore(content, checkpoints, own)
 
 
 if __name__ == "__main__":

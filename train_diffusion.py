@@ -9,7 +9,7 @@ and, at every validation, one contact sheet per class to diffusion_vis/.
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from easydict import EasyDict
-from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets.loaders import EpochBatches, build_sdas_dataset, check_sdas_list, make_loader
@@ -25,7 +24,7 @@ from datasets.sdas import SDASDataset
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
 from utils import cli, distributed
-from utils.checkpoint import prune_checkpoints, save_checkpoint, state_dict_of
+from utils.checkpoint import save_numbered
 from utils.config import check_together, load_config, model_kwargs, plain, pretrained_path
 from utils.distributed import Run, autocast
 from utils.lock import exclusive
@@ -33,7 +32,7 @@ from utils.log import Meter, log, progress, set_up_logging
 from utils.optim import EMA, EpochLoss, Stepper, accumulation_groups, build_optimizer, precision_of, seed_step
 from utils.resume import resumable
 from utils.signals import stop_requests
-from utils.training import Position, Saver, report_step, restore_from, trainer_checks
+from utils.training import Saver, Training, report_step, trainer_checks
 from utils.visualize import contact_sheet, to_uint8, write_image
 
 STRENGTHS = (0.0, 0.1, 0.2)
@@ -41,18 +40,11 @@ PICTURES_PER_CLASS = 4
 
 
 @dataclass
-class Training:
-    """What an epoch needs and a checkpoint holds."""
+class DiffusionTraining(Training):
+    """With the averaged network."""
 
-    config: EasyDict
-    run: Run
-    network: nn.Module
-    model: nn.Module
     ema: EMA
-    stepper: Stepper
-    precision: str
     loss: EpochLoss
-    position: Position = field(default_factory=Position)
 
     def evaluated(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The averaged network, in the training's precision."""
@@ -98,10 +90,7 @@ def main() -> None:
             if position.epoch % config.trainer.val_freq_epoch == 0 or last:
                 validate(training, test_set, classes, board, out / config.saver.vis_dir, position.epoch)
                 if run.is_main:
-                    path = checkpoints / f"ckpt_{position.epoch}.pth.tar"
-                    save_checkpoint(path, checkpoint_of(training, classes))
-                    prune_checkpoints(checkpoints, config.saver.keep)
-                    log.info("saved %s", path)
+                    save_numbered(checkpoints, checkpoint_of(training, classes), config.saver.keep)
                 saver.save()
         board.close()
 
@@ -128,7 +117,7 @@ def check(config: EasyDict, path: Path) -> None:
     )
 
 
-def set_up_training(config: EasyDict, run: Run, resumed: bool) -> Training:
+def set_up_training(config: EasyDict, run: Run, resumed: bool) -> DiffusionTraining:
     """Network, its average, and the optimiser."""
     torch.manual_seed(config.random_seed)
     start_weights = None if resumed else pretrained_path(config.unet)
@@ -145,10 +134,12 @@ def set_up_training(config: EasyDict, run: Run, resumed: bool) -> Training:
     model = distributed.parallel(compiled, run)
     parameters = sum(p.numel() for p in network.parameters())
     log.info("U-Net with %.1f M parameters on %s x %d", parameters / 1e6, run.device.type, run.world_size)
-    return Training(config, run, network, model, ema, stepper, precision, EpochLoss(run.device))
+    return DiffusionTraining(config, run, network, model, stepper, precision, ema, EpochLoss(run.device))
 
 
-def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+def train_one_epoch(
+    training: DiffusionTraining, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver
+) -> None:
     """One pass over the pictures, or over the rest of them in an epoch that is resumed."""
     config, run, position = training.config, training.run, training.position
     training.model.train()
@@ -185,7 +176,7 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
 
 @torch.no_grad()
 def validate(
-    training: Training, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path, epoch: int
+    training: DiffusionTraining, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path, epoch: int
 ) -> None:
     """Per class a sheet of real pictures, their DDIM reconstructions, and samples at rising strength from one noise.
 
@@ -225,7 +216,7 @@ def validate(
 
 
 def sample_rows(
-    training: Training, process: SpacedDiffusion, number: int, size: tuple[int, int]
+    training: DiffusionTraining, process: SpacedDiffusion, number: int, size: tuple[int, int]
 ) -> list[tuple[str, list[np.ndarray]]]:
     """A row of pictures of a class for each strength, from the same noise."""
     device, rows = training.run.device, []
@@ -246,7 +237,7 @@ def pictures_of(images: torch.Tensor) -> list[np.ndarray]:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoint_of(training: Training, classes: list[str]) -> dict[str, Any]:
+def checkpoint_of(training: DiffusionTraining, classes: list[str]) -> dict[str, Any]:
     """The networks, for sampling."""
     return {
         "epoch": training.position.epoch,
@@ -258,30 +249,21 @@ def checkpoint_of(training: Training, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def resumable_content(training: Training, classes: list[str]) -> dict[str, Any]:
-    """Everything that a resumed run needs; what is random follows from the step."""
-    return {
-        **checkpoint_of(training, classes),
-        "ema_updates": training.ema.updates,
-        "position": training.position.state_dict(),
-        "epoch_loss": training.loss.state_dict(),
-        "stepper": training.stepper.state_dict(),
-    }
+def resumable_content(training: DiffusionTraining, classes: list[str]) -> dict[str, Any]:
+    """Everything that a resumed run needs."""
+    own = {"ema_updates": training.ema.updates, "epoch_loss": training.loss.state_dict()}
+    return training.resumable({**checkpoint_of(training, classes), **own})
 
 
-def restore(training: Training, content: dict[str, Any], checkpoints: Path) -> None:
+def restore(training: DiffusionTraining, content: dict[str, Any], checkpoints: Path) -> None:
     """Continue from a saved state."""
 
-    def load(content: dict[str, Any]) -> None:
-        training.network.load_state_dict(state_dict_of(content))
+    def own(content: dict[str, Any]) -> None:
         training.ema.model.load_state_dict(content["ema_state_dict"])
         training.ema.updates = content["ema_updates"]
-        training.stepper.load_state_dict(content["stepper"])
         training.loss.load_state_dict(content["epoch_loss"])
-        training.position.load_state_dict(content["position"])
 
-    restore_from(content, checkpoints, load)
-    log.info("resumed %s after epoch %d, step %d", checkpoints, training.position.epoch, training.position.step)
+    training.restore(content, checkpoints, own)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ ckpt_last.pth.tar to resume from), realnet_log/<class>/, and a sheet of training
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from models import build_realnet
 from models.losses import build_criterion
 from utils import cli, distributed
-from utils.checkpoint import save_checkpoint, state_dict_of
+from utils.checkpoint import save_checkpoint
 from utils.config import check_together, load_config, plain
 from utils.distributed import Run, autocast
 from utils.errors import UsageError
@@ -44,7 +44,7 @@ from utils.optim import Stepper, build_optimizer, precision_of, seed_step
 from utils.resume import resumable
 from utils.scoring import GatheredMaps, avgpool_size, score_test_set
 from utils.signals import StopRequest, stop_requests
-from utils.training import Position, Saver, report_step, restore_from, trainer_checks
+from utils.training import Saver, Training, report_step, trainer_checks
 from utils.visualize import contact_sheet, heat_overlay, spread, to_uint8, write_image
 
 CALIBRATION_BATCHES = 8
@@ -52,17 +52,10 @@ SHEET_PICTURES = 8
 
 
 @dataclass
-class Training:
-    """What an epoch needs and a checkpoint holds."""
+class RealNetTraining(Training):
+    """With the best metric so far."""
 
-    config: EasyDict
-    run: Run
-    network: nn.Module
-    model: nn.Module
-    stepper: Stepper
-    precision: str
     best_metric: float = -1.0
-    position: Position = field(default_factory=Position)
 
 
 def parse_args() -> argparse.Namespace:
@@ -136,7 +129,7 @@ def train_class(
     criterion = build_criterion(config.criterion)
     position = training.position
     every = config.trainer.save_freq_step
-    saver = Saver(checkpoints, run, stop, every, training.stepper, lambda: resumable_content(training))
+    saver = Saver(checkpoints, run, stop, every, training.stepper, lambda: training.resumable(checkpoint_of(training)))
     sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
     for epoch in range(position.epoch, config.trainer.max_epoch):
         batches.set_epoch(epoch, position.step_in_epoch)
@@ -176,7 +169,7 @@ def afs_batches(config: EasyDict) -> int:
     return count
 
 
-def set_up_training(config: EasyDict, network: nn.Module, run: Run) -> Training:
+def set_up_training(config: EasyDict, network: nn.Module, run: Run) -> RealNetTraining:
     """Optimiser and ranks around a network whose features are prepared."""
     network = distributed.synchronize_batchnorm(network, run)
     if config.trainer.channels_last:
@@ -187,11 +180,11 @@ def set_up_training(config: EasyDict, network: nn.Module, run: Run) -> Training:
     model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log.info("%.1f M trainable parameters on %s x %d", trainable / 1e6, run.device.type, run.world_size)
-    return Training(config, run, network, model, stepper, precision)
+    return RealNetTraining(config, run, network, model, stepper, precision)
 
 
 def train_one_epoch(
-    training: Training,
+    training: RealNetTraining,
     criterion: dict[str, nn.Module],
     loader: DataLoader,
     board: Any,
@@ -229,7 +222,7 @@ def train_one_epoch(
         saver.after_step(position)
 
 
-def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any, path: Path) -> None:
+def show_samples(batch: dict[str, torch.Tensor], training: RealNetTraining, board: Any, path: Path) -> None:
     """A sheet of pictures, their anomalous versions and masks."""
     if not training.run.is_main:
         return
@@ -249,7 +242,7 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any,
 # ---- validation and checkpoints --------------------------------------------------------------------------------------
 
 
-def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Any) -> float | None:
+def validate(training: RealNetTraining, test_set: RealNetTestSet, loader: DataLoader, board: Any) -> float | None:
     """The metric by which checkpoints are compared, on rank 0; None elsewhere.
 
     Without test pictures there is nothing to compare by, and the newest checkpoint counts as the best.
@@ -303,7 +296,7 @@ def key_metric(metrics: dict[str, float], key: str) -> float:
     return float(np.mean(list(metrics.values()))) if metrics else 0.0
 
 
-def save_best(training: Training, metric: float, checkpoints: Path) -> None:
+def save_best(training: RealNetTraining, metric: float, checkpoints: Path) -> None:
     """ckpt_best, where the metric is at least as good as before."""
     best = metric >= training.best_metric
     training.best_metric = max(metric, training.best_metric)
@@ -312,7 +305,7 @@ def save_best(training: Training, metric: float, checkpoints: Path) -> None:
         log.info("saved %s (%.4f)", checkpoints / "ckpt_best.pth.tar", metric)
 
 
-def checkpoint_of(training: Training) -> dict[str, Any]:
+def checkpoint_of(training: RealNetTraining) -> dict[str, Any]:
     """The detector with the settings that it needs to be used."""
     return {
         "epoch": training.position.epoch,
@@ -323,26 +316,13 @@ def checkpoint_of(training: Training) -> dict[str, Any]:
     }
 
 
-def resumable_content(training: Training) -> dict[str, Any]:
-    """Everything that a resumed run needs; what is random follows from the step."""
-    return {
-        **checkpoint_of(training),
-        "position": training.position.state_dict(),
-        "stepper": training.stepper.state_dict(),
-    }
-
-
-def restore(training: Training, content: dict[str, Any], checkpoints: Path) -> None:
+def restore(training: RealNetTraining, content: dict[str, Any], checkpoints: Path) -> None:
     """Continue from a saved state; the channels that AFS has selected are in it."""
 
-    def load(content: dict[str, Any]) -> None:
-        training.network.load_state_dict(state_dict_of(content))
-        training.stepper.load_state_dict(content["stepper"])
+    def own(content: dict[str, Any]) -> None:
         training.best_metric = content["best_metric"]
-        training.position.load_state_dict(content["position"])
 
-    restore_from(content, checkpoints, load)
-    log.info("resumed %s after epoch %d, step %d", checkpoints, training.position.epoch, training.position.step)
+    training.restore(content, checkpoints, own)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from easydict import EasyDict
 
@@ -14,7 +13,7 @@ from datasets.images import list_pictures
 from datasets.loaders import build_realnet_test_set, build_realnet_train_set
 from datasets.meta import read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
-from utils.visualize import contact_sheet, outline, spread, to_uint8
+from utils.visualize import contact_sheet, outline, spread, thumbnail, to_uint8
 
 log = logging.getLogger("realnet")
 
@@ -55,7 +54,7 @@ def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
         caption = f"synthetic anomalies ({source}; {100 * empty:.0f}% of the draws were empty)" if start == 0 else ""
         rows.append((caption, images[start : start + COLUMNS]))
         rows.append(("", masks[start : start + COLUMNS]))
-    return contact_sheet([(caption, [_cell(picture) for picture in pictures]) for caption, pictures in rows])
+    return contact_sheet([(caption, [thumbnail(picture, CELL) for picture in pictures]) for caption, pictures in rows])
 
 
 def rules_text(rules: Sequence[ForegroundRule | None]) -> str:
@@ -112,9 +111,3 @@ def _anomalies(train_set: RealNetTrainSet) -> tuple[list[np.ndarray], list[np.nd
             images += list(to_uint8(sample["image"][None].numpy(), appearance.mean, appearance.std))
             masks.append(sample["mask"][0].numpy().astype(np.uint8) * _MASK_GREY)
     return images, masks, 1 - len(images) / draws
-
-
-def _cell(picture: np.ndarray) -> np.ndarray:
-    """A picture or mask small enough for a sheet."""
-    scale = min(1.0, CELL / max(picture.shape[:2]))
-    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture

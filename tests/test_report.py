@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from utils.html_report import write_report
+from utils.metrics import image_scores
 from utils.report import with_mean
 from utils.results import ScoredPictures, Shown, evaluate_class
 
@@ -21,7 +22,8 @@ def result(name, seed):
     masks = np.zeros((len(KINDS), 24, 24), bool)
     masks[labels, 4:12, 6:14] = True
     maps = (rng.random(masks.shape) + 0.5 * masks).astype(np.float32)
-    found = evaluate_class(name, ScoredPictures(maps, masks, np.ones(len(KINDS), bool), labels, KINDS, (8, 8)))
+    scores = image_scores(maps, (8, 8))
+    found = evaluate_class(name, ScoredPictures(maps, scores, masks, np.ones(len(KINDS), bool), labels, KINDS))
     threshold = found.thresholds.image
     for i, kind in enumerate(KINDS):
         error = float((threshold - found.scores[i]) * (1 if labels[i] else -1))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.errors import UsageError
-from utils.metrics import Ranking
+from utils.metrics import Ranking, image_scores
 from utils.results import ScoredPictures, evaluate_class
 from utils.thresholds import (
     Thresholds,
@@ -84,7 +84,9 @@ def scored(labels, kinds, known=None):
     masks[labels, 4:12, 6:14] = True
     maps = rng.random(masks.shape).astype(np.float32) / 2 + 0.4 * masks
     known = np.ones(len(labels), bool) if known is None else np.array(known)
-    return ScoredPictures(maps, masks & known[:, None, None], known, labels, np.array(kinds), (4, 4))
+    return ScoredPictures(
+        maps, image_scores(maps, (4, 4)), masks & known[:, None, None], known, labels, np.array(kinds)
+    )
 
 
 def test_each_kind_of_defect_is_held_against_the_good_pictures():

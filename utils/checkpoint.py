@@ -168,6 +168,14 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def save_numbered(folder: str | Path, content: dict[str, Any], keep: int) -> None:
+    """Write `ckpt_<epoch>.pth.tar` for the epoch that `content` names, and delete all but the newest `keep`."""
+    path = Path(folder) / f"ckpt_{content['epoch']}.pth.tar"
+    save_checkpoint(path, content)
+    prune_checkpoints(folder, keep)
+    log.info("saved %s", path)
+
+
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` numbered checkpoints."""
     for path in numbered_checkpoints(folder)[:-keep]:

@@ -14,7 +14,6 @@ from utils.report import COLUMNS, MEAN, PAPER, Row, cells
 from utils.results import ClassResult, Shown
 
 TEMPLATE = Path(__file__).with_name("html_report.template.html")
-THUMBNAIL = 200
 COLOURS = ("#2563eb", "#d97706", "#059669")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 300, 230, 42, 34, 26, 12
 BINS = 30
@@ -175,12 +174,6 @@ def _card(class_name: str, shown: Shown) -> str:
         f'<figcaption><b>{shown.score:.4f}</b> <span class="{"wrong" if wrong else "fine"}">{verdict}</span> '
         f"{name} / {kind}<br>{html.escape(shown.name)}</figcaption></figure>"
     )
-
-
-def thumbnail(picture: np.ndarray) -> np.ndarray:
-    """A picture small enough for the gallery."""
-    scale = min(1.0, THUMBNAIL / max(picture.shape[:2]))
-    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
 
 
 def _picture(picture: np.ndarray, what: str) -> str:

@@ -1,11 +1,10 @@
 """What an evaluation finds out about one class: metrics, curves, thresholds, and pictures to show."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from utils.metrics import PRO_LIMIT, Ranking, image_scores, pixel_ranking, summarize
+from utils.metrics import PRO_LIMIT, Ranking, pixel_ranking, summarize
 from utils.report import Row
 from utils.thresholds import BEST_F1, Thresholds, best_f1, for_target_fpr
 
@@ -63,28 +62,24 @@ class ScoredPictures:
     """Anomaly maps with what is known of their pictures.
 
     Args:
-        maps: (N,H,W) float32. masks: (N,H,W) bool. known: (N,) bool, whether the mask is known.
+        maps: (N,H,W) float32. scores: (N,) image scores.
+        masks: (N,H,W) bool. known: (N,) bool, whether the mask is known.
         labels: (N,) bool. kinds: (N,) names.
-        window: of the image score.
     """
 
     maps: np.ndarray
+    scores: np.ndarray
     masks: np.ndarray
     known: np.ndarray
     labels: np.ndarray
     kinds: np.ndarray
-    window: tuple[int, int]
 
-    def subset(self, chosen: np.ndarray | Sequence[int]) -> "ScoredPictures":
-        parts = (array[chosen] for array in (self.maps, self.masks, self.known, self.labels, self.kinds))
-        return ScoredPictures(*parts, self.window)
-
-    def image_scores(self) -> np.ndarray:
-        return image_scores(self.maps, self.window)
+    def subset(self, chosen: np.ndarray) -> "ScoredPictures":
+        return ScoredPictures(*(getattr(self, part.name)[chosen] for part in fields(self)))
 
     def rankings(self) -> tuple[Ranking, Ranking | None]:
         """Of images; and of the pixels of pictures with a known mask, None where no defect has one."""
-        image = Ranking.of(self.image_scores(), self.labels)
+        image = Ranking.of(self.scores, self.labels)
         if not (self.masks.any(axis=(1, 2)) & self.known).any():
             return image, None
         return image, pixel_ranking(self.maps[self.known], self.masks[self.known])
@@ -106,30 +101,39 @@ def evaluate_class(
     for kind in defects:
         rankings = pictures.subset(~pictures.labels | (pictures.kinds == kind)).rankings()
         kinds[kind] = summarize(*rankings, pro_limit)
-    scores = pictures.image_scores()
     return ClassResult(
         name,
         metrics,
         kinds,
-        _thresholds(pictures, scores, image, metrics, target_fpr),
-        scores,
+        thresholds_of(pictures, image, pixel, target_fpr),
+        pictures.scores,
         pictures.labels,
         _curves(image, pixel),
         {kind: int(np.sum(pictures.kinds == kind)) for kind in defects},
     )
 
 
-def _thresholds(
-    pictures: ScoredPictures, scores: np.ndarray, image: Ranking, metrics: Row, target_fpr: float | None
+def thresholds_of(
+    pictures: ScoredPictures, image: Ranking, pixel: Ranking | None, target_fpr: float | None = None
 ) -> Thresholds:
+    """Where the verdicts on pictures turn.
+
+    Args:
+        image, pixel: their rankings.
+        target_fpr: see evaluate_class.
+    """
     low, high = float(np.median(pictures.maps)), float(pictures.maps.max())
     high = max(high, low + 1e-6)
     if target_fpr is None:
-        return Thresholds(best_f1(image, scores), metrics["pixel_threshold"], BEST_F1, low, high)
+        return Thresholds(best_f1(image, pictures.scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
     normal = ~pictures.labels
     rule = f"at most {100 * target_fpr:g}% of the normal images (of their pixels) flagged on the evaluation set"
     return Thresholds(
-        for_target_fpr(scores[normal], target_fpr), for_target_fpr(pictures.maps[normal], target_fpr), rule, low, high
+        for_target_fpr(pictures.scores[normal], target_fpr),
+        for_target_fpr(pictures.maps[normal], target_fpr),
+        rule,
+        low,
+        high,
     )
 
 

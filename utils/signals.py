@@ -14,7 +14,6 @@ import torch
 
 from utils import distributed
 from utils.distributed import Run
-from utils.errors import Stopped
 
 # SLURM announces the end of an allocation with SIGUSR1; Windows lacks it.
 NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -46,9 +45,6 @@ class StopRequest:
             return self.signal
         # On the CPU: this waits for the other ranks, but for no device.
         return int(distributed.all_reduce_max(torch.tensor(self.signal)))
-
-    def exit(self, number: int) -> None:
-        raise Stopped(number)
 
 
 @contextmanager

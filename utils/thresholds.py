@@ -78,16 +78,11 @@ def sidecar(checkpoint: str | Path) -> Path:
     return path.with_name(f"{stem}.thresholds.json")
 
 
-def thresholds_json(thresholds: Thresholds) -> dict:
-    """As thresholds_from reads them."""
-    return asdict(thresholds)
-
-
 def write_thresholds(checkpoint: str | Path, thresholds: Thresholds, classes: dict[str, Thresholds]) -> Path:
     """Write the sidecar: thresholds for all pictures, and for each class of a model for several."""
-    content = thresholds_json(thresholds)
+    content = asdict(thresholds)
     if len(classes) > 1:
-        content["classes"] = {name: thresholds_json(own) for name, own in classes.items()}
+        content["classes"] = {name: asdict(own) for name, own in classes.items()}
     path = sidecar(checkpoint)
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path

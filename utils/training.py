@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from torch import nn
 
+from utils.checkpoint import state_dict_of
 from utils.distributed import Run, peak_memory, resolve_precision
-from utils.errors import UsageError
+from utils.errors import Stopped, UsageError
 from utils.log import Meter
 from utils.optim import Stepper, build_optimizer
 from utils.resume import LAST, save_resumable
@@ -47,6 +49,48 @@ class Position:
     def load_state_dict(self, state: dict[str, int]) -> None:
         for name in asdict(self):
             setattr(self, name, int(state[name]))
+
+
+@dataclass
+class Training:
+    """What an epoch needs and a checkpoint holds; scripts add what is theirs.
+
+    Args:
+        network: whose weights are saved. model: the same, compiled and shared over ranks as the settings ask for.
+    """
+
+    config: EasyDict
+    run: Run
+    network: nn.Module
+    model: nn.Module
+    stepper: Stepper
+    precision: str
+    position: Position = field(default_factory=Position, kw_only=True)
+
+    def resumable(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What a resumed run needs besides the weights and what is the script's own; random draws follow the step."""
+        return {**own, "position": self.position.state_dict(), "stepper": self.stepper.state_dict()}
+
+    def restore(self, content: dict[str, Any], path: Path, own: Callable[[dict[str, Any]], None]) -> None:
+        """Continue from a saved state.
+
+        Args:
+            content: what resumable() gave.
+            path: its folder, for messages.
+            own: loads what is the script's own.
+
+        Raises:
+            UsageError: it was saved with other settings.
+        """
+        try:
+            self.network.load_state_dict(state_dict_of(content))
+            self.stepper.load_state_dict(content["stepper"])
+            own(content)
+            self.position.load_state_dict(content["position"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise UsageError(f"{path}: cannot be resumed with these settings ({reason})") from error
+        log.info("resumed %s after epoch %d, step %d", path, self.position.epoch, self.position.step)
 
 
 class Saver:
@@ -87,7 +131,7 @@ class Saver:
             self.save()
         if number:
             log.info("signal %d: saved after step %d; go on with --resume", number, position.step)
-            self.stop.exit(number)
+            raise Stopped(number)
 
     def save(self) -> None:
         content = self.content()
@@ -120,16 +164,3 @@ def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:
         ("trainer.optimizer", lambda: build_optimizer(trainer.optimizer, nn.Linear(1, 1), cpu)),
         ("trainer.amp", lambda: resolve_precision(trainer.amp, cpu)),
     ]
-
-
-def restore_from(content: dict[str, Any], path: Path, restore: Callable[[dict[str, Any]], None]) -> None:
-    """Load a saved state; what does not fit is named with the folder that it is from.
-
-    Raises:
-        UsageError: it was saved with other settings.
-    """
-    try:
-        restore(content)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise UsageError(f"{path}: cannot be resumed with these settings ({reason})") from error

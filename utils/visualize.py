@@ -101,6 +101,12 @@ def heat_overlay(image: np.ndarray, values: np.ndarray, threshold: float | None)
     return overlay
 
 
+def thumbnail(picture: np.ndarray, side: int) -> np.ndarray:
+    """A picture whose longer side is at most `side`."""
+    scale = min(1.0, side / max(picture.shape[:2]))
+    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+
+
 def outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
     """Draw the border of a (H,W) bool mask into an (H,W,3) uint8 picture."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
