@@ -66,9 +66,8 @@ def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "realnet")
     config = load_config(path, args.set)
-    classes = cli.chosen_classes(args.class_name, config.dataset.test.meta_file, listed_classes, UNIFIED)
+    classes = check(config, path, args.class_name)
     options = check_options(args, classes)
-    check(config, path)
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
@@ -76,18 +75,27 @@ def main() -> None:
         for class_name, test_set, checkpoint in models(config, classes, args, out):
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out)
         if run.is_main:
-            report(config, results, options, args.dataset or out.name, out / config.saver.results_dir)
+            report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
 
 
-def check(config: EasyDict, path: Path) -> None:
-    """Find what is wrong with the settings before anything is loaded."""
+def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
+    """Find what is wrong with the settings before anything is loaded; returns the classes to evaluate."""
+    classes: list[str] = []
 
     def network() -> None:
         with torch.device("meta"):
             build_realnet(config, "checkpoint")
 
-    checks = [("structure, net", network), ("evaluator", lambda: avgpool_size(config.evaluator))]
-    check_together(path, [*checks, ("dataset", lambda: appearance_of(config.dataset))])
+    def choose() -> None:
+        classes.extend(cli.chosen_classes(class_name, config.dataset.test.meta_file, listed_classes, UNIFIED))
+
+    checks = [("--class_name", choose), ("structure, net", network)]
+    checks += [
+        ("evaluator", lambda: avgpool_size(config.evaluator)),
+        ("dataset", lambda: appearance_of(config.dataset)),
+    ]
+    check_together(path, checks)
+    return classes
 
 
 def check_options(args: argparse.Namespace, classes: list[str]) -> Options:

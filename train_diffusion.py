@@ -88,10 +88,11 @@ def main() -> None:
             position.finish_epoch()
             last = position.epoch == config.trainer.max_epoch
             if position.epoch % config.trainer.val_freq_epoch == 0 or last:
-                validate(training, test_set, classes, board, out / config.saver.vis_dir, position.epoch)
+                # First, since the pictures of a validation take long: a run that is killed meanwhile loses only them.
                 if run.is_main:
                     save_numbered(checkpoints, checkpoint_of(training, classes), config.saver.keep)
                 saver.save()
+                validate(training, test_set, classes, board, out / config.saver.vis_dir, position.epoch)
         board.close()
 
 

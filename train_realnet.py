@@ -10,6 +10,7 @@ ckpt_last.pth.tar to resume from), realnet_log/<class>/, and a sheet of training
 """
 
 import argparse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,8 @@ def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "realnet")
     config = load_config(path, args.set)
-    classes = cli.chosen_classes(args.class_name, config.dataset.train.meta_file, listed_classes, UNIFIED)
+    classes = check(config, path, args.class_name)
     out = cli.experiment_dir(args)
-    check(config, path, classes)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
         for class_name in classes:
             board = set_up_logging(run, out / config.saver.log_dir / class_name, "train_realnet")
@@ -80,25 +80,29 @@ def main() -> None:
             board.close()
 
 
-def check(config: EasyDict, path: Path, classes: list[str]) -> None:
-    """Find what is wrong with the settings before anything is loaded or trained."""
+def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
+    """Find what is wrong with the settings before anything is loaded or trained; returns the classes to train."""
+    classes: list[str] = []
 
     def network() -> None:
         with torch.device("meta"):
             build_realnet(config, "checkpoint")
 
-    data = [("dataset", lambda name=name: check_realnet_data(config.dataset, name)) for name in classes]
-    check_together(
-        path,
-        [
-            ("structure, net", network),
-            ("net.afs.kwargs.init_bsn", lambda: afs_batches(config)),
-            ("criterion", lambda: build_criterion(config.criterion)),
-            ("evaluator", lambda: (avgpool_size(config.evaluator), key_metric({}, config.evaluator.key_metric))),
-            *trainer_checks(config.trainer),
-            *data,
-        ],
-    )
+    def choose() -> None:
+        classes.extend(cli.chosen_classes(class_name, config.dataset.train.meta_file, listed_classes, UNIFIED))
+
+    def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
+        yield "--class_name", choose
+        yield "structure, net", network
+        yield "net.afs.kwargs.init_bsn", lambda: afs_batches(config)
+        yield "criterion", lambda: build_criterion(config.criterion)
+        yield "evaluator", lambda: (avgpool_size(config.evaluator), key_metric({}, config.evaluator.key_metric))
+        yield from trainer_checks(config.trainer)
+        for name in classes:
+            yield "dataset", lambda name=name: check_realnet_data(config.dataset, name)
+
+    check_together(path, checks())
+    return classes
 
 
 def train_class(

@@ -156,9 +156,16 @@ def test_all_that_is_wrong_is_in_one_message(workspace, monkeypatch, capsys):
     config["trainer"]["optimizer"]["type"] = "Adamant"
     config["criterion"][0]["type"] = "Loss"
     path = workspace.write_settings("many", config)
-    arguments = ["--config", str(path), "--class_name", "dots"]
-    code, _, err = run(train_realnet.main, arguments, workspace.root, monkeypatch, capsys)
+    arguments = ["--config", str(path), "--class_name"]
+    code, _, err = run(train_realnet.main, [*arguments, "dots"], workspace.root, monkeypatch, capsys)
     assert code == 2
     for text in ("keeps 100 of layer1", "add up to 0.7", "Adamant", "'Loss'"):
         assert text in err
     assert all(str(path) in line for line in err.splitlines())
+    code, _, err = run(train_realnet.main, [*arguments, "squares"], workspace.root, monkeypatch, capsys)
+    assert code == 2
+    lines = err.splitlines()
+    assert lines[0].startswith("error: --class_name squares: ")
+    for text in ("keeps 100 of layer1", "Adamant", "'Loss'"):
+        assert text in err
+    assert all(str(path) in line for line in lines[1:])

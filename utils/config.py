@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +188,13 @@ def _fits(value: Any, kind: str) -> bool:
     }[kind]
 
 
-def check_together(path: str | Path, checks: Sequence[tuple[str, Callable[[], Any]]]) -> None:
+def check_together(path: str | Path, checks: Iterable[tuple[str, Callable[[], Any]]]) -> None:
     """Run checks of settings, and report all that fail in one message that names the file.
 
     Args:
         path: of the settings.
-        checks: what each looks at, and a function that raises where that does not fit.
+        checks: what each looks at, and a function that raises where that does not fit; one runs before the next is
+            asked for. What they say about an option of the command line (--...) is no mistake of the file.
 
     Raises:
         UsageError: one line for each that failed.
@@ -203,7 +204,8 @@ def check_together(path: str | Path, checks: Sequence[tuple[str, Callable[[], An
         try:
             check()
         except UsageError as error:
-            problems += [text if text.startswith(str(path)) else f"{path}: {text}" for text in str(error).splitlines()]
+            named = (str(path), "--")
+            problems += [text if text.startswith(named) else f"{path}: {text}" for text in str(error).splitlines()]
         except RunError:
             # Not a mistake in the settings, weights that cannot be had here for one: it comes up in its turn.
             continue
