@@ -23,7 +23,7 @@ from datasets.catalog import find
 from datasets.loaders import SharedBatches, appearance_of, build_realnet_test_set, make_loader
 from datasets.meta import UNIFIED, listed_classes
 from datasets.realnet import RealNetTestSet
-from models import build_realnet
+from models import build_realnet, check_realnet
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
 from utils.config import check_together, load_config
@@ -82,14 +82,10 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     """Find what is wrong with the settings before anything is loaded; returns the classes to evaluate."""
     classes: list[str] = []
 
-    def network() -> None:
-        with torch.device("meta"):
-            build_realnet(config, "checkpoint")
-
     def choose() -> None:
         classes.extend(cli.chosen_classes(class_name, config.dataset.test.meta_file, listed_classes, UNIFIED))
 
-    checks = [("--class_name", choose), ("structure, net", network)]
+    checks = [("--class_name", choose), ("structure, net", lambda: check_realnet(config))]
     checks += [
         ("evaluator", lambda: avgpool_size(config.evaluator)),
         ("dataset", lambda: appearance_of(config.dataset)),

@@ -31,7 +31,7 @@ from datasets.loaders import (
 )
 from datasets.meta import UNIFIED, listed_classes
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
-from models import build_realnet
+from models import build_realnet, check_realnet
 from models.losses import build_criterion
 from utils import cli, distributed
 from utils.checkpoint import save_checkpoint
@@ -84,16 +84,12 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     """Find what is wrong with the settings before anything is loaded or trained; returns the classes to train."""
     classes: list[str] = []
 
-    def network() -> None:
-        with torch.device("meta"):
-            build_realnet(config, "checkpoint")
-
     def choose() -> None:
         classes.extend(cli.chosen_classes(class_name, config.dataset.train.meta_file, listed_classes, UNIFIED))
 
     def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "--class_name", choose
-        yield "structure, net", network
+        yield "structure, net", lambda: check_realnet(config)
         yield "net.afs.kwargs.init_bsn", lambda: afs_batches(config)
         yield "criterion", lambda: build_criterion(config.criterion)
         yield "evaluator", lambda: (avgpool_size(config.evaluator), key_metric({}, config.evaluator.key_metric))

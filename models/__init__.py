@@ -1,5 +1,5 @@
 """RealNet and SDAS networks."""
 
-from models.realnet import build_realnet
+from models.realnet import build_realnet, check_realnet
 
-__all__ = ["build_realnet"]
+__all__ = ["build_realnet", "check_realnet"]

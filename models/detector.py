@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
-from models.realnet import RealNet, build_realnet
+from models.realnet import RealNet, build_realnet, check_realnet
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
-from utils.config import load_config
+from utils.config import check_together, checked, load_config
 from utils.errors import RunError, UsageError
 from utils.thresholds import Thresholds, read_thresholds, thresholds_from
 
@@ -59,9 +59,10 @@ def load_realnet(path: Path, config_path: str | None) -> tuple[RealNet, EasyDict
     if config_path is not None:
         config = load_config(config_path)
     elif isinstance(content.get("config"), dict):
-        config = EasyDict(content["config"])
+        config = checked(content["config"], path)
     else:
         raise UsageError(f"{path} holds no settings; name the realnet.yaml that it was trained with as --config")
+    check_together(config_path or path, [("structure, net", lambda: check_realnet(config))])
     model = build_realnet(config, "checkpoint")
     load_weights(model, state_dict_of(content), path, "structure and net in the settings")
     return model.requires_grad_(False).eval(), config
@@ -89,7 +90,7 @@ def _from_onnx(path: Path) -> Detector:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
         metadata = session.get_modelmeta().custom_metadata_map
-        config = EasyDict(json.loads(metadata["config"]))
+        config = checked(json.loads(metadata["config"]), path)
         kept = json.loads(metadata["thresholds"])
     except Exception as error:
         # onnxruntime raises a dozen kinds for what all means: no model of ours.

@@ -139,6 +139,12 @@ def parse_structure(structure: Sequence[dict], channels: dict[str, int] | None =
     return blocks
 
 
+def check_realnet(config: dict) -> None:
+    """Raise what build_realnet does where the settings make no network, in no time and memory."""
+    with torch.device("meta"):
+        build_realnet(config, "checkpoint")
+
+
 def build_realnet(config: dict, backbone_weights: str | None = None) -> RealNet:
     """Build RealNet from a loaded realnet.yaml.
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from in_process import run
 from layout_trees import picture
 from PIL import Image
@@ -145,8 +146,6 @@ def test_thresholds_of_the_command_line_and_none(detector, tmp_path, monkeypatch
 
 
 def test_checkpoints_without_settings_need_them(detector, tmp_path, monkeypatch, capsys):
-    import torch
-
     content = torch.load(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", weights_only=True)
     path = tmp_path / "reference.pth.tar"
     torch.save({name: content[name] for name in ("epoch", "arch", "state_dict", "best_metric")}, path)
@@ -156,6 +155,28 @@ def test_checkpoints_without_settings_need_them(detector, tmp_path, monkeypatch,
     assert "--config" in err
     arguments += ["--config", "experiments/tiny/realnet.yaml", "--threshold", "0.5"]
     assert run(predict.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"net": []}, "net: needs a part named backbone"),
+        ({"dataset": 3}, "dataset"),
+        ({"trainer": None, "dataset": {}}, "dataset.type"),
+        ({"unknown": 1}, "unknown"),
+        ({"evaluator": {"metrics": "all"}}, "evaluator"),
+    ],
+)
+def test_spoiled_settings_in_a_checkpoint_are_named(changes, text, detector, tmp_path, monkeypatch, capsys):
+    content = torch.load(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", weights_only=True)
+    content["config"].update(changes)
+    path = tmp_path / "spoiled.pth.tar"
+    torch.save(content, path)
+    arguments = ["--checkpoint", str(path), "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 2, err
+    assert f"{path}: " in err
+    assert text in err
 
 
 @pytest.mark.parametrize(

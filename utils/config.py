@@ -49,6 +49,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
         raise UsageError(f"{path}: has to hold settings, one `key: value` a line")
     for override in overrides:
         _apply(raw, override)
+    return checked(raw, path)
+
+
+def checked(raw: dict, path: str | Path) -> EasyDict:
+    """Settings in their defaults' and types' order, from a YAML or from what a model's file holds.
+
+    Args:
+        path: of the file, for messages.
+
+    Raises:
+        UsageError: see load_config.
+    """
     problems: list[str] = []
     config = _check(raw, SETTINGS[_kind(raw, path)], "", problems)
     if problems:
@@ -56,7 +68,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     return EasyDict(config)
 
 
-def _kind(raw: dict, path: Path) -> str:
+def _kind(raw: dict, path: str | Path) -> str:
     if "net" in raw:
         return "realnet"
     if "workspace" in raw or "sample_number" in raw:
