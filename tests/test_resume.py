@@ -132,6 +132,21 @@ def children_of(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["starting", "training"])
+def test_ranks_end_with_their_killed_launcher(training, workspace):
+    folder = workspace.out / f"no_launcher_{training}"
+    arguments = [*elsewhere(folder.name), *STEPS, "--set", "trainer.max_epoch=500"]
+    process = start(workspace, "train_diffusion.py", *arguments, launcher=TORCHRUN)
+    if training:
+        wait_for(lambda: (folder / "checkpoints" / LAST).is_file(), process)
+    else:
+        wait_for(lambda: len(children_of(process.pid)) >= 2, process)
+    process.kill()
+    # Their ends of the pipes close when the ranks have ended.
+    _, err = process.communicate(timeout=60)
+    assert "the launcher has ended" in err
+
+
 def test_two_ranks_with_loader_workers_stop_at_the_same_step(workspace):
     folder = workspace.out / "ranks_stop/checkpoints"
     # The launcher signals whole process groups, loader workers too.

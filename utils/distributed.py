@@ -1,6 +1,7 @@
 """Device, ranks and precision: decided here once, and passed on."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -15,10 +16,11 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 
 TIMEOUT = timedelta(minutes=30)
 LAUNCHER_SECONDS = 5.0
+LAUNCHER_ENDED = "the launcher has ended; so does this rank"
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def session(device: str | None = None) -> Iterator[Run]:
     if world_size > 1:
         # gloo carries the Python objects and CPU tensors, nccl the gradients.
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
         _end_with_launcher()
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield Run(rank, world_size, picked)
         if world_size > 1:
@@ -104,17 +106,38 @@ def session(device: str | None = None) -> Iterator[Run]:
 
 
 def _end_with_launcher() -> None:
-    """End this rank when its launcher is killed: nobody else would, and it would wait for its peers for long."""
+    """End this rank when its launcher is killed: nobody else would, and it would wait for its peers for long.
+
+    Raises:
+        RunError: the launcher has ended while this rank was starting.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(LAUNCHER_SECONDS)
-        print("error: the launcher has ended; so does this rank", file=sys.stderr, flush=True)
+        print(f"error: {LAUNCHER_ENDED}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
+    # One that has ended before `parent` was asked for is known by its store, which lives as long as it does.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not _store_answers():
+        raise RunError(LAUNCHER_ENDED)
+
+
+def _store_answers() -> bool:
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    end = time.monotonic() + LAUNCHER_SECONDS
+    while True:
+        try:
+            socket.create_connection(address, timeout=LAUNCHER_SECONDS).close()
+            return True
+        except OSError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.5)
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
