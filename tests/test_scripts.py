@@ -1,6 +1,7 @@
 """The five commands, run as a user runs them: plain, under torchrun and under torch.distributed.launch."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tests.conftest import CLASSES, Workspace, settings
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29731")
+# A port for each process of the tests: two of them may launch at once.
+LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={20000 + os.getpid() % 10000}")
 
 
 @pytest.fixture(scope="module")
