@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -94,9 +95,11 @@ def run(job: Job, work: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(job.command(*arguments), cwd=work, capture_output=True, text=True, timeout=900, check=False)
 
 
-def start(job: Job, work: Path, *arguments: str) -> subprocess.Popen:
+def start(
+    job: Job, work: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(job.command(*arguments), cwd=work, **pipes)
+    return subprocess.Popen(job.command(*arguments), cwd=work, env={**os.environ, **environment}, **pipes)
 
 
 def kill_tree(pid: int) -> None:
@@ -274,10 +277,10 @@ def leak(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]
     glibc keeps some percent more or less of what is freed, as threads and sizes happen to fall: here it gives all back.
     """
     del args
-    os.environ.update(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     job = Job("train_realnet.py", 1, "leak")
     more = ["trainer.max_epoch=140", "trainer.val_freq_epoch=140", "trainer.print_freq_step=20", "dataset.workers=0"]
-    process = start(job, work, *(part for setting in more for part in ("--set", setting)))
+    frugal = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    process = start(job, work, *(part for setting in more for part in ("--set", setting)), environment=frugal)
     sizes: dict[int, int] = {}
     for line in process.stdout:
         if "  step " in line:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,6 +146,8 @@ def test_ranks_end_with_their_killed_launcher(training, workspace):
     # Their ends of the pipes close when the ranks have ended.
     _, err = process.communicate(timeout=60)
     assert "the launcher has ended" in err
+    # What the ranks were writing stays until a run resumes there; other tests look for leftovers.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_two_ranks_with_loader_workers_stop_at_the_same_step(workspace):
