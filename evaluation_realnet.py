@@ -85,12 +85,15 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     def choose() -> None:
         classes.extend(cli.chosen_classes(class_name, config.dataset.test.meta_file, listed_classes, UNIFIED))
 
-    checks = [("--class_name", choose), ("structure, net", lambda: check_realnet(config))]
-    checks += [
-        ("evaluator", lambda: avgpool_size(config.evaluator)),
-        ("dataset", lambda: appearance_of(config.dataset)),
-    ]
-    check_together(path, checks)
+    check_together(
+        path,
+        [
+            ("--class_name", choose),
+            ("structure, net", lambda: check_realnet(config)),
+            ("evaluator", lambda: avgpool_size(config.evaluator)),
+            ("dataset", lambda: appearance_of(config.dataset)),
+        ],
+    )
     return classes
 
 

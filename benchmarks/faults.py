@@ -16,11 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -95,9 +94,7 @@ def run(job: Job, work: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(job.command(*arguments), cwd=work, capture_output=True, text=True, timeout=900, check=False)
 
 
-def start(
-    job: Job, work: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
-) -> subprocess.Popen:
+def start(job: Job, work: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(job.command(*arguments), cwd=work, env={**os.environ, **environment}, **pipes)
 
@@ -136,7 +133,7 @@ def same(first: dict[str, object], second: dict[str, object]) -> bool:
 
 
 def train_for_sampling(work: Path) -> None:
-    """The diffusion model that sample.py draws with."""
+    """The diffusion model that sample.py draws with; trained where a point needs it first."""
     if not (work / "trained").exists():
         job = Job("train_diffusion.py", 1, "sampled_from")
         assert run(job, work).returncode == 0
@@ -155,6 +152,8 @@ def kills(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str
     rng = random.Random(0)
     jobs = [(script, ranks) for script in args.scripts for ranks in (1, 2)]
     for i, (script, ranks) in enumerate(jobs):
+        if script == "sample.py":
+            train_for_sampling(work)
         mine = args.kills // len(jobs) + (i < args.kills % len(jobs))
         whole, killed = (Job(script, ranks, f"{what}{ranks}_{script[:-3]}") for what in ("whole", "killed"))
         began = time.monotonic()
@@ -222,6 +221,7 @@ def dead_rank(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool,
 def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
     """A small tmpfs under checkpoints and under pictures: a message, the state before intact, resumed with space."""
     del args
+    train_for_sampling(work)
     for script in ("train_classifier.py", "sample.py"):
         job = Job(script, 1, f"full_{script[:-3]}")
         place = job.folder(work) if script == "sample.py" else work / "experiments/demo" / job.stage
@@ -280,7 +280,7 @@ def leak(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]
     job = Job("train_realnet.py", 1, "leak")
     more = ["trainer.max_epoch=140", "trainer.val_freq_epoch=140", "trainer.print_freq_step=20", "dataset.workers=0"]
     frugal = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    process = start(job, work, *(part for setting in more for part in ("--set", setting)), environment=frugal)
+    process = start(job, work, *(part for setting in more for part in ("--set", setting)), **frugal)
     sizes: dict[int, int] = {}
     for line in process.stdout:
         if "  step " in line:
@@ -336,7 +336,6 @@ def main() -> None:
         work = Path(name)
         make_demo(work / "data/demo")
         shutil.copytree(ROOT / "experiments/demo", work / "experiments/demo", ignore=shutil.ignore_patterns("*_*"))
-        train_for_sampling(work)
         for point in args.only:
             for what, held, text in POINTS[point](work, args):
                 failed += not held

@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
 
 
 def checked(raw: dict, path: str | Path) -> EasyDict:
-    """Settings in their defaults' and types' order, from a YAML or from what a model's file holds.
+    """Settings of a YAML or of a model's file, checked, with the defaults filled in.
 
     Args:
         path: of the file, for messages.
