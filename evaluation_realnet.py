@@ -20,23 +20,23 @@ import torch
 from easydict import EasyDict
 
 from datasets.catalog import find
+from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import SharedBatches, appearance_of, build_realnet_test_set, make_loader
-from datasets.meta import UNIFIED, listed_classes
 from datasets.realnet import RealNetTestSet
+from evaluation.html_report import write_report
+from evaluation.metrics import PRO_LIMIT, image_scores
+from evaluation.results import ClassResult, ScoredPictures, Shown, evaluate_class, thresholds_of
+from evaluation.score import GatheredMaps, avgpool_size, score_test_set
+from evaluation.tables import text_table, with_mean, with_paper, write_tables
+from evaluation.thresholds import Thresholds, write_thresholds
 from models import build_realnet, check_realnet
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
 from utils.config import check_together, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
-from utils.html_report import write_report
 from utils.log import log, progress, set_up_logging
-from utils.metrics import PRO_LIMIT, image_scores
-from utils.report import text_table, with_mean, with_paper, write_tables
-from utils.results import ClassResult, ScoredPictures, Shown, evaluate_class, thresholds_of
-from utils.scoring import GatheredMaps, avgpool_size, score_test_set
-from utils.thresholds import Thresholds, write_thresholds
-from utils.visualize import heat_overlay, result_picture, thumbnail, write_image
+from utils.pictures import heat_overlay, result_picture, thumbnail, write_image
 
 THUMBNAIL = 200  # pixels, longer side, in the report's gallery
 

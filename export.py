@@ -23,19 +23,19 @@ from easydict import EasyDict
 from torch import nn
 
 from datasets.images import read_picture
-from datasets.inputs import find_inputs
+from datasets.lists import listed_classes
 from datasets.loaders import appearance_of, build_realnet_test_set
-from datasets.meta import listed_classes
 from datasets.realnet import Appearance
-from models.detector import checkpoint_path, load_realnet
+from evaluation.detector import checkpoint_path, load_realnet
+from evaluation.inputs import find_inputs
+from evaluation.score import avgpool_size
+from evaluation.thresholds import read_thresholds
 from models.realnet import ExportedRealNet
 from utils import cli
 from utils.checkpoint import write_atomic
 from utils.config import plain
 from utils.errors import RunError, UsageError
 from utils.log import log, log_to_terminal
-from utils.scoring import avgpool_size
-from utils.thresholds import read_thresholds
 
 PICTURES = 8
 TOLERANCE = 1e-3

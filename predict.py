@@ -25,18 +25,18 @@ import torch
 from tqdm import tqdm
 
 from datasets.images import read_picture, resize
-from datasets.inputs import Input, ResultNames, find_inputs, prefetch
 from datasets.loaders import appearance_of
 from datasets.realnet import Appearance
-from models.detector import Detector, checkpoint_path, load_detector
+from evaluation.detector import Detector, checkpoint_path, load_detector
+from evaluation.inputs import Input, ResultNames, find_inputs, prefetch
+from evaluation.metrics import image_scores
+from evaluation.score import avgpool_size
+from evaluation.thresholds import Thresholds
+from evaluation.tiling import resize_map, tiled_map
 from utils import cli, distributed
 from utils.errors import UsageError
 from utils.log import log, log_to_terminal
-from utils.metrics import image_scores
-from utils.scoring import avgpool_size
-from utils.thresholds import Thresholds
-from utils.tiling import resize_map, tiled_map
-from utils.visualize import heat_overlay, write_image
+from utils.pictures import heat_overlay, write_image
 
 COLUMNS = ("file", "score", "verdict", "threshold", "anomalous_share", "width", "height")
 

@@ -22,20 +22,21 @@ from pathlib import Path
 
 import yaml
 
-from datasets import placing, templates
-from datasets.archives import SUFFIXES, is_archive, unpack
 from datasets.catalog import CATALOG, TEXTURES
-from datasets.folders import KINDS, UNREADABLE, Finding
-from datasets.inspection import Look, inspect, report_leaks, split_good
-from datasets.layouts import TEST, TRAIN, UNSPLIT, Found, recognize, recognize_textures, report_masks
-from datasets.meta import UNIFIED, Sample, list_text, listed_classes
-from datasets.preview import preview_sheet
+from datasets.lists import UNIFIED, Sample, list_text, listed_classes
+from preparation import placing
+from preparation import settings_files as templates
+from preparation.archives import SUFFIXES, is_archive, unpack
+from preparation.folders import KINDS, UNREADABLE, Finding
+from preparation.inspection import Look, inspect, report_leaks, split_good
+from preparation.layouts import TEST, TRAIN, UNSPLIT, Found, recognize, recognize_textures, report_masks
+from preparation.preview import preview_sheet
 from utils import cli
 from utils.checkpoint import umask, write_text
 from utils.config import load_config
 from utils.errors import RunError, UsageError
 from utils.log import log, log_to_terminal
-from utils.visualize import write_image
+from utils.pictures import write_image
 
 OFFICIAL = (*CATALOG, *TEXTURES)
 SHOWN = 10

@@ -47,7 +47,7 @@ demo() {
         echo "== $*"
         "$PYTHON" "$@"
     }
-    stage -m datasets.demo
+    stage -m preparation.demo
     stage train_diffusion.py --dataset demo
     stage train_classifier.py --dataset demo
     stage sample.py --dataset demo --preview
@@ -123,7 +123,7 @@ queue_classes() {
     classes=("$@")
     if ((${#classes[@]} == 0)); then
         local found
-        found=$("$PYTHON" -m datasets.meta "experiments/$dataset/$([[ $stage == sample ]] && echo diffusion || echo realnet).yaml")
+        found=$("$PYTHON" -m datasets.lists "experiments/$dataset/$([[ $stage == sample ]] && echo diffusion || echo realnet).yaml")
         mapfile -t classes <<< "$found"
     fi
     state=$(mktemp -d)

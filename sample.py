@@ -32,9 +32,9 @@ from utils.distributed import Run, autocast, resolve_precision
 from utils.errors import Stopped, UsageError
 from utils.lock import exclusive
 from utils.log import log, progress, set_up_logging
+from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.resume import clear_leftovers
 from utils.signals import StopRequest, stop_requests
-from utils.visualize import contact_sheet, to_uint8, write_image
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 PREVIEW_ROWS = 2

@@ -30,10 +30,10 @@ from utils.distributed import Run, autocast
 from utils.lock import exclusive
 from utils.log import Meter, log, progress, set_up_logging
 from utils.optim import EMA, EpochLoss, Stepper, accumulation_groups, build_optimizer, precision_of, seed_step
+from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.resume import resumable
 from utils.signals import stop_requests
 from utils.training import Saver, Training, report_step, trainer_checks
-from utils.visualize import contact_sheet, to_uint8, write_image
 
 STRENGTHS = (0.0, 0.1, 0.2)
 PICTURES_PER_CLASS = 4

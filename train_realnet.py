@@ -21,6 +21,7 @@ from easydict import EasyDict
 from torch import nn
 from torch.utils.data import DataLoader
 
+from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import (
     EpochBatches,
     SharedBatches,
@@ -29,8 +30,9 @@ from datasets.loaders import (
     check_realnet_data,
     make_loader,
 )
-from datasets.meta import UNIFIED, listed_classes
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
+from evaluation.metrics import Ranking, image_scores
+from evaluation.score import GatheredMaps, avgpool_size, score_test_set
 from models import build_realnet, check_realnet
 from models.losses import build_criterion
 from utils import cli, distributed
@@ -40,13 +42,11 @@ from utils.distributed import Run, autocast
 from utils.errors import UsageError
 from utils.lock import exclusive
 from utils.log import Meter, log, progress, set_up_logging
-from utils.metrics import Ranking, image_scores
 from utils.optim import Stepper, build_optimizer, precision_of, seed_step
+from utils.pictures import contact_sheet, heat_overlay, spread, to_uint8, write_image
 from utils.resume import resumable
-from utils.scoring import GatheredMaps, avgpool_size, score_test_set
 from utils.signals import StopRequest, stop_requests
 from utils.training import Saver, Training, report_step, trainer_checks
-from utils.visualize import contact_sheet, heat_overlay, spread, to_uint8, write_image
 
 CALIBRATION_BATCHES = 8
 SHEET_PICTURES = 8

@@ -24,10 +24,10 @@ from skimage import data as photographs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.catalog import ForegroundRule
-from datasets.demo import CLASSES, TEXTURES
 from datasets.images import read_picture
-from datasets.meta import Sample
+from datasets.lists import Sample
 from datasets.realnet import Appearance, RealNetTrainSet, Synthesis
+from preparation.demo import CLASSES, TEXTURES
 
 SOURCES, DRAWN, ROUNDS, PER_ROUND = 12, 48, 15, 48
 LIMIT = 2.5

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets.demo import make_demo
+from preparation.demo import make_demo
 from utils.checkpoint import load_checkpoint
 from utils.errors import UsageError
 from utils.resume import LAST
@@ -307,10 +307,10 @@ def suites(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, st
     """Hostile files and two hundred bad settings and lists, as the tests have them."""
     del work, args
     for what, files in {
-        "pickles that run a command": ["tests/test_hostile_files.py"],
-        "bad settings and lists": ["tests/test_bad_settings.py", "tests/test_broken_files.py"],
+        "pickles that run a command": ["tests/scripts/test_hostile_files.py"],
+        "bad settings and lists": ["tests/scripts/test_bad_settings.py", "tests/preparation/test_broken_files.py"],
     }.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", *files]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", *files]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         yield what, done.returncode == 0, done.stdout.strip().splitlines()[-1]
 

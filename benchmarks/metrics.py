@@ -52,7 +52,7 @@ def measure(what: str, count: int) -> None:
     """Print seconds, peak memory beyond the maps' own, and pixel AUROC as JSON."""
     from sklearn.metrics import roc_auc_score
 
-    from utils.metrics import anomaly_metrics
+    from evaluation.metrics import anomaly_metrics
 
     scores, masks = make_maps(count)
     start = time.perf_counter()

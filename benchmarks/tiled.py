@@ -19,8 +19,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets.demo import make_textures
-from utils.visualize import contact_sheet, write_image
+from preparation.demo import make_textures
+from utils.pictures import contact_sheet, write_image
 
 SIDE, TRAIN, GOOD, BAD = 128, 160, 240, 30
 LARGE = (1024, 1280)

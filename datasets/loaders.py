@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.foreground import foreground_of
 from datasets.images import COLOR_MODES
-from datasets.meta import Sample, class_names, read_list
+from datasets.lists import Sample, class_names, read_list
 from datasets.realnet import Appearance, RealNetTestSet, RealNetTrainSet, Synthesis
 from datasets.sdas import SDASDataset
 from utils.distributed import Run

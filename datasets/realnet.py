@@ -23,7 +23,7 @@ from datasets.images import (
     resize,
     same_proportions,
 )
-from datasets.meta import Sample, class_names
+from datasets.lists import Sample, class_names
 from datasets.perlin import perlin_mask
 from utils.errors import UsageError
 

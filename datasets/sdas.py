@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import SharedCache, flip_and_rotate, normalize, read_picture
-from datasets.meta import Sample
+from datasets.lists import Sample
 
 
 class SDASDataset(Dataset):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from datasets.meta import UNIFIED, Sample, write_list
+from datasets.lists import UNIFIED, Sample, write_list
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES = ("dots", "lines")

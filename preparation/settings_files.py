@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.catalog import CATALOG
-from datasets.inspection import Look
+from preparation.inspection import Look
 
 SOURCE = "MVTec-AD"
 TEMPLATES = Path(__file__).resolve().parent.parent / "experiments" / SOURCE

@@ -1,6 +1,6 @@
 """Image lists: one JSON object per line.
 
-python -m datasets.meta experiments/MVTec-AD/realnet.yaml        prints the classes of a data set
+python -m datasets.lists experiments/MVTec-AD/realnet.yaml        prints the classes of a data set
 """
 
 import json
@@ -154,7 +154,7 @@ def class_names(samples: list[Sample]) -> list[str]:
 def main() -> None:
     """Print the classes that the image lists of a settings file cover, one a line."""
     if len(sys.argv) != 2:
-        raise UsageError("usage: python -m datasets.meta SETTINGS.yaml")
+        raise UsageError("usage: python -m datasets.lists SETTINGS.yaml")
     config = load_config(sys.argv[1])
     path = config.dataset.train.meta_file
     found = listed_classes(path) or class_names(read_list(path, config.dataset.image_reader.kwargs.image_dir))

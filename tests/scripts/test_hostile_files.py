@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_process import run
 
 import evaluation_realnet
 import export
@@ -15,6 +14,7 @@ import sample
 import train_classifier
 import train_diffusion
 import train_realnet
+from tests.in_process import run
 from utils.resume import LAST
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from datasets.catalog import CATALOG, TEXTURES, DatasetInfo
-from datasets.folders import (
+from datasets.lists import UNIFIED, Sample
+from preparation.folders import (
     AMBIGUOUS,
     MISSING,
     NO_MASK,
@@ -18,7 +19,6 @@ from datasets.folders import (
     has_pictures,
     is_mask_folder,
 )
-from datasets.meta import UNIFIED, Sample
 from utils.errors import UsageError
 
 TRAIN, TEST, UNSPLIT = "train", "test", "unsplit"

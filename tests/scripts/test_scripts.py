@@ -421,9 +421,9 @@ def test_offline_weights_end_in_one_line_and_exit_code_1(workspace):
 
 
 def test_demo_data_is_made_whole(tmp_path):
-    from datasets.demo import CLASSES as DEMO
-    from datasets.demo import DEFECTS, SPLIT_COLUMN, make_demo
-    from datasets.meta import read_list
+    from datasets.lists import read_list
+    from preparation.demo import CLASSES as DEMO
+    from preparation.demo import DEFECTS, SPLIT_COLUMN, make_demo
 
     make_demo(tmp_path)
     for name in DEMO:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.tiling import ramp, resize_map, starts, tiled_map
+from evaluation.tiling import ramp, resize_map, starts, tiled_map
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from in_process import run
-from layout_trees import picture
 from PIL import Image
 
 import export
 import predict
+from evaluation.thresholds import sidecar
 from tests.conftest import REPOSITORY
-from utils.thresholds import sidecar
+from tests.in_process import run
+from tests.layout_trees import picture
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from utils.html_report import write_report
-from utils.metrics import image_scores
-from utils.report import with_mean
-from utils.results import ScoredPictures, Shown, evaluate_class
+from evaluation.html_report import write_report
+from evaluation.metrics import image_scores
+from evaluation.results import ScoredPictures, Shown, evaluate_class
+from evaluation.tables import with_mean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]

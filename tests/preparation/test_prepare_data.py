@@ -9,19 +9,19 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import in_process
 import numpy as np
 import pytest
 import yaml
-from layout_trees import BAD, GOOD, TRAIN, mask, mvtec_class, official, ok_ko_class, picture
 from PIL import Image
 
 import prepare_data
 from datasets.catalog import CATALOG
-from datasets.meta import read_list
+from datasets.lists import read_list
+from tests import in_process
+from tests.layout_trees import BAD, GOOD, TRAIN, mask, mvtec_class, official, ok_ko_class, picture
 from utils.config import load_config
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = {"VisA reshaped": "VisA"}
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
+from evaluation.thresholds import Thresholds, read_thresholds, thresholds_from
 from models.realnet import RealNet, build_realnet, check_realnet
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
 from utils.config import check_together, checked, load_config
 from utils.errors import RunError, UsageError
-from utils.thresholds import Thresholds, read_thresholds, thresholds_from
 
 CHECKPOINT = "ckpt_best.pth.tar"
 

@@ -9,9 +9,9 @@ from string import Template
 import cv2
 import numpy as np
 
+from evaluation.results import ClassResult, Shown
+from evaluation.tables import COLUMNS, MEAN, PAPER, Row, cells
 from utils.checkpoint import write_text
-from utils.report import COLUMNS, MEAN, PAPER, Row, cells
-from utils.results import ClassResult, Shown
 
 TEMPLATE = Path(__file__).with_name("html_report.template.html")
 COLOURS = ("#2563eb", "#d97706", "#059669")

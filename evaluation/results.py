@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from utils.metrics import PRO_LIMIT, Ranking, pixel_ranking, summarize
-from utils.report import Row
-from utils.thresholds import BEST_F1, Thresholds, best_f1, for_target_fpr
+from evaluation.metrics import PRO_LIMIT, Ranking, pixel_ranking, summarize
+from evaluation.tables import Row
+from evaluation.thresholds import BEST_F1, Thresholds, best_f1, for_target_fpr
 
 CURVE_POINTS = 300
 

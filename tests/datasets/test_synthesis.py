@@ -12,7 +12,7 @@ from datasets.anomaly import AUGMENTATIONS, augment_texture, blend
 from datasets.catalog import CATALOG, ForegroundRule
 from datasets.foreground import apply_rule, auto_rule, foreground_mask, foreground_of
 from datasets.images import list_pictures
-from datasets.meta import read_list
+from datasets.lists import read_list
 from datasets.perlin import perlin_mask, perlin_noise
 from datasets.realnet import Appearance, RealNetTrainSet, Synthesis
 from utils.errors import UsageError

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import run
-from layout_trees import official, picture
 from PIL import Image
 
 import evaluation_realnet
 import prepare_data
 import train_realnet
+from tests.in_process import run
+from tests.layout_trees import official, picture
 
 # ---- archives --------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from in_process import run
 from PIL import Image
 
 import evaluation_realnet
@@ -11,6 +10,7 @@ import sample
 import train_classifier
 import train_diffusion
 import train_realnet
+from tests.in_process import run
 
 OWN = ["--dataset", "tiny", "--device", "cpu", "--set", "trainer.max_epoch=1"]
 

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.errors import UsageError
-from utils.metrics import Ranking, image_scores
-from utils.results import ScoredPictures, evaluate_class
-from utils.thresholds import (
+from evaluation.metrics import Ranking, image_scores
+from evaluation.results import ScoredPictures, evaluate_class
+from evaluation.thresholds import (
     Thresholds,
     best_f1,
     for_target_fpr,
@@ -17,6 +16,7 @@ from utils.thresholds import (
     sidecar,
     write_thresholds,
 )
+from utils.errors import UsageError
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,10 +10,10 @@ from easydict import EasyDict
 
 from datasets.catalog import ForegroundRule
 from datasets.images import list_pictures
+from datasets.lists import read_list
 from datasets.loaders import build_realnet_test_set, build_realnet_train_set
-from datasets.meta import read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
-from utils.visualize import contact_sheet, outline, spread, thumbnail, to_uint8
+from utils.pictures import contact_sheet, outline, spread, thumbnail, to_uint8
 
 log = logging.getLogger("realnet")
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from in_process import run
 
 import sample
 import train_classifier
 import train_diffusion
 import train_realnet
 from tests.conftest import settings
+from tests.in_process import run
 
 SCRIPTS = {
     "diffusion": train_diffusion,

@@ -35,7 +35,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     root = tmp_path_factory.mktemp("copy")
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("requirements*.txt"), REPOSITORY / "run.sh"]:
         shutil.copy(path, root)
-    for package in ("models", "datasets", "utils"):
+    for package in ("models", "datasets", "preparation", "evaluation", "utils"):
         shutil.copytree(REPOSITORY / package, root / package)
     (root / ".venv").symlink_to(REPOSITORY / ".venv")
     return Workspace(root)

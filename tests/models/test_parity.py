@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.metrics import anomaly_metrics
 from models import build_realnet
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.rule_filled import fill, names_and_shapes, randn, relative_error
-from utils.metrics import anomaly_metrics
 
-COMPAT = Path(__file__).resolve().parents[2] / "shared" / "spec" / "compat"
-OWN = Path(__file__).parent / "fixtures" / "recorded.npz"
+COMPAT = Path(__file__).resolve().parents[3] / "shared" / "spec" / "compat"
+OWN = Path(__file__).resolve().parents[1] / "fixtures" / "recorded.npz"
 needs_compat = pytest.mark.skipif(not COMPAT.is_dir(), reason="../shared/spec/compat is not there")
 
 

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from datasets.folders import LEAK, NO_MASK, UNREADABLE, Finding
 from datasets.images import read_mask, read_picture, same_proportions
-from datasets.meta import Sample
+from datasets.lists import Sample
+from preparation.folders import LEAK, NO_MASK, UNREADABLE, Finding
 from utils.errors import UsageError
 
 _THUMBNAIL, _FREQUENCIES = 64, 16

@@ -1,6 +1,6 @@
 """The built-in data set: crops of three photographs that scikit-image ships, with drawn defects.
 
-    python -m datasets.demo
+    python -m preparation.demo
 
 Training pictures come from the left part of each photograph and test pictures from the right, so none overlap.
 Defects are drawn by other means than the training anomalies, with exact masks; everything follows from the seed.
@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from skimage import data as photographs
 
-from datasets.meta import UNIFIED, Sample, write_list
+from datasets.lists import UNIFIED, Sample, write_list
 from utils.cli import run
-from utils.visualize import write_image
+from utils.pictures import write_image
 
 CLASSES = ("brick", "grass", "gravel")
 # Other photographs that come with scikit-image, cut up as textures for the anomaly type dtd.

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import run
-from layout_trees import mask, mvtec_class, picture
 from PIL import Image
 
 import prepare_data
+from tests.in_process import run
+from tests.layout_trees import mask, mvtec_class, picture
 
 Break = Callable[[Path], object]
 

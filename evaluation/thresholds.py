@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.metrics import Ranking
 from utils.checkpoint import write_text
 from utils.errors import UsageError
-from utils.metrics import Ranking
 
 BEST_F1 = "best F1 on the evaluation set"
 

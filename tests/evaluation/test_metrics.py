@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from utils.metrics import Ranking, anomaly_metrics, image_scores, pixel_ranking, pro
-from utils.report import COLUMNS, MEAN, markdown_table, text_table, with_mean, write_tables
+from evaluation.metrics import Ranking, anomaly_metrics, image_scores, pixel_ranking, pro
+from evaluation.tables import COLUMNS, MEAN, markdown_table, text_table, with_mean, write_tables
 
 
 def slow_pro(scores, masks, limit=0.3):

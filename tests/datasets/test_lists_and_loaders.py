@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from datasets.images import SharedCache
+from datasets.lists import Sample, class_names, listed_classes, read_list, write_list
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
-from datasets.meta import Sample, class_names, listed_classes, read_list, write_list
 from datasets.realnet import Appearance, RealNetTestSet
 from datasets.sdas import SDASDataset
 from tests.conftest import REPOSITORY
