@@ -12,33 +12,32 @@ realnet_vis/<class>/<defect>/. Any number of ranks prints the same figures.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from easydict import EasyDict
 
+from datasets.build import build_realnet_test_set
 from datasets.catalog import find
 from datasets.lists import UNIFIED, listed_classes
-from datasets.loaders import SharedBatches, appearance_of, build_realnet_test_set, make_loader
+from datasets.loaders import SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet
 from evaluation.html_report import write_report
-from evaluation.metrics import PRO_LIMIT, image_scores
-from evaluation.results import ClassResult, ScoredPictures, Shown, evaluate_class, thresholds_of
-from evaluation.score import GatheredMaps, avgpool_size, score_test_set
+from evaluation.metrics import PRO_LIMIT
+from evaluation.results import ClassResult, evaluate_class, gallery_item
+from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
-from evaluation.thresholds import Thresholds, write_thresholds
+from evaluation.thresholds import thresholds_of, write_thresholds
 from models import build_realnet, check_realnet
 from utils import cli, distributed
-from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
-from utils.config import check_together, load_config
+from utils.checkpoint import BEST, load_checkpoint, load_weights, state_dict_of
+from utils.config import collect_errors, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
-from utils.log import log, progress, set_up_logging
-from utils.pictures import heat_overlay, result_picture, thumbnail, write_image
-
-THUMBNAIL = 200  # pixels, longer side, in the report's gallery
+from utils.log import log, progress_bar, set_up_logging
+from utils.pictures import heat_overlay, result_picture, write_image
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="checkpoint file instead of the class's ckpt_best.pth.tar")
     parser.add_argument("--target-fpr", type=float, help="thresholds for this share of false alarms, not the best F1")
     parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="PRO up to this false positive rate (0.3)")
-    parser.add_argument("--gallery", type=int, default=60, help="pictures of each class in report.html (60)")
-    parser.add_argument("--no-pictures", action="store_true", help="no file for every test picture")
+    parser.add_argument("--gallery", type=int, default=60, help="test images of each class in report.html (60)")
+    parser.add_argument("--no-pictures", action="store_true", help="write no picture for every test image")
     return parser.parse_args()
 
 
@@ -72,26 +71,25 @@ def main() -> None:
     with distributed.session(args.device) as run:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
         results: list[ClassResult] = []
-        for class_name, test_set, checkpoint in models(config, classes, args, out):
+        for class_name, test_set, checkpoint in evaluable_classes(config, classes, args, out):
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out)
         if run.is_main:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
-    """Find what is wrong with the settings before anything is loaded; returns the classes to evaluate."""
+    """Check the settings before anything is loaded; returns the classes to evaluate."""
     classes: list[str] = []
 
-    def choose() -> None:
+    def choose_classes() -> None:
         classes.extend(cli.chosen_classes(class_name, config.dataset.test.meta_file, listed_classes, UNIFIED))
 
-    check_together(
+    collect_errors(
         path,
         [
-            ("--class_name", choose),
+            ("--class_name", choose_classes),
             ("structure, net", lambda: check_realnet(config)),
-            ("evaluator", lambda: avgpool_size(config.evaluator)),
-            ("dataset", lambda: appearance_of(config.dataset)),
+            ("evaluator", lambda: pooling_window(config.evaluator)),
         ],
     )
     return classes
@@ -107,30 +105,27 @@ def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
     return Options(args.target_fpr, args.pro_limit, max(0, args.gallery), not args.no_pictures)
 
 
-def models(
+def evaluable_classes(
     config: EasyDict, classes: list[str], args: argparse.Namespace, out: Path
 ) -> list[tuple[str, RealNetTestSet, Path]]:
-    """The classes that can be evaluated with their test pictures and checkpoints.
-
-    Of `all`, those that cannot be are named and left out.
-    """
-    found, missing = [], []
+    """The classes that have test images and a checkpoint, with both. If `all` is asked for, the others are left out."""
+    evaluable, missing = [], []
     for name in classes:
-        default = out / config.saver.checkpoints_dir / name / "ckpt_best.pth.tar"
+        default = out / config.saver.checkpoints_dir / name / BEST
         checkpoint = Path(args.checkpoint) if args.checkpoint else default
         list_path = config.dataset.test.meta_file.replace("{}", name)
         test_set = build_realnet_test_set(config.dataset, name)
         if not len(test_set):
-            missing.append(f"{list_path}: holds no picture; evaluation needs good and defective test pictures")
+            missing.append(f"{list_path}: holds no image; evaluation needs good and defective test images")
         elif not checkpoint.is_file():
             missing.append(f"{checkpoint} does not exist; train {name} first")
         else:
-            found.append((name, test_set, checkpoint))
-    if missing and (not found or args.class_name != "all"):
+            evaluable.append((name, test_set, checkpoint))
+    if missing and (not evaluable or args.class_name != "all"):
         raise UsageError(missing[0])
     for text in missing:
         log.info("left out: %s", text)
-    return found
+    return evaluable
 
 
 def evaluate(
@@ -143,112 +138,68 @@ def evaluate(
     out: Path,
 ) -> list[ClassResult]:
     """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
-    loader = make_loader(
-        test_set, SharedBatches(len(test_set), config.dataset.batch_size, run), config.dataset.workers, run
-    )
+    batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
+    loader = make_loader(test_set, batches, config.dataset.workers, run)
     content = load_checkpoint(checkpoint)
     torch.manual_seed(config.random_seed)
     model = build_realnet(config, "checkpoint")
     load_weights(model, state_dict_of(content), checkpoint, "structure and net in the YAML")
-    maps = score_test_set(model.to(run.device), loader, run)
-    if maps is None:
+    shown = range(len(test_set)) if options.pictures or options.gallery else ()
+    scored = predict_maps(model.to(run.device), test_set, loader, run, pooling_window(config.evaluator), show=shown)
+    if scored is None:
         return []
-    if not np.isfinite(maps.scores).all():
+    if not scored.finite:
         raise RunError(f"{checkpoint}: its anomaly maps hold values that are not finite; train it with a lower lr")
-    log.info("%s: %s, epoch %s, %d pictures", class_name, checkpoint, content.get("epoch", "?"), len(test_set))
-    log.info("%s: %.1f images/s in the forward pass", class_name, maps.images_per_second)
-    pictures = scored_pictures(maps, test_set, avgpool_size(config.evaluator))
-    names = np.array([sample.clsname if class_name == UNIFIED else class_name for sample in test_set.samples])
+    log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, content.get("epoch", "?"), len(test_set))
+    log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
+    names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
     results = []
-    for name in sorted(set(names)):
-        chosen = np.flatnonzero(names == name)
-        result = evaluate_class(name, pictures.subset(chosen), options.target_fpr, options.pro_limit)
-        tell_what_is_undefined(result)
-        show(result, test_set, maps, chosen, options, run, out / config.saver.vis_dir)
+    for name in sorted(set(names.tolist())):
+        of_class = scored.subset(names == name)
+        result = evaluate_class(name, of_class, options.target_fpr, options.pro_limit)
+        log_undefined_metrics(result)
+        draw(result, of_class, options, run, out / config.saver.vis_dir / name)
         results.append(result)
-    # One threshold for all pictures of a model: which class a new picture is of need not be known.
-    overall = (
-        results[0].thresholds
-        if len(results) == 1
-        else thresholds_of(pictures, *pictures.rankings(), options.target_fpr)
-    )
-    path = write_thresholds(checkpoint, overall, {result.name: result.thresholds for result in results})
-    log.info("%s: thresholds in %s", class_name, path)
+    log.info("%s: thresholds in %s", class_name, save_thresholds(checkpoint, scored, results, options))
     return results
 
 
-def scored_pictures(maps: GatheredMaps, test_set: RealNetTestSet, window: tuple[int, int]) -> ScoredPictures:
-    samples = test_set.samples
-    return ScoredPictures(
-        maps.scores,
-        image_scores(maps.scores, window),
-        maps.masks,
-        np.array([sample.mask_known for sample in samples]),
-        np.array([sample.label for sample in samples], dtype=bool),
-        np.array([sample.kind for sample in samples]),
-    )
+def save_thresholds(checkpoint: Path, scored: ScoredImages, results: list[ClassResult], options: Options) -> Path:
+    """Write the sidecar: thresholds for all images of the model, and for each class where it serves several."""
+    thresholds = results[0].thresholds
+    if len(results) > 1:
+        # For new images whose class is not known.
+        rankings = scored.rankings()
+        thresholds = thresholds_of(scored.scores, scored.maps, scored.labels, *rankings, options.target_fpr)
+        thresholds = replace(thresholds, classes={result.name: result.thresholds for result in results})
+    return write_thresholds(checkpoint, thresholds)
 
 
-def tell_what_is_undefined(result: ClassResult) -> None:
+def log_undefined_metrics(result: ClassResult) -> None:
     if result.labels.all() or not result.labels.any():
         lacking = "good" if result.labels.all() else "defective"
-        log.info("%s: no %s test picture: image metrics are absent, they need both kinds", result.name, lacking)
+        log.info("%s: no %s test image, so no image metrics: they need both", result.name, lacking)
     if result.labels.any() and result.metrics["pixel_auroc"] is None:
-        log.info("%s: no masks of defects: pixel metrics are absent", result.name)
+        log.info("%s: no masks of defects, so no pixel metrics", result.name)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
-def show(
-    result: ClassResult,
-    test_set: RealNetTestSet,
-    maps: GatheredMaps,
-    chosen: np.ndarray,
-    options: Options,
-    run: Run,
-    vis_dir: Path,
-) -> None:
-    """Write [image | ground truth | anomaly map] of every picture, and collect the gallery: the worst errors."""
-    errors = signed_errors(result)
-    worst = set(np.argsort(-errors, kind="stable")[: options.gallery].tolist())
-    folder = vis_dir / result.name
-    for k in progress(range(len(chosen)), run, f"{result.name} pictures"):
-        if not options.pictures and k not in worst:
+def draw(result: ClassResult, scored: ScoredImages, options: Options, run: Run, folder: Path) -> None:
+    """Write [image | ground truth | anomaly map] of every image, and fill the gallery: the worst errors."""
+    thresholds = result.thresholds
+    worst = set(np.argsort(-result.errors(), kind="stable")[: options.gallery].tolist())
+    for index in progress_bar(range(len(scored)), run, f"{result.name} pictures"):
+        if not options.pictures and index not in worst:
             continue
-        index = int(chosen[k])
-        sample, image = test_set.samples[index], test_set.picture(index)
-        mask = maps.masks[index] if sample.mask_known else None
-        heat = heat_map(image, maps.scores[index], result.thresholds)
+        sample, image = scored.samples[index], scored.images[index]
+        heat = heat_overlay(image, scored.maps[index], thresholds.low, thresholds.high, thresholds.pixel)
         if options.pictures:
-            path = folder / sample.kind / f"{PurePosixPath(sample.filename).stem}.png"
+            mask = scored.masks[index] if sample.mask_known else None
+            path = folder / sample.defect_type / f"{PurePosixPath(sample.filename).stem}.png"
             write_image(path, result_picture(image, mask, heat))
-        if k in worst:
-            truth = None if mask is None else thumbnail(mask.astype(np.uint8) * 255, THUMBNAIL)
-            score, error = float(result.scores[k]), float(errors[k])
-            shown = (thumbnail(image, THUMBNAIL), thumbnail(heat, THUMBNAIL), truth)
-            result.gallery.append(Shown(sample.filename, sample.kind, sample.label, score, error, *shown))
+        if index in worst:
+            result.gallery.append(gallery_item(result, scored, index, heat))
     if options.pictures:
         log.info("%s: pictures in %s", result.name, folder)
-
-
-def heat_map(image: np.ndarray, scores: np.ndarray, thresholds: Thresholds) -> np.ndarray:
-    """The anomaly map over the picture, coloured from the class's median score (blue) to its highest (red)."""
-    scale = 1 / (thresholds.high - thresholds.low)
-    threshold = None if thresholds.pixel is None else (thresholds.pixel - thresholds.low) * scale
-    return heat_overlay(image, (scores - thresholds.low) * scale, threshold)
-
-
-def signed_errors(result: ClassResult) -> np.ndarray:
-    """How far each image score lies on the wrong side of the threshold, as a share of the range of scores.
-
-    Without a threshold, normal pictures with high scores come first.
-    """
-    scores, threshold = result.scores, result.thresholds.image
-    scale = max(float(np.ptp(scores)), 1e-12)
-    if threshold is None:
-        return (scores - scores.max()) / scale
-    return np.where(result.labels, threshold - scores, scores - threshold) / scale
 
 
 # ---- tables and report -----------------------------------------------------------------------------------------------
@@ -260,15 +211,15 @@ def report(config: EasyDict, results: list[ClassResult], options: Options, datas
     info = find(config.dataset.type)
     paper = info.paper if info else {}
     log.info("%s", text_table(with_paper(table, paper)))
-    kinds = {f"{result.name}/{kind}": row for result in results for kind, row in result.kinds.items()}
+    by_defect = {f"{result.name}/{one}": row for result in results for one, row in result.by_defect_type.items()}
     paths = write_tables(folder, "metrics", table, paper)
-    if kinds:
-        log.info("\n%s", text_table(kinds, "defect"))
-        paths += write_tables(folder, "metrics_by_defect", kinds, {})
+    if by_defect:
+        log.info("\n%s", text_table(by_defect, "defect"))
+        paths += write_tables(folder, "metrics_by_defect", by_defect, {})
     notes = [
-        f"{sum(len(result.scores) for result in results)} test pictures. PRO up to a false positive rate of "
-        f"{options.pro_limit:g}. A picture is called anomalous where its score reaches the image threshold.",
-        "The thresholds were chosen on these pictures, so the verdicts shown are better than those on new ones.",
+        f"{sum(len(result.scores) for result in results)} test images. PRO up to a false positive rate of "
+        f"{options.pro_limit:g}. An image is called anomalous where its score reaches the image threshold.",
+        "The thresholds were chosen on these images, so the verdicts shown are better than those on new ones.",
     ]
     path = folder / "report.html"
     write_report(path, f"RealNet on {dataset}", notes, with_paper(table, paper), results)

@@ -1,7 +1,7 @@
-"""Export a trained detector to ONNX and to torch.export, and check both against PyTorch on real pictures.
+"""Export a trained detector to ONNX and to torch.export, and check both against PyTorch on real images.
 
     python export.py --checkpoint experiments/MyParts/realnet_checkpoints/bolts --output exported
-    python export.py --checkpoint FILE --output exported --format onnx --input pictures
+    python export.py --checkpoint FILE --output exported --format onnx --input IMAGES
 
 Writes <output>/model.onnx and <output>/model.pt2. Both take images (N,3,H,W) float32, any N, prepared as their metadata
 says, and give anomaly_map (N,H,W) and score (N,). `predict.py --checkpoint model.onnx` uses the former. ONNX needs
@@ -14,7 +14,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +21,20 @@ import torch
 from easydict import EasyDict
 from torch import nn
 
-from datasets.images import read_picture
+from datasets.build import build_realnet_test_set, preprocessing_of
 from datasets.lists import listed_classes
-from datasets.loaders import appearance_of, build_realnet_test_set
-from datasets.realnet import Appearance
 from evaluation.detector import checkpoint_path, load_realnet
 from evaluation.inputs import find_inputs
-from evaluation.score import avgpool_size
-from evaluation.thresholds import read_thresholds
+from evaluation.score import pooling_window
+from evaluation.thresholds import as_content, read_thresholds
 from models.realnet import ExportedRealNet
 from utils import cli
-from utils.checkpoint import write_atomic
 from utils.config import plain
 from utils.errors import RunError, UsageError
+from utils.files import PART, write_atomic
 from utils.log import log, log_to_terminal
 
-PICTURES = 8
+IMAGES = 8
 TOLERANCE = 1e-3
 ONNX_OPSET = 20
 MOST_BYTES = 1_900_000_000  # one ONNX file holds 2 GiB
@@ -49,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
     parser.add_argument("--output", required=True, type=Path, help="folder for the models")
     parser.add_argument("--format", choices=["onnx", "torch", "both"], default="both")
-    parser.add_argument("--input", help="pictures to check with (default: of the settings' test list)")
+    parser.add_argument("--input", help="images to check with (default: of the settings' test list)")
     return parser.parse_args()
 
 
@@ -60,7 +57,7 @@ def main() -> None:
         require_onnx(args.format)
     path = checkpoint_path(args.checkpoint)
     network, config = load_realnet(path, args.config)
-    model = ExportedRealNet(network, avgpool_size(config.evaluator)).eval()
+    model = ExportedRealNet(network, pooling_window(config.evaluator)).eval()
     images = check_images(args, path, config)
     with torch.inference_mode():
         expected = [output.numpy() for output in model(images)]
@@ -86,20 +83,20 @@ def require_onnx(wanted: str) -> None:
 
 
 def check_images(args: argparse.Namespace, path: Path, config: EasyDict) -> torch.Tensor:
-    """A few pictures, prepared: from --input, else from the class's test list, spread over it."""
-    appearance: Appearance = appearance_of(config.dataset)
+    """A few prepared images (N,3,H,W): from --input, else from the class's test list, spread over it."""
+    preprocessing = preprocessing_of(config.dataset)
     root = Path(config.dataset.image_reader.kwargs.image_dir)
     if args.input:
         files = [source.path for source in find_inputs(args.input, str(root), [])[0]]
     else:
         meta_file, name = config.dataset.test.meta_file, path.parent.name
         if "{}" in meta_file and name not in listed_classes(meta_file):
-            raise UsageError(f"{meta_file}: has no list for {name}; name pictures to check with as --input")
+            raise UsageError(f"{meta_file}: has no list for {name}; name images to check with as --input")
         files = [root / sample.filename for sample in build_realnet_test_set(config.dataset, name).samples]
     if len(files) < 2:
-        raise UsageError("at least two pictures are needed to check with; name them as --input")
-    chosen = [files[int(k)] for k in np.linspace(0, len(files) - 1, min(PICTURES, len(files)))]
-    return torch.stack([appearance.tensor(read_picture(f, appearance.size, appearance.color_mode)) for f in chosen])
+        raise UsageError("at least two images are needed to check with; name them as --input")
+    chosen = [files[int(k)] for k in np.linspace(0, len(files) - 1, min(IMAGES, len(files)))]
+    return torch.stack([preprocessing.tensor(preprocessing.read(file)) for file in chosen])
 
 
 def describe(config: EasyDict, path: Path) -> dict[str, str]:
@@ -110,17 +107,17 @@ def describe(config: EasyDict, path: Path) -> dict[str, str]:
         "order": "BGR" if dataset.image_reader.kwargs.color_mode == "BGR" else "RGB",
         "grey": dataset.image_reader.kwargs.color_mode == "GRAY",
         "size": {"height": dataset.input_size[0], "width": dataset.input_size[1]},
-        "resize": "Pillow's BILINEAR (antialiased), of the picture turned upright by its EXIF orientation",
+        "resize": "Pillow's BILINEAR (antialiased), of the image turned upright by its EXIF orientation",
         "scale": "(value / 255 - mean) / std",
         "mean": list(dataset.pixel_mean),
         "std": list(dataset.pixel_std),
         "outputs": "anomaly_map: float32 (N,height,width) in [0,1]; score: float32 (N,), its highest "
-        f"{'x'.join(map(str, avgpool_size(config.evaluator)))} mean",
+        f"{'x'.join(map(str, pooling_window(config.evaluator)))} mean",
     }
     return {
         "preprocessing": json.dumps(preprocessing),
         "config": json.dumps(plain(config)),
-        "thresholds": json.dumps(asdict(thresholds) if thresholds else None),
+        "thresholds": json.dumps(as_content(thresholds) if thresholds else None),
     }
 
 
@@ -128,10 +125,10 @@ def describe(config: EasyDict, path: Path) -> dict[str, str]:
 
 
 def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: dict[str, str]) -> None:
-    """Write an ONNX file; weights for which it has no room go to <file>.data beside it."""
+    """Write an ONNX file; weights that do not fit into it go to <file>.data beside it."""
     import onnx
 
-    # The exporter tells a user of every operator; what counts is the check afterwards.
+    # The exporter warns about every operator; what counts is the check afterwards.
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -150,7 +147,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: di
     external = sum(p.numel() * p.element_size() for p in model.state_dict().values()) > MOST_BYTES
     with cli.writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=file.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=PART, dir=file.parent) as folder:
             written = Path(folder) / file.name
             program.save(str(written), external_data=external)
             onnx.checker.check_model(str(written))
@@ -181,7 +178,7 @@ def run_torch(file: Path, images: torch.Tensor) -> list[np.ndarray]:
 
 
 def _one_by_one_too(call: Callable[[torch.Tensor], list[np.ndarray]], images: torch.Tensor) -> list[np.ndarray]:
-    """The outputs for a batch, the first picture's from a batch of one: the batch is dynamic."""
+    """The outputs for a batch, the first image's from a batch of one, which shows that the batch size is dynamic."""
     outputs, first = call(images), call(images[:1])
     return [np.concatenate([one, many[1:]]) for one, many in zip(first, outputs, strict=True)]
 
@@ -196,7 +193,7 @@ def compare(file: Path, expected: list[np.ndarray], got: list[np.ndarray]) -> No
     largest = [float(np.abs(a - b).max()) for a, b in zip(expected, got, strict=True)]
     text = ", ".join(f"{name} {value:.2g}" for name, value in zip(names, largest, strict=True))
     log.info(
-        "%s: %.1f MiB; largest difference from PyTorch on %d pictures: %s",
+        "%s: %.1f MiB; largest difference from PyTorch on %d images: %s",
         file,
         file.stat().st_size / 2**20,
         len(got[0]),

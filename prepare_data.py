@@ -1,13 +1,13 @@
-"""Make image lists (and, for pictures of one's own, settings) from a folder or an archive of pictures.
+"""Make image lists (and, for images of your own, settings) from a folder or an archive of images.
 
     python prepare_data.py --dataset MVTec-AD --root ~/mvtec_anomaly_detection.tar.xz    (MPDD, BTAD, VisA, DTD alike)
-    python prepare_data.py --dataset MyParts  --root ~/pictures --preview
+    python prepare_data.py --dataset MyParts  --root ~/images --preview
     python prepare_data.py --dataset MyParts  --preview                          (look again, e.g. after sample.py)
 
-Any name that is not one of the field's is a data set of your own. Its pictures may lie in train/good, test/<kind> and
-ground_truth/<kind>; in good and bad (or ok and ko) without a split; or be good ones alone. A folder per class, or one
-class. Writes data/<dataset>/samples/*.json, data/<dataset>/findings.txt, and for data sets of your own
-experiments/<dataset>/*.yaml. Exit code 1 tells that some pictures cannot be read; the lists then lack them.
+Any name that is not one of the benchmarks' is a data set of your own. Its images may lie in train/good, test/<defect>
+and ground_truth/<defect>; in good and bad (or ok and ko) without a split; or be good ones alone. A folder per class, or
+one class. Writes data/<dataset>/samples/*.json, data/<dataset>/findings.txt, and for data sets of your own
+experiments/<dataset>/*.yaml. Exit code 1 means that some images cannot be read; the lists then lack them.
 """
 
 import argparse
@@ -15,48 +15,51 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from datasets.catalog import CATALOG, TEXTURES
 from datasets.lists import UNIFIED, Sample, list_text, listed_classes
-from preparation import placing
-from preparation import settings_files as templates
+from preparation import findings, placing, settings_files
 from preparation.archives import SUFFIXES, is_archive, unpack
-from preparation.folders import KINDS, UNREADABLE, Finding
-from preparation.inspection import Look, inspect, report_leaks, split_good
-from preparation.layouts import TEST, TRAIN, UNSPLIT, Found, recognize, recognize_textures, report_masks
+from preparation.duplicates import report_leaks, split_good
+from preparation.inspection import inspect
+from preparation.layouts import TEST, TRAIN, UNSPLIT, DatasetOnDisk, recognize, report_masks
 from preparation.preview import preview_sheet
+from preparation.textures import recognize_textures
 from utils import cli
-from utils.checkpoint import umask, write_text
 from utils.config import load_config
 from utils.errors import RunError, UsageError
+from utils.files import PART, umask, write_text
 from utils.log import log, log_to_terminal
 from utils.pictures import write_image
 
 OFFICIAL = (*CATALOG, *TEXTURES)
-SHOWN = 10
 TEST_FRACTION = 0.2
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(OFFICIAL)}, or a name for your own")
-    parser.add_argument("--root", type=Path, help=f"folder of the pictures, or an archive ({' '.join(SUFFIXES)})")
-    parser.add_argument("--copy", action="store_true", help="copy the pictures to data/<dataset>/ instead of a link")
+    parser.add_argument("--root", type=Path, help=f"folder of the images, or an archive ({' '.join(SUFFIXES)})")
+    parser.add_argument("--copy", action="store_true", help="copy the images to data/<dataset>/ instead of a link")
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that differ")
     parser.add_argument("--preview", action="store_true", help="write sheets of masks, foregrounds and anomalies")
     own = parser.add_argument_group("for data sets of your own")
     own.add_argument(
-        "--test-fraction", type=float, help=f"of the good pictures, where there is no split (default {TEST_FRACTION})"
+        "--test-fraction", type=float, help=f"of the good images, where there is no split (default {TEST_FRACTION})"
     )
     own.add_argument("--seed", type=int, default=0, help="of that split (default 0)")
     own.add_argument(
-        "--input-size", type=int, nargs=2, metavar=("H", "W"), help="default: 256x256 in the pictures' shape"
+        "--input-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="default: 256x256 pixels in the images' aspect ratio",
     )
     own.add_argument("--foreground", default="none", help="dataset.foreground of the settings (default none)")
     return parser.parse_args()
@@ -87,7 +90,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[^\W\d_][\w.-]*", name) or yaml.safe_load(name) != name:
         raise UsageError(f"--dataset {name}: a name starts with a letter and holds letters, digits, '_', '-' and '.'")
     if args.root is None and not args.preview:
-        raise UsageError("--root is missing: the folder or archive of the pictures")
+        raise UsageError("--root is missing: the folder or archive of the images")
     if args.preview and name in TEXTURES:
         raise UsageError(f"--preview: {name} has no lists to preview")
     if not own and (args.test_fraction is not None or args.input_size or args.foreground != "none"):
@@ -98,12 +101,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--input-size {' '.join(map(str, args.input_size))}: at least 32 pixels a side")
 
 
-# ---- the pictures ----------------------------------------------------------------------------------------------------
+# ---- the images ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def opened(root: Path, target: Path) -> Iterator[Path]:
-    """The folder of the pictures; an archive is unpacked beside `target`, and gone in the end unless moved there."""
+    """The folder of the images. An archive is unpacked beside `target`, and deleted in the end unless moved there."""
     if not root.exists():
         raise UsageError(f"--root {root} does not exist")
     if root.is_dir():
@@ -115,7 +118,7 @@ def opened(root: Path, target: Path) -> Iterator[Path]:
         raise UsageError(f"{target} is there already; use it with --root {target}, or move it away")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=PART, dir=target.parent) as folder:
             unpack(root, Path(folder))
             yield Path(folder)
     except OSError as error:
@@ -123,7 +126,7 @@ def opened(root: Path, target: Path) -> Iterator[Path]:
 
 
 def place(args: argparse.Namespace, root: Path, target: Path, names: list[str]) -> None:
-    """Bring the pictures to data/<dataset>/."""
+    """Bring the images to data/<dataset>/."""
     if args.root.is_file():
         shutil.move(root, target)
         # Folders of mkdtemp are private.
@@ -132,7 +135,7 @@ def place(args: argparse.Namespace, root: Path, target: Path, names: list[str]) 
         placing.copy(root, target, names, args.overwrite)
     else:
         placing.link(root, target)
-    how = "link to " + str(target.resolve()) if target.is_symlink() else "pictures"
+    how = "link to " + str(target.resolve()) if target.is_symlink() else "images"
     log.info("%s: %s", target, how)
 
 
@@ -140,63 +143,79 @@ def prepare_textures(args: argparse.Namespace) -> bool:
     """Bring a collection of textures to data/<dataset>/; returns whether some are unreadable."""
     target = Path("data") / args.dataset / TEXTURES[args.dataset].type
     with opened(args.root, target) as folder:
-        root, names, findings = recognize_textures(folder, args.dataset)
+        root, names, differences = recognize_textures(folder, args.dataset)
         _, readable, unreadable = inspect(root, [Sample(name, 0, args.dataset) for name in names])
         place(args, root, target, [sample.filename for sample in readable])
     log.info("%s: %d textures in %d folders", args.dataset, len(readable), len({Path(n).parts[0] for n in names}))
-    return report(args.dataset, findings + unreadable)
+    return findings.report(differences + unreadable, findings_file(args.dataset))
 
 
 def prepare(args: argparse.Namespace) -> bool:
-    """Lists and settings of a data set; returns whether some pictures are unreadable."""
-    data = Path("data") / args.dataset
+    """Lists and settings of a data set; returns whether some images are unreadable."""
     own = args.dataset not in CATALOG
-    target = data / (templates.PICTURES if own else CATALOG[args.dataset].type)
+    target = Path("data") / args.dataset / (settings_files.IMAGES if own else CATALOG[args.dataset].type)
     with opened(args.root, target) as folder:
-        found = recognize(folder, args.dataset)
-        log.info("%s: %s", args.root, found.layout)
-        looks, readable, unreadable = inspect(found.root, found.all())
-        train, test = divide(found, readable, looks, args.test_fraction, args.seed)
+        data = recognize(folder, args.dataset)
+        log.info("%s: %s", args.root, data.layout)
+        infos, readable, unreadable = inspect(data.root, data.all())
+        fingerprints = {name: info.fingerprint for name, info in infos.items()}
+        train, test = divide(data, readable, fingerprints, args.test_fraction, args.seed)
         if not train:
-            raise UsageError(f"{args.root}: no readable picture of a good part to train on")
-        leaks = report_leaks(train, test, looks)
-        findings = found.findings + unreadable + report_masks(test) + leaks
-        lists = list_texts(data / "samples", train, test)
+            raise UsageError(f"{args.root}: no readable image of a good part to train on")
+        leaks = report_leaks(train, test, fingerprints)
+        problems = data.findings + unreadable + report_masks(test) + leaks
+        lists = list_texts(folder_of_lists(args.dataset), train, test)
         check_existing(lists, args.overwrite)
         names = [name for sample in train + test for name in (sample.filename, sample.maskname) if name]
-        place(args, found.root, target, names)
+        place(args, data.root, target, names)
     for path, text in lists.items():
         write_text(path, text)
     print_counts(train, test)
     if own:
-        size = tuple(args.input_size or templates.input_size(list(looks.values())))
+        size = tuple(args.input_size or settings_files.input_size([info.size for info in infos.values()]))
         write_settings(args.dataset, len({sample.clsname for sample in train}), size, args.foreground)
-    stale = set(listed_classes(str(data / "samples/train_{}.json"))) - {sample.clsname for sample in train}
-    for name in sorted(stale):
-        log.info("%s/samples/train_%s.json is of a class that is not there; delete it", data, name)
-    return report(args.dataset, findings)
+    log_stale_lists(args.dataset, {sample.clsname for sample in train})
+    return findings.report(problems, findings_file(args.dataset))
+
+
+def folder_of_lists(dataset: str) -> Path:
+    return Path("data") / dataset / "samples"
+
+
+def findings_file(dataset: str) -> Path:
+    return Path("data") / dataset / "findings.txt"
+
+
+def log_stale_lists(dataset: str, classes: set[str]) -> None:
+    folder = folder_of_lists(dataset)
+    for name in sorted(set(listed_classes(str(folder / "train_{}.json"))) - classes):
+        log.info("%s/train_%s.json belongs to a class that no longer exists; delete it", folder, name)
 
 
 def divide(
-    found: Found, readable: list[Sample], looks: dict[str, Look], fraction: float | None, seed: int
+    data: DatasetOnDisk,
+    readable: list[Sample],
+    fingerprints: dict[str, np.ndarray],
+    fraction: float | None,
+    seed: int,
 ) -> tuple[list[Sample], list[Sample]]:
-    """Training and test lists: as the folders say, or by a seeded split of the good pictures of each class."""
+    """Training and test lists: as the folders say, or by a seeded split of the good images of each class."""
     by_name = {sample.filename: sample for sample in readable}
-    # Inspection may have taken a mask away, so the samples it returned are used.
+    # Inspection may have taken a mask away, so the samples that it returned are used.
     train, test, unsplit = (
-        [by_name[s.filename] for s in found.samples[split] if s.filename in by_name] for split in (TRAIN, TEST, UNSPLIT)
+        [by_name[s.filename] for s in data.samples[split] if s.filename in by_name] for split in (TRAIN, TEST, UNSPLIT)
     )
     if fraction is not None and test:
-        raise UsageError(f"--test-fraction: the folders of {found.root} say already what is trained and tested on")
+        raise UsageError(f"--test-fraction: the folders of {data.root} already say what is trained and tested on")
     if fraction is not None:
-        # Good pictures that the folders only list for training may be split when it is asked for.
+        # Asked for explicitly, a split also takes from images that the folders list for training.
         train, unsplit = [], unsplit + train
     share = TEST_FRACTION if fraction is None else fraction
     for name in sorted({sample.clsname for sample in unsplit}):
         good = [sample for sample in unsplit if sample.clsname == name and sample.label == 0]
-        ours, theirs = split_good(good, looks, share, seed) if good else ([], [])
-        train += ours
-        test += theirs + [sample for sample in unsplit if sample.clsname == name and sample.label]
+        trained, tested = split_good(good, fingerprints, share, seed) if good else ([], [])
+        train += trained
+        test += tested + [sample for sample in unsplit if sample.clsname == name and sample.label]
     return train, test
 
 
@@ -204,35 +223,36 @@ def divide(
 
 
 def list_texts(folder: Path, train: list[Sample], test: list[Sample]) -> dict[Path, str]:
-    """The image lists by path: of each class, and of all. A class without test pictures has an empty test list."""
+    """The image lists by path: of each class, and of all. A class without test images has an empty test list."""
     texts = {}
     for split, samples in (("train", train), ("test", test)):
         for name in sorted({sample.clsname for sample in train}):
-            mine = [sample for sample in samples if sample.clsname == name]
-            texts[folder / f"{split}_{name}.json"] = list_text(mine)
+            of_class = [sample for sample in samples if sample.clsname == name]
+            texts[folder / f"{split}_{name}.json"] = list_text(of_class)
         texts[folder / f"{split}_{UNIFIED}.json"] = list_text(samples)
     return texts
 
 
 def write_settings(dataset: str, classes: int, size: tuple[int, int], foreground: str) -> None:
-    """Write the YAML files of a data set of the user's own; those that are there stay as they are."""
+    """Write the YAML files of a data set of the user's own; existing files are kept."""
     folder, kept = Path("experiments") / dataset, []
-    for name, text in templates.settings_texts(dataset, classes, size, foreground).items():
+    for name, text in settings_files.settings_texts(dataset, classes, size, foreground).items():
         if not (folder / name).is_file():
             write_text(folder / name, text)
         elif (folder / name).read_bytes() != text.encode():
             kept.append(name)
     count = f"{classes} class{'es' * (classes > 1)}"
     log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
-    drawn = templates.drawn_size(size)
-    if drawn != size:
-        log.info("  the diffusion model draws %dx%d: its sides have to be multiples of %d", *drawn, templates.STEP)
+    diffusion = settings_files.diffusion_size(size)
+    if diffusion != size:
+        text = "  the diffusion model draws %dx%d, as its sides have to be multiples of %d"
+        log.info(text, *diffusion, settings_files.STEP)
     if kept:
-        log.info("  kept as they were, though not what would be written now: %s (delete to renew)", ", ".join(kept))
+        log.info("  existing files kept; they differ from the current defaults: %s (delete to renew)", ", ".join(kept))
 
 
 def check_existing(texts: dict[Path, str], overwrite: bool) -> None:
-    """Refuse to lose lists that say something else."""
+    """Refuse to overwrite lists with other contents."""
     if overwrite:
         return
     different = [path for path, text in texts.items() if path.is_file() and path.read_bytes() != text.encode()]
@@ -245,26 +265,10 @@ def print_counts(train: list[Sample], test: list[Sample]) -> None:
     width = max(len(sample.clsname) for sample in train)
     log.info("%s  train  test: good  defective  with mask", "class".ljust(width))
     for name in sorted({sample.clsname for sample in train}):
-        mine = [sample for sample in test if sample.clsname == name]
-        good, masks = sum(s.label == 0 for s in mine), sum(s.maskname is not None for s in mine)
+        tested = [sample for sample in test if sample.clsname == name]
+        good, masks = sum(s.label == 0 for s in tested), sum(s.maskname is not None for s in tested)
         count = sum(s.clsname == name for s in train)
-        log.info("%s  %5d  %10d  %9d  %9d", name.ljust(width), count, good, len(mine) - good, masks)
-
-
-def report(dataset: str, findings: list[Finding]) -> bool:
-    """Print findings, the first of each kind, and write all of them; returns whether something is unreadable."""
-    path = Path("data") / dataset / "findings.txt"
-    write_text(path, "".join(f"{finding.kind}: {finding}\n" for finding in findings))
-    counts = Counter(finding.kind for finding in findings)
-    for kind in KINDS:
-        mine = [finding for finding in findings if finding.kind == kind]
-        for finding in mine[:SHOWN]:
-            print(f"{kind}: {finding}", file=sys.stderr if kind == UNREADABLE else sys.stdout)
-        if len(mine) > SHOWN:
-            print(f"{kind}: and {len(mine) - SHOWN} more, see {path}")
-    total = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
-    log.info("in all: %s", f"{total} ({path})" if total else "nothing missing, nothing left over")
-    return counts[UNREADABLE] > 0
+        log.info("%s  %5d  %10d  %9d  %9d", name.ljust(width), count, good, len(tested) - good, masks)
 
 
 def write_previews(dataset: str) -> None:
@@ -301,7 +305,7 @@ def print_next(args: argparse.Namespace) -> None:
     lines.append(
         "Without a diffusion model, only the last two, and train_realnet.py with textures as anomalies (DTD, or any"
     )
-    lines.append("folder of pictures as dataset.train.dtd_dir):")
+    lines.append("folder of images as dataset.train.dtd_dir):")
     lines.append('  --set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"')
     log.info("%s", "\n".join(lines))
 

@@ -122,9 +122,9 @@ queue_classes() {
     mapfile -t extra < <(overrides)
     classes=("$@")
     if ((${#classes[@]} == 0)); then
-        local found
-        found=$("$PYTHON" -m datasets.lists "experiments/$dataset/$([[ $stage == sample ]] && echo diffusion || echo realnet).yaml")
-        mapfile -t classes <<< "$found"
+        local listed
+        listed=$("$PYTHON" -m datasets.lists "experiments/$dataset/$([[ $stage == sample ]] && echo diffusion || echo realnet).yaml")
+        mapfile -t classes <<< "$listed"
     fi
     state=$(mktemp -d)
     trap 'rm -rf "$state"' EXIT

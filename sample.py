@@ -1,11 +1,11 @@
-"""Draw anomaly pictures with SDAS.
+"""Draw anomalous images with SDAS.
 
     python sample.py --dataset MVTec-AD
     python sample.py --dataset MVTec-AD --class_name bottle --strength 0.1 0.2 --sampler ancestral --steps 20
     python sample.py --dataset MVTec-AD --no-classifier --preview
     torchrun --nproc_per_node=4 sample.py --dataset MVTec-AD
 
-Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. The picture with index i
+Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. The image with index i
 depends on the seed, the class and i, not on the number of ranks; one that exists is not drawn again.
 --preview only writes a strip per class over s = 0 .. 0.3, to choose the strength by.
 """
@@ -13,7 +13,7 @@ depends on the seed, the class and i, not on the number of ranks; one that exist
 import argparse
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,31 +24,32 @@ from easydict import EasyDict
 from datasets.catalog import find
 from datasets.loaders import SharedBatches
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet, create_diffusion_unet
-from models.sdas.diffusion import classifier_guidance
+from models.sdas.guidance import classifier_guidance
 from utils import cli, distributed
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
-from utils.config import check_together, load_config, model_kwargs, pretrained_path
-from utils.distributed import Run, autocast, resolve_precision
+from utils.config import collect_errors, load_config, model_kwargs, pretrained_path
+from utils.distributed import Run
 from utils.errors import Stopped, UsageError
-from utils.lock import exclusive
-from utils.log import log, progress, set_up_logging
+from utils.files import remove_parts
+from utils.lock import folder_lock
+from utils.log import log, progress_bar, set_up_logging
 from utils.pictures import contact_sheet, to_uint8, write_image
-from utils.resume import clear_leftovers
+from utils.precision import autocast, resolve_precision
 from utils.signals import StopRequest, stop_requests
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 PREVIEW_ROWS = 2
-PICTURE_NAME = re.compile(r"rank\d+_(\d+)\.jpg")
+IMAGE_NAME = re.compile(r"rank\d+_(\d+)\.jpg")
 
 
 @dataclass
 class Sampler:
-    """Draws pictures of a class from per-picture random numbers."""
+    """Draws images of a class, each from random numbers of its own."""
 
     process: SpacedDiffusion
     unet: torch.nn.Module
-    cond_fn: object
-    kind: str
+    cond_fn: Callable | None
+    sampler: str  # ancestral or ddim
     precision: str
     size: tuple[int, int]
     seed: int
@@ -65,13 +66,14 @@ class Sampler:
         indices: Sequence[int],
         low: float | torch.Tensor,
         high: float | torch.Tensor,
+        progress: bool = False,
     ) -> np.ndarray:
-        """Pictures (N,H,W,3) uint8 with these indices, each with a strength of its own from [low, high]."""
-        # One generator a picture: its noise cannot depend on its batch.
-        generators = [torch.Generator().manual_seed(picture_seed(self.seed, name, i)) for i in indices]
+        """Images (N,H,W,3) uint8 with these indices, each with a strength of its own from [low, high]."""
+        # One generator per image: its noise cannot depend on its batch.
+        generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
         strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
         noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators]).to(self.device)
-        loop = self.process.p_sample_loop if self.kind == "ancestral" else self.process.ddim_sample_loop
+        loop = self.process.p_sample_loop if self.sampler == "ancestral" else self.process.ddim_sample_loop
         y = torch.full((len(indices),), number, device=self.device)
         images = loop(
             self.model,
@@ -80,6 +82,7 @@ class Sampler:
             cond_fn=self.cond_fn,
             model_kwargs={"y": y},
             generator=generators,
+            progress=progress,
         )
         return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
 
@@ -122,13 +125,13 @@ def main() -> None:
                     log.info("%s: strengths %g .. %g in %s", name, PREVIEW_STRENGTHS[0], PREVIEW_STRENGTHS[-1], path)
             else:
                 folder = Path(config.workspace.root) / name
-                with exclusive(folder, run):
+                with folder_lock(folder, run):
                     draw_class(sampler, run, config, folder, number, args.overwrite, stop)
         board.close()
 
 
 def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
-    """Command line over settings, and what a type check cannot see."""
+    """Apply the command line to the settings, and check what depends on both."""
     if args.strength:
         config.strength = list(args.strength)
     if args.sampler:
@@ -141,12 +144,10 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
         config.classifier = None
     if len(config.strength) != 2 or not 0 <= config.strength[0] <= config.strength[1]:
         raise UsageError(f"strength: {config.strength} is not a range [low, high] with 0 <= low <= high")
-    if config.sampler not in ("ancestral", "ddim"):
-        raise UsageError(f"sampler: {config.sampler!r} is not ancestral or ddim")
 
 
 def check(config: EasyDict, path: Path) -> None:
-    """Find what is wrong with the settings before anything is loaded."""
+    """Check the settings before anything is loaded."""
     size = (config.dataset.H, config.dataset.W)
 
     def networks() -> None:
@@ -155,13 +156,12 @@ def check(config: EasyDict, path: Path) -> None:
             if config.classifier is not None:
                 create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
 
-    check_together(
+    collect_errors(
         path,
         [
             ("dataset", lambda: check_size(size, config.unet.channel_mult, "dataset.H, dataset.W")),
             ("unet, classifier", networks),
             ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
-            ("amp", lambda: resolve_precision(config.amp, torch.device("cpu"))),
         ],
     )
 
@@ -174,7 +174,7 @@ def class_list(config: EasyDict, content: dict, dataset: str | None, path: Path)
         return [str(name) for name in config.classes]
     info = find(dataset or "")
     if info is None or len(info.classes) != config.unet.class_number:
-        raise UsageError(f"{path} does not say its classes; list them in their order under `classes` in sample.yaml")
+        raise UsageError(f"{path} does not name its classes; list them in their order under `classes` in sample.yaml")
     return list(info.classes)
 
 
@@ -212,8 +212,8 @@ def set_up_sampler(config: EasyDict, run: Run, content: dict, unet_path: Path) -
     return Sampler(process, unet, cond_fn, config.sampler, precision, size, config.random_seed, run.device)
 
 
-def picture_seed(seed: int, name: str, index: int) -> int:
-    """The seed of one picture's random numbers."""
+def image_seed(seed: int, name: str, index: int) -> int:
+    """The seed of one image's random numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()[:8], "big") >> 1
 
 
@@ -226,37 +226,37 @@ def draw_class(
     overwrite: bool,
     stop: StopRequest,
 ) -> None:
-    """Complete the pictures 0 .. sample_number - 1 of a class; ranks share the batches.
+    """Complete the images 0 .. sample_number - 1 of a class; ranks share the batches.
 
     Raises:
-        Stopped: a signal has ended it after a batch; the same command goes on from there.
+        Stopped: a signal ended it after a batch; the same command continues from there.
     """
     low, high = config.strength
     if run.is_main:
-        clear_leftovers(folder)
+        remove_parts(folder)
         for path in folder.glob("rank*_*.jpg") if overwrite else ():
             path.unlink()
     distributed.barrier()
-    existing = {int(match[1]) for path in folder.glob("rank*_*.jpg") if (match := PICTURE_NAME.fullmatch(path.name))}
+    existing = {int(match[1]) for path in folder.glob("rank*_*.jpg") if (match := IMAGE_NAME.fullmatch(path.name))}
     # Every rank has looked before any of them writes.
     distributed.barrier()
     batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
-    for indices in progress(batches, run, folder.name):
+    for indices in progress_bar(batches, run, folder.name):
         missing = [i for i in indices if i not in existing]
         if not missing:
             continue
-        # The whole batch is drawn, so that a continued run gives the same pictures to the last bit.
-        pictures = sampler.draw(folder.name, number, indices, low, high)
-        for i, picture in zip(indices, pictures, strict=True):
+        # The whole batch is drawn, so that a continued run gives the same images to the last bit.
+        images = sampler.draw(folder.name, number, indices, low, high)
+        for i, image in zip(indices, images, strict=True):
             if i not in existing:
-                write_image(folder / f"rank{run.rank}_{i}.jpg", picture)
+                write_image(folder / f"rank{run.rank}_{i}.jpg", image)
         if stop.signal:
             log.info("signal %d: stopped; the same command without --overwrite goes on", stop.signal)
             raise Stopped(stop.signal)
     distributed.barrier()
     kept = len(existing & set(range(config.sample_number)))
     log.info(
-        "%s: %d pictures in %s, %d of them were there before%s",
+        "%s: %d images in %s, %d of them were there before%s",
         folder.name,
         config.sample_number,
         folder,
@@ -266,12 +266,12 @@ def draw_class(
 
 
 def preview(sampler: Sampler, name: str, number: int) -> np.ndarray:
-    """A strip of pictures: one column per strength, each row from the same random numbers."""
+    """A strip of images: one column per strength, each row from the same random numbers."""
     count = len(PREVIEW_STRENGTHS)
     strengths = torch.tensor(PREVIEW_STRENGTHS).repeat(PREVIEW_ROWS)
     indices = [row for row in range(PREVIEW_ROWS) for _ in range(count)]
-    pictures = sampler.draw(name, number, indices, strengths, strengths)
-    rows = [("", list(pictures[row * count : (row + 1) * count])) for row in range(PREVIEW_ROWS)]
+    images = sampler.draw(name, number, indices, strengths, strengths, progress=True)
+    rows = [("", list(images[row * count : (row + 1) * count])) for row in range(PREVIEW_ROWS)]
     return contact_sheet(rows, [f"s={s:g}" for s in PREVIEW_STRENGTHS])
 
 

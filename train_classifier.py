@@ -9,7 +9,6 @@ classifier_log/.
 """
 
 import argparse
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from easydict import EasyDict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from datasets.loaders import EpochBatches, SharedBatches, build_sdas_dataset, check_sdas_list, make_loader
+from datasets.build import build_sdas_dataset, check_sdas_list
+from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
 from utils import cli, distributed
-from utils.checkpoint import save_numbered
-from utils.config import check_together, load_config, model_kwargs, plain, pretrained_path
-from utils.distributed import Run, autocast
-from utils.lock import exclusive
-from utils.log import Meter, log, progress, set_up_logging
-from utils.optim import EMA, Stepper, accumulation_groups, build_optimizer, precision_of, seed_step
-from utils.resume import resumable
+from utils.checkpoint import load_for_resume, save_numbered
+from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
+from utils.lock import folder_lock
+from utils.log import Meter, log, progress_bar, set_up_logging
+from utils.optim import accumulation_groups, seed_step
+from utils.precision import autocast
 from utils.signals import stop_requests
-from utils.training import Saver, Training, report_step, trainer_checks
+from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
 
 T_BINS = 10
 
 
-class TestPictures(torch.utils.data.Dataset):
+class TestImages(Dataset):
     """A validation set keyed by index: the epoch that its samples depend on is always 0."""
 
-    def __init__(self, samples: torch.utils.data.Dataset) -> None:
+    def __init__(self, samples: Dataset) -> None:
         self.samples = samples
 
     def __len__(self) -> int:
@@ -48,17 +47,9 @@ class TestPictures(torch.utils.data.Dataset):
         return self.samples[0, index]
 
 
-@dataclass
-class ClassifierTraining(Training):
-    """With the averaged network, where one is kept, and the newest top-1 accuracy."""
-
-    ema: EMA | None
-    accuracy: float = 0.0
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this run")
     return parser.parse_args()
 
 
@@ -69,42 +60,43 @@ def main() -> None:
     check(config, path)
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
-    with distributed.session(args.device) as run, stop_requests(run) as stop, exclusive(checkpoints, run):
+    with distributed.session(args.device) as run, stop_requests(run) as stop, folder_lock(checkpoints, run):
         board = set_up_logging(run, out / config.saver.log_dir, "train_classifier")
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
-        test_set = TestPictures(build_sdas_dataset(config.dataset, "test", classes, config.random_seed))
+        test_set = TestImages(build_sdas_dataset(config.dataset, "test", classes, config.random_seed))
         batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed)
         loader = make_loader(train_set, batches, config.dataset.workers, run)
         test_batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
         test_loader = make_loader(test_set, test_batches, config.dataset.workers, run)
-        log.info("%d pictures of %d classes, %d test pictures", len(train_set), len(classes), len(test_set))
+        log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
 
-        resumed = resumable(checkpoints, run, args.resume)
-        training = set_up_training(config, run, resumed is not None)
-        if resumed:
-            restore(training, resumed, checkpoints)
-        position = training.position
-        every = config.trainer.save_freq_step
-        saver = Saver(checkpoints, run, stop, every, training.stepper, lambda: resumable_content(training, classes))
-        process = SpacedDiffusion(**config.TrainSampler)
-        for epoch in range(position.epoch, config.trainer.max_epoch):
-            batches.set_epoch(epoch, position.step_in_epoch * config.trainer.accumulate)
+        torch.manual_seed(config.random_seed)
+        saved = load_for_resume(checkpoints, run, args.resume)
+        network = build_network(config, saved is not None).to(run.device)
+        settings = {"arch": plain(config.classifier), "classes": classes}
+        training = set_up_training(config, network, run, settings, figures={"acc": 0.0})
+        if saved:
+            training.resume(saved, checkpoints)
+        progress = training.progress
+        saver = Saver(checkpoints, training, stop)
+        process, test_process = SpacedDiffusion(**config.TrainSampler), SpacedDiffusion(**config.TestSampler)
+        for epoch in range(progress.epoch, config.trainer.max_epoch):
+            batches.set_epoch(epoch, progress.step_in_epoch * config.trainer.accumulate)
             train_one_epoch(training, process, loader, board, saver)
-            position.finish_epoch()
-            last = position.epoch == config.trainer.max_epoch
-            if position.epoch % config.trainer.val_freq_epoch == 0 or last:
-                test_process = SpacedDiffusion(**config.TestSampler)
-                training.accuracy = validate(training, test_process, test_loader, board, position.epoch)
-            if position.epoch % config.trainer.save_freq_epoch == 0 or last:
+            progress.finish_epoch()
+            last = progress.epoch == config.trainer.max_epoch
+            if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
+                training.figures["acc"] = validate(training, test_process, test_loader, board)
+            if progress.epoch % config.trainer.save_freq_epoch == 0 or last:
                 if run.is_main:
-                    save_numbered(checkpoints, checkpoint_of(training, classes), config.saver.keep)
+                    save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
                 saver.save()
         board.close()
 
 
 def check(config: EasyDict, path: Path) -> None:
-    """Find what is wrong with the settings before anything is loaded or trained."""
+    """Check the settings before anything is loaded or trained."""
     size = config.dataset.input_size
 
     def network() -> None:
@@ -112,7 +104,7 @@ def check(config: EasyDict, path: Path) -> None:
             create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
 
     lists = [(split, lambda split=split: check_sdas_list(config, split, "classifier")) for split in ("train", "test")]
-    check_together(
+    collect_errors(
         path,
         [
             ("dataset", lambda: check_size(size, config.classifier.channel_mult, "dataset.input_size")),
@@ -125,35 +117,23 @@ def check(config: EasyDict, path: Path) -> None:
     )
 
 
-def set_up_training(config: EasyDict, run: Run, resumed: bool) -> ClassifierTraining:
-    """Network, its average where one is kept, and the optimiser."""
-    torch.manual_seed(config.random_seed)
+def build_network(config: EasyDict, resumed: bool) -> torch.nn.Module:
+    """The classifier, from classifier.pertrain_path unless the run is resumed."""
     start_weights = None if resumed else pretrained_path(config.classifier)
-    kwargs = model_kwargs(config.classifier)
-    network = create_classifier_unet(**kwargs, image_size=config.dataset.input_size, pertrain_path=start_weights)
-    network = network.to(run.device)
     if start_weights is None and not resumed:
         log.info("training from scratch (classifier.pertrain_path is not set)")
-    if config.trainer.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    ema = EMA(network, config.trainer.ema_decay) if config.trainer.ema_decay is not None else None
-    optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
-    precision = precision_of(config.trainer, run.device)
-    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm, config.trainer.max_bad_steps)
-    model = distributed.parallel(torch.compile(network) if config.trainer.compile else network, run)
-    return ClassifierTraining(config, run, network, model, stepper, precision, ema)
+    kwargs = model_kwargs(config.classifier)
+    return create_classifier_unet(**kwargs, image_size=config.dataset.input_size, pertrain_path=start_weights)
 
 
-def train_one_epoch(
-    training: ClassifierTraining, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver
-) -> None:
-    """One pass over the pictures, or over the rest of them in an epoch that is resumed."""
-    config, run, position = training.config, training.run, training.position
+def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+    """One pass over the images, or over the rest of them in an epoch that is resumed."""
+    config, run, progress = training.config, training.run, training.progress
     training.model.train()
     meter = Meter()
-    stream = iter(progress(loader, run, f"epoch {position.epoch + 1}"))
+    stream = iter(progress_bar(loader, run, f"epoch {progress.epoch + 1}"))
     for group in accumulation_groups(len(loader), config.trainer.accumulate):
-        seed_step(config.random_seed, position.step, run.rank)
+        seed_step(config.random_seed, progress.step, run.rank)
         for micro, batch in enumerate(islice(stream, group)):
             image, label = (batch[name].to(run.device, non_blocking=True) for name in ("image", "label"))
             t = torch.randint(process.num_timesteps, (len(image),), device=run.device)
@@ -167,11 +147,11 @@ def train_one_epoch(
             meter.add(values, len(image) * run.world_size)
         training.stepper.step()
         if training.ema is not None:
-            training.ema.update(training.network)
-        position.finish_step()
-        if position.step % config.trainer.print_freq_step == 0:
-            report_step(meter, board, position, training.stepper, run)
-        saver.after_step(position)
+            training.ema.update(training.network, progress.step)
+        progress.finish_step()
+        if progress.step % config.trainer.print_freq_step == 0:
+            report_step(training, meter, board)
+        saver.after_step()
 
 
 def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,18 +161,16 @@ def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def validate(
-    training: ClassifierTraining, process: SpacedDiffusion, loader: DataLoader, board: Any, epoch: int
-) -> float:
-    """Top-1 and top-3 accuracy on noisy test pictures of all ranks, also against t; returns top-1.
+def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any) -> float:
+    """Top-1 and top-3 accuracy on noisy test images of all ranks, also against t; returns top-1.
 
-    Each picture is seen once in each of T_BINS equal ranges of t, with noise of its own.
+    Each image is classified once in each of T_BINS equal ranges of t, with noise of its own.
     """
-    run = training.run
+    run, progress = training.run, training.progress
     model = training.ema.model if training.ema is not None else training.network
     model.eval()
-    counts = torch.zeros(3, T_BINS, dtype=torch.float64)  # pictures, top-1, top-3 by range of t
-    for batch in progress(loader, run, "validation"):
+    counts = torch.zeros(3, T_BINS, dtype=torch.float64)  # images, top-1, top-3 by range of t
+    for batch in progress_bar(loader, run, "validation"):
         image, label = (batch[name].to(run.device) for name in ("image", "label"))
         for k in range(T_BINS):
             t, noise = draw_for(batch["index"], k, process.num_timesteps, image)
@@ -201,23 +179,20 @@ def validate(
             top1, top3 = correct(logits, label)
             counts[:, k] += torch.stack([torch.ones_like(top1), top1, top3]).sum(1).double().cpu()
     distributed.all_reduce_sum(counts)
-    pictures, top1, top3 = counts.sum(1).tolist()
+    seen, top1, top3 = counts.sum(1).tolist()
     by_t = (counts[1] / counts[0].clamp(min=1)).tolist()
-    log.info(
-        "epoch %d  top-1 %.4f  top-3 %.4f  over %d pictures", epoch, top1 / pictures, top3 / pictures, pictures / T_BINS
-    )
+    text = "epoch %d  top-1 %.4f  top-3 %.4f  over %d images"
+    log.info(text, progress.epoch, top1 / seen, top3 / seen, seen / T_BINS)
     log.info("  top-1 by t from 0 to T: %s", "  ".join(f"{value:.3f}" for value in by_t))
-    board.add_scalar("validation/top1", top1 / pictures, training.position.step)
-    board.add_scalar("validation/top3", top3 / pictures, training.position.step)
+    board.add_scalar("validation/top1", top1 / seen, progress.step)
+    board.add_scalar("validation/top3", top3 / seen, progress.step)
     for k, value in enumerate(by_t):
-        board.add_scalar(
-            f"validation_top1_by_t/{k * process.num_timesteps // T_BINS:04d}", value, training.position.step
-        )
-    return top1 / pictures
+        board.add_scalar(f"validation_top1_by_t/{k * process.num_timesteps // T_BINS:04d}", value, progress.step)
+    return top1 / seen
 
 
 def draw_for(indices: torch.Tensor, k: int, steps: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A timestep of range k and noise for each picture, the same in every validation."""
+    """A timestep of range k and noise for each image, the same in every validation."""
     t, noise = [], []
     for index in indices.tolist():
         generator = torch.Generator().manual_seed(index * T_BINS + k)
@@ -225,38 +200,6 @@ def draw_for(indices: torch.Tensor, k: int, steps: int, like: torch.Tensor) -> t
         t.append(torch.randint(low, min(high, steps), (), generator=generator))
         noise.append(torch.randn(like.shape[1:], generator=generator))
     return torch.stack(t).to(like.device), torch.stack(noise).to(like)
-
-
-def checkpoint_of(training: ClassifierTraining, classes: list[str]) -> dict[str, Any]:
-    """The networks, for guidance."""
-    content = {
-        "epoch": training.position.epoch,
-        "arch": plain(training.config.classifier),
-        "classes": classes,
-        "state_dict": training.network.state_dict(),
-        "acc": training.accuracy,
-    }
-    if training.ema is not None:
-        content["ema_state_dict"] = training.ema.model.state_dict()
-    return content
-
-
-def resumable_content(training: ClassifierTraining, classes: list[str]) -> dict[str, Any]:
-    """Everything that a resumed run needs."""
-    updates = training.ema.updates if training.ema is not None else 0
-    return training.resumable({**checkpoint_of(training, classes), "ema_updates": updates})
-
-
-def restore(training: ClassifierTraining, content: dict[str, Any], checkpoints: Path) -> None:
-    """Continue from a saved state."""
-
-    def own(content: dict[str, Any]) -> None:
-        if training.ema is not None:
-            training.ema.model.load_state_dict(content["ema_state_dict"])
-            training.ema.updates = content["ema_updates"]
-        training.accuracy = content["acc"]
-
-    training.restore(content, checkpoints, own)
 
 
 if __name__ == "__main__":

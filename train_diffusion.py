@@ -9,7 +9,7 @@ and, at every validation, one contact sheet per class to diffusion_vis/.
 """
 
 import argparse
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,42 +19,29 @@ import torch
 from easydict import EasyDict
 from torch.utils.data import DataLoader
 
-from datasets.loaders import EpochBatches, build_sdas_dataset, check_sdas_list, make_loader
+from datasets.build import build_sdas_dataset, check_sdas_list
+from datasets.loaders import EpochBatches, make_loader
 from datasets.sdas import SDASDataset
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
 from utils import cli, distributed
-from utils.checkpoint import save_numbered
-from utils.config import check_together, load_config, model_kwargs, plain, pretrained_path
-from utils.distributed import Run, autocast
-from utils.lock import exclusive
-from utils.log import Meter, log, progress, set_up_logging
-from utils.optim import EMA, EpochLoss, Stepper, accumulation_groups, build_optimizer, precision_of, seed_step
+from utils.checkpoint import load_for_resume, save_numbered
+from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
+from utils.lock import folder_lock
+from utils.log import Meter, log, progress_bar, set_up_logging
+from utils.optim import EpochLoss, accumulation_groups, seed_step
 from utils.pictures import contact_sheet, to_uint8, write_image
-from utils.resume import resumable
+from utils.precision import autocast
 from utils.signals import stop_requests
-from utils.training import Saver, Training, report_step, trainer_checks
+from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
 
 STRENGTHS = (0.0, 0.1, 0.2)
-PICTURES_PER_CLASS = 4
-
-
-@dataclass
-class DiffusionTraining(Training):
-    """With the averaged network."""
-
-    ema: EMA
-    loss: EpochLoss
-
-    def evaluated(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The averaged network, in the training's precision."""
-        with autocast(self.run.device, self.precision):
-            return self.ema.model(x, t, y)
+IMAGES_PER_CLASS = 4
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this run")
     return parser.parse_args()
 
 
@@ -65,46 +52,48 @@ def main() -> None:
     check(config, path)
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
-    with distributed.session(args.device) as run, stop_requests(run) as stop, exclusive(checkpoints, run):
+    with distributed.session(args.device) as run, stop_requests(run) as stop, folder_lock(checkpoints, run):
         board = set_up_logging(run, out / config.saver.log_dir, "train_diffusion")
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
         test_set = build_sdas_dataset(config.dataset, "test", classes, config.random_seed)
         batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed)
         loader = make_loader(train_set, batches, config.dataset.workers, run)
-        log.info("%d pictures of %d classes, %d test pictures", len(train_set), len(classes), len(test_set))
+        log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
 
-        resumed = resumable(checkpoints, run, args.resume)
-        training = set_up_training(config, run, resumed is not None)
-        if resumed:
-            restore(training, resumed, checkpoints)
-        position = training.position
-        every = config.trainer.save_freq_step
-        saver = Saver(checkpoints, run, stop, every, training.stepper, lambda: resumable_content(training, classes))
+        torch.manual_seed(config.random_seed)
+        saved = load_for_resume(checkpoints, run, args.resume)
+        network = build_network(config, saved is not None).to(run.device)
+        settings = {"arch": plain(config.unet), "classes": classes}
+        training = set_up_training(config, network, run, settings, epoch_loss=EpochLoss(run.device))
+        if saved:
+            training.resume(saved, checkpoints)
+        progress = training.progress
+        saver = Saver(checkpoints, training, stop)
         process = SpacedDiffusion(**config.TrainSampler)
-        for epoch in range(position.epoch, config.trainer.max_epoch):
-            batches.set_epoch(epoch, position.step_in_epoch * config.trainer.accumulate)
+        for epoch in range(progress.epoch, config.trainer.max_epoch):
+            batches.set_epoch(epoch, progress.step_in_epoch * config.trainer.accumulate)
             train_one_epoch(training, process, loader, board, saver)
-            position.finish_epoch()
-            last = position.epoch == config.trainer.max_epoch
-            if position.epoch % config.trainer.val_freq_epoch == 0 or last:
-                # First, since the pictures of a validation take long: a run that is killed meanwhile loses only them.
+            progress.finish_epoch()
+            last = progress.epoch == config.trainer.max_epoch
+            if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
+                # Saved first: drawing the validation's images takes long, and a run killed meanwhile loses only them.
                 if run.is_main:
-                    save_numbered(checkpoints, checkpoint_of(training, classes), config.saver.keep)
+                    save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
                 saver.save()
-                validate(training, test_set, classes, board, out / config.saver.vis_dir, position.epoch)
+                validate(training, test_set, classes, board, out / config.saver.vis_dir)
         board.close()
 
 
 def check(config: EasyDict, path: Path) -> None:
-    """Find what is wrong with the settings before anything is loaded or trained."""
+    """Check the settings before anything is loaded or trained."""
 
     def network() -> None:
         with torch.device("meta"):
             create_diffusion_unet(**model_kwargs(config.unet))
 
     lists = [(split, lambda split=split: check_sdas_list(config, split, "unet")) for split in ("train", "test")]
-    check_together(
+    collect_errors(
         path,
         [
             ("dataset", lambda: check_size(config.dataset.input_size, config.unet.channel_mult, "dataset.input_size")),
@@ -118,38 +107,24 @@ def check(config: EasyDict, path: Path) -> None:
     )
 
 
-def set_up_training(config: EasyDict, run: Run, resumed: bool) -> DiffusionTraining:
-    """Network, its average, and the optimiser."""
-    torch.manual_seed(config.random_seed)
+def build_network(config: EasyDict, resumed: bool) -> torch.nn.Module:
+    """The U-Net, from unet.pertrain_path unless the run is resumed."""
     start_weights = None if resumed else pretrained_path(config.unet)
-    network = create_diffusion_unet(**model_kwargs(config.unet), pertrain_path=start_weights).to(run.device)
     if start_weights is None and not resumed:
         log.info("training from scratch (unet.pertrain_path is not set)")
-    if config.trainer.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    ema = EMA(network, config.trainer.ema_decay)
-    optimizer = build_optimizer(config.trainer.optimizer, network, run.device)
-    precision = precision_of(config.trainer, run.device)
-    stepper = Stepper(network, optimizer, precision, config.trainer.clip_max_norm, config.trainer.max_bad_steps)
-    compiled = torch.compile(network) if config.trainer.compile else network
-    model = distributed.parallel(compiled, run)
-    parameters = sum(p.numel() for p in network.parameters())
-    log.info("U-Net with %.1f M parameters on %s x %d", parameters / 1e6, run.device.type, run.world_size)
-    return DiffusionTraining(config, run, network, model, stepper, precision, ema, EpochLoss(run.device))
+    return create_diffusion_unet(**model_kwargs(config.unet), pertrain_path=start_weights)
 
 
-def train_one_epoch(
-    training: DiffusionTraining, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver
-) -> None:
-    """One pass over the pictures, or over the rest of them in an epoch that is resumed."""
-    config, run, position = training.config, training.run, training.position
+def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+    """One pass over the images, or over the rest of them in an epoch that is resumed."""
+    config, run, progress = training.config, training.run, training.progress
     training.model.train()
     meter = Meter()
-    if position.step_in_epoch == 0:
-        training.loss.reset()
-    stream = iter(progress(loader, run, f"epoch {position.epoch + 1}"))
+    if progress.step_in_epoch == 0:
+        training.epoch_loss.reset()
+    stream = iter(progress_bar(loader, run, f"epoch {progress.epoch + 1}"))
     for group in accumulation_groups(len(loader), config.trainer.accumulate):
-        seed_step(config.random_seed, position.step, run.rank)
+        seed_step(config.random_seed, progress.step, run.rank)
         for micro, batch in enumerate(islice(stream, group)):
             image = batch["image"].to(run.device, non_blocking=True)
             if config.trainer.channels_last:
@@ -163,108 +138,85 @@ def train_one_epoch(
                 loss = losses["loss"].mean()
                 training.stepper.backward(loss / group)
             meter.add({name: value.detach().mean() for name, value in losses.items()}, len(image) * run.world_size)
-            training.loss.add(loss.detach(), 1 / group)
+            training.epoch_loss.add(loss.detach(), 1 / group)
         training.stepper.step()
-        training.ema.update(training.network)
-        position.finish_step()
-        if position.step % config.trainer.print_freq_step == 0:
-            report_step(meter, board, position, training.stepper, run)
-        saver.after_step(position)
+        training.ema.update(training.network, progress.step)
+        progress.finish_step()
+        if progress.step % config.trainer.print_freq_step == 0:
+            report_step(training, meter, board)
+        saver.after_step()
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def validate(
-    training: DiffusionTraining, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path, epoch: int
-) -> None:
-    """Per class a sheet of real pictures, their DDIM reconstructions, and samples at rising strength from one noise.
+def validate(training: Training, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path) -> None:
+    """Per class a sheet of real images, their DDIM reconstructions, and samples at rising strength from one noise.
 
-    Logs the reconstruction error over `val_batch_number` batches of test pictures; ranks share the classes.
+    Logs the reconstruction error over `val_batch_number` batches of test images; ranks share the classes.
     """
-    config, run = training.config, training.run
+    config, run, epoch = training.config, training.run, training.progress.epoch
     process = SpacedDiffusion(**config.TestSampler)
     criterion = build_criterion(config.criterion)
     per_class = max(1, config.trainer.val_batch_number * config.dataset.batch_size // len(classes))
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64)  # summed error, images
     sheets = {}
-    for number, name in progress(list(enumerate(classes))[run.rank :: run.world_size], run, "validation"):
-        chosen = [i for i, sample in enumerate(test_set.samples) if sample.clsname == name][:per_class]
+    for number, name in progress_bar(list(enumerate(classes))[run.rank :: run.world_size], run, "validation"):
+        chosen = test_set.images.of_class(name)[:per_class]
         rows = []
         for start in range(0, len(chosen), config.dataset.batch_size):
             indices = chosen[start : start + config.dataset.batch_size]
             images = torch.stack([test_set[epoch, i]["image"] for i in indices]).to(run.device)
-            y = torch.full((len(indices),), number, device=run.device)
-            inverted = process.ddim_reverse_sample_loop(training.evaluated, images, {"y": y})
-            recon = process.ddim_sample_loop(training.evaluated, inverted, model_kwargs={"y": y})
+            recon = reconstruct(training, process, images, number)
             error = sum(loss({"image": images, "image_recon": recon}) for loss in criterion.values())
             totals += torch.tensor([float(error) * len(indices), len(indices)], dtype=torch.float64)
             if not rows:
-                rows = [("real", pictures_of(images)), ("DDIM reconstruction", pictures_of(recon))]
-        rows += sample_rows(training, process, number, test_set.size)
+                rows = [("real", first_images(images)), ("DDIM reconstruction", first_images(recon))]
+        rows += sample_rows(training, process, number, test_set.preprocessing.size)
         sheets[name] = contact_sheet(rows)
     gathered = distributed.gather(sheets)
     distributed.all_reduce_sum(totals)
     if run.is_main:
         for name, sheet in {k: v for part in gathered for k, v in part.items()}.items():
             write_image(vis_dir / f"epoch_{epoch}" / f"{name}.png", sheet)
-            board.add_image(f"validation/{name}", sheet, training.position.step, dataformats="HWC")
+            board.add_image(f"validation/{name}", sheet, training.progress.step, dataformats="HWC")
         if totals[1]:
             error = float(totals[0] / totals[1])
-            board.add_scalar("validation/reconstruction_error", error, training.position.step)
+            board.add_scalar("validation/reconstruction_error", error, training.progress.step)
             log.info("epoch %d  reconstruction error %.5f  pictures in %s", epoch, error, vis_dir / f"epoch_{epoch}")
 
 
+def averaged_model(training: Training, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The averaged network's prediction, in the training's precision."""
+    with autocast(training.run.device, training.precision):
+        return training.ema.model(x, t, y)
+
+
+def reconstruct(training: Training, process: SpacedDiffusion, images: torch.Tensor, number: int) -> torch.Tensor:
+    """Images (N,3,H,W) of a class, inverted to noise and sampled back by DDIM."""
+    model, y = partial(averaged_model, training), torch.full((len(images),), number, device=images.device)
+    noise = process.ddim_reverse_sample_loop(model, images, {"y": y})
+    return process.ddim_sample_loop(model, noise, model_kwargs={"y": y})
+
+
 def sample_rows(
-    training: DiffusionTraining, process: SpacedDiffusion, number: int, size: tuple[int, int]
+    training: Training, process: SpacedDiffusion, number: int, size: tuple[int, int]
 ) -> list[tuple[str, list[np.ndarray]]]:
-    """A row of pictures of a class for each strength, from the same noise."""
+    """A row of samples of a class for each strength, from the same noise."""
     device, rows = training.run.device, []
-    y = torch.full((PICTURES_PER_CLASS,), number, device=device)
+    model, y = partial(averaged_model, training), torch.full((IMAGES_PER_CLASS,), number, device=device)
     for s in STRENGTHS:
         generator = torch.Generator().manual_seed(training.config.random_seed)
-        noise = torch.randn(PICTURES_PER_CLASS, 3, *size, generator=generator).to(device)
-        drawn = process.p_sample_loop(training.evaluated, noise, s=s, model_kwargs={"y": y}, generator=generator)
-        rows.append((f"sampled, s = {s:g}", pictures_of(drawn)))
+        noise = torch.randn(IMAGES_PER_CLASS, 3, *size, generator=generator).to(device)
+        samples = process.p_sample_loop(model, noise, s=s, model_kwargs={"y": y}, generator=generator)
+        rows.append((f"sampled, s = {s:g}", first_images(samples)))
     return rows
 
 
-def pictures_of(images: torch.Tensor) -> list[np.ndarray]:
+def first_images(images: torch.Tensor) -> list[np.ndarray]:
     """The first few of a batch in [-1, 1] as (H,W,3) uint8."""
-    return list(to_uint8(images[:PICTURES_PER_CLASS].float().cpu().numpy(), (0.5,) * 3, (0.5,) * 3))
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def checkpoint_of(training: DiffusionTraining, classes: list[str]) -> dict[str, Any]:
-    """The networks, for sampling."""
-    return {
-        "epoch": training.position.epoch,
-        "arch": plain(training.config.unet),
-        "classes": classes,
-        "state_dict": training.network.state_dict(),
-        "ema_state_dict": training.ema.model.state_dict(),
-        "loss": training.loss.mean(),
-    }
-
-
-def resumable_content(training: DiffusionTraining, classes: list[str]) -> dict[str, Any]:
-    """Everything that a resumed run needs."""
-    own = {"ema_updates": training.ema.updates, "epoch_loss": training.loss.state_dict()}
-    return training.resumable({**checkpoint_of(training, classes), **own})
-
-
-def restore(training: DiffusionTraining, content: dict[str, Any], checkpoints: Path) -> None:
-    """Continue from a saved state."""
-
-    def own(content: dict[str, Any]) -> None:
-        training.ema.model.load_state_dict(content["ema_state_dict"])
-        training.ema.updates = content["ema_updates"]
-        training.loss.load_state_dict(content["epoch_loss"])
-
-    training.restore(content, checkpoints, own)
+    return list(to_uint8(images[:IMAGES_PER_CLASS].float().cpu().numpy(), (0.5,) * 3, (0.5,) * 3))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/data.py
     python benchmarks/data.py --size 192 320 --source 1024
 
-Unit: decode one SDAS picture of the input size and turn two pictures into normalised tensors. A cached SDAS-anomaly
+Unit: decode one SDAS image of the input size and turn two images into normalised tensors. A cached SDAS-anomaly
 sample may cost 2.5 of these; an uncached one that much plus the decoding and resizing of its source.
 """
 
@@ -24,9 +24,9 @@ from skimage import data as photographs
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.catalog import ForegroundRule
-from datasets.images import read_picture
-from datasets.lists import Sample
-from datasets.realnet import Appearance, RealNetTrainSet, Synthesis
+from datasets.images import Augmentation, Preprocessing, read_image
+from datasets.lists import ImageList, Sample
+from datasets.realnet import RealNetTrainSet, Synthesis
 from preparation.demo import CLASSES, TEXTURES
 
 SOURCES, DRAWN, ROUNDS, PER_ROUND = 12, 48, 15, 48
@@ -38,12 +38,12 @@ FOREGROUND = {"channel": "gray", "threshold": "otsu", "close": 6, "open": 6}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"), help="input size")
-    parser.add_argument("--source", type=int, default=900, help="side of the good pictures on disk")
+    parser.add_argument("--source", type=int, default=900, help="side of the good images on disk")
     return parser.parse_args()
 
 
-def make_pictures(folder: Path, size: tuple[int, int], source: int) -> list[Sample]:
-    """Photographs as good pictures (PNG), SDAS pictures (JPEG as sample.py writes them) and textures."""
+def make_images(folder: Path, size: tuple[int, int], source: int) -> list[Sample]:
+    """Photographs as good images (PNG), SDAS images (JPEG as sample.py writes them) and textures."""
     rng = np.random.default_rng(0)
     for name in ("good", "sdas", "dtd"):
         (folder / name).mkdir()
@@ -64,11 +64,12 @@ def make_pictures(folder: Path, size: tuple[int, int], source: int) -> list[Samp
     return samples
 
 
-def make_set(folder: Path, samples: list[Sample], appearance: Appearance, kind: str, cache_mb: int) -> RealNetTrainSet:
+def make_set(
+    folder: Path, samples: list[Sample], preprocessing: Preprocessing, kind: str, cache_mb: int
+) -> RealNetTrainSet:
     synthesis = Synthesis({kind: 1.0}, sdas_dir=str(folder / "sdas"), dtd_dir=str(folder / "dtd"))
-    dataset = RealNetTrainSet(samples, folder, "own", FOREGROUND, appearance, synthesis, 0, cache_mb=cache_mb)
-    assert dataset.rules["photograph"] == ForegroundRule(**FOREGROUND)
-    return dataset
+    rules = {"photograph": ForegroundRule(**FOREGROUND)}
+    return RealNetTrainSet(ImageList(samples, folder), rules, preprocessing, synthesis, Augmentation(), 0, cache_mb)
 
 
 def seconds(task: Callable[[int], object], start: int) -> float:
@@ -85,23 +86,23 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     size = tuple(args.size)
-    appearance = Appearance(size, MEAN, STD)
+    preprocessing = Preprocessing(size, MEAN, STD)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        samples = make_pictures(folder, size, args.source)
-        ready = [read_picture(folder / sample.filename, size) for sample in samples]
+        samples = make_images(folder, size, args.source)
+        ready = [read_image(folder / sample.filename, size) for sample in samples]
 
         def unit(i: int) -> None:
-            appearance.tensor(read_picture(folder / f"sdas/rank0_{i % DRAWN}.jpg"))
-            appearance.tensor(ready[i % SOURCES])
+            preprocessing.tensor(read_image(folder / f"sdas/rank0_{i % DRAWN}.jpg"))
+            preprocessing.tensor(ready[i % SOURCES])
 
         def decode(i: int) -> None:
-            read_picture(folder / samples[i % SOURCES].filename, size)
+            read_image(folder / samples[i % SOURCES].filename, size)
 
         tasks: dict[str, Callable[[int], object]] = {"unit": unit, "decode": decode}
         for kind in ("normal", "sdas", "dtd"):
             for cache_mb in (64, 0):
-                dataset = make_set(folder, samples, appearance, kind, cache_mb)
+                dataset = make_set(folder, samples, preprocessing, kind, cache_mb)
                 tasks[f"{kind} {'cached' if cache_mb else 'uncached'}"] = lambda i, d=dataset: d[
                     i // SOURCES, i % SOURCES
                 ]
@@ -117,8 +118,8 @@ def main() -> None:
 
 def report(cost: dict[str, float], size: tuple[int, int], source: int) -> None:
     unit, decode = cost["unit"], cost["decode"]
-    print(f"input {size[0]}x{size[1]}, good pictures {source}x{source} PNG; medians of {ROUNDS} rounds")
-    print(f"unit (decode an SDAS picture, normalise two): {1e3 * unit:.2f} ms; decode and resize a source: ", end="")
+    print(f"input {size[0]}x{size[1]}, good images {source}x{source} PNG; medians of {ROUNDS} rounds")
+    print(f"unit (decode an SDAS image, normalise two): {1e3 * unit:.2f} ms; decode and resize a source: ", end="")
     print(f"{1e3 * decode:.2f} ms = {decode / unit:.2f} units\n")
     print(f"{'sample':16} {'samples/s':>9} {'units':>6}  limit")
     for name, value in cost.items():

@@ -1,4 +1,4 @@
-"""The long form of what must survive: kills, signals, hostile files, bad settings, full disks, dead ranks, leaks.
+"""Fault tolerance, tested at length: kills, signals, hostile files, bad settings, full disks, dead ranks, leaks.
 
     python benchmarks/faults.py                  all points (about half an hour on two cores)
     python benchmarks/faults.py --only kills --kills 10
@@ -17,131 +17,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.jobs import SMALL, Job, kill_tree, leftovers, result_of, run, same, start, train_for_sampling
 from preparation.demo import make_demo
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UsageError
-from utils.resume import LAST
 
 LEAK_WARM_UP = 200  # steps
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-UNET = ["dataset.input_size=[16, 16]", "dataset.batch_size=8", "trainer.accumulate=2", "trainer.save_freq_step=5"]
-SMALL = {
-    "train_diffusion.py": [
-        *UNET, "trainer.max_epoch=4", "trainer.val_freq_epoch=4",
-        "unet.classifier_width=32", "unet.num_head_channels=32",
-    ],
-    "train_classifier.py": [
-        *UNET, "trainer.max_epoch=8", "trainer.val_freq_epoch=8", "trainer.save_freq_epoch=4",
-        "classifier.classifier_width=32", "classifier.num_head_channels=32",
-    ],
-    "sample.py": [
-        "dataset.H=16", "dataset.W=16", "dataset.batch_size=4", "sample_number=200", "classifier=null",
-        "unet.classifier_width=32", "unet.num_head_channels=32", "unet.pertrain_path=trained/",
-    ],
-    "train_realnet.py": [
-        "dataset.input_size=[64, 64]", "trainer.max_epoch=4", "trainer.val_freq_epoch=2", "trainer.save_freq_step=5",
-        "net.afs.kwargs.init_bsn=4", "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}",
-    ],
-}  # fmt: skip
-
-
-@dataclass
-class Job:
-    """A script with small settings, on one or two ranks, whose outputs go to a folder of its own."""
-
-    script: str
-    ranks: int
-    stage: str
-
-    def command(self, *arguments: str) -> list[str]:
-        launcher = TORCHRUN if self.ranks == 2 else []
-        own = [f"saver.checkpoints_dir={self.stage}/", f"saver.log_dir={self.stage}_log/"]
-        own += [f"workspace.root={self.stage}"] if self.script == "sample.py" else [f"saver.vis_dir={self.stage}_vis/"]
-        settings = [part for setting in [*SMALL[self.script], *own] for part in ("--set", setting)]
-        one_class = ["--class_name", "brick"] if self.script in ("sample.py", "train_realnet.py") else []
-        return [
-            sys.executable,
-            *launcher,
-            str(ROOT / self.script),
-            "--dataset",
-            "demo",
-            *one_class,
-            *settings,
-            *arguments,
-        ]
-
-    @property
-    def resume(self) -> list[str]:
-        return [] if self.script == "sample.py" else ["--resume"]
-
-    def folder(self, work: Path) -> Path:
-        if self.script == "sample.py":
-            return work / self.stage / "brick"
-        return work / "experiments/demo" / self.stage / ("brick" if self.script == "train_realnet.py" else "")
-
-
-def run(job: Job, work: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(job.command(*arguments), cwd=work, capture_output=True, text=True, timeout=900, check=False)
-
-
-def start(job: Job, work: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(job.command(*arguments), cwd=work, env={**os.environ, **environment}, **pipes)
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all below it: a launcher puts its ranks into process groups of their own."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = dict(map(int, line.split()) for line in listing.splitlines())
-    doomed, found = {pid}, True
-    while found:
-        found = {child for child, parent in parents.items() if parent in doomed} - doomed
-        doomed |= found
-    for victim in doomed:
-        with suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-
-
-def result_of(job: Job, work: Path) -> dict[str, object]:
-    """What has to be the same: weights and optimiser of a training, pictures of a sampling."""
-    folder = job.folder(work)
-    if job.script == "sample.py":
-        return {path.name.partition("_")[2]: path.read_bytes() for path in folder.glob("rank*.jpg")}
-    content = load_checkpoint(folder / LAST)
-    flat = {f"weight {name}": value for name, value in content["state_dict"].items()}
-    flat |= {f"average {name}": value for name, value in content.get("ema_state_dict", {}).items()}
-    for key, state in content["stepper"]["optimizer"]["state"].items():
-        flat |= {f"optimiser {key} {name}": value for name, value in state.items()}
-    return flat
-
-
-def same(first: dict[str, object], second: dict[str, object]) -> bool:
-    def equal(a: object, b: object) -> bool:
-        return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-    return first.keys() == second.keys() and all(equal(first[name], second[name]) for name in first)
-
-
-def train_for_sampling(work: Path) -> None:
-    """The diffusion model that sample.py draws with; trained where a point needs it first."""
-    if not (work / "trained").exists():
-        job = Job("train_diffusion.py", 1, "sampled_from")
-        assert run(job, work).returncode == 0
-        shutil.copytree(job.folder(work), work / "trained")
-
-
-def leftovers(work: Path) -> list[Path]:
-    return [path for pattern in (".part-*", ".lock", "ckpt_next*") for path in work.rglob(pattern)]
 
 
 # ---- points ----------------------------------------------------------------------------------------------------------
@@ -154,7 +43,7 @@ def kills(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str
     for i, (script, ranks) in enumerate(jobs):
         if script == "sample.py":
             train_for_sampling(work)
-        mine = args.kills // len(jobs) + (i < args.kills % len(jobs))
+        wanted = args.kills // len(jobs) + (i < args.kills % len(jobs))
         whole, killed = (Job(script, ranks, f"{what}{ranks}_{script[:-3]}") for what in ("whole", "killed"))
         began = time.monotonic()
         done = run(whole, work)
@@ -163,7 +52,7 @@ def kills(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str
             yield f"{script}, {ranks} rank(s)", False, done.stderr.strip()[-200:]
             continue
         hit, different = 0, 0
-        while hit < mine:
+        while hit < wanted:
             process = start(killed, work, *killed.resume)
             try:
                 process.communicate(timeout=rng.uniform(0.5, took))
@@ -194,9 +83,9 @@ def sigterm(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, s
         began = time.monotonic()
         out, _ = process.communicate(timeout=120)
         took = time.monotonic() - began
-        told = f"signal {int(signal.SIGTERM)}: saved after step" in out
+        announced = f"signal {int(signal.SIGTERM)}: saved after step" in out
         resumed = run(job, work, "--resume")
-        held = told and resumed.returncode == 0 and "resumed" in resumed.stdout
+        held = announced and resumed.returncode == 0 and "resumed" in resumed.stdout
         yield f"SIGTERM, {script}", held, f"ended after {took:.1f} s, {'resumed' if held else 'NOT resumed'}"
 
 
@@ -207,19 +96,19 @@ def dead_rank(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool,
         job = Job("train_realnet.py", 2, f"dead{victim}")
         process = start(job, work)
         wait(lambda job=job: (job.folder(work) / LAST).is_file(), process)
-        found = subprocess.run(
+        listing = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
         )
-        os.kill([int(line) for line in found.stdout.split()][-2:][victim], signal.SIGKILL)
+        os.kill([int(line) for line in listing.stdout.split()][-2:][victim], signal.SIGKILL)
         began = time.monotonic()
         _, err = process.communicate(timeout=120)
         took = time.monotonic() - began
-        told = "connection to another rank is lost" in err or "Signal 9" in err
-        yield f"rank {victim} killed", took < 60 and told and process.returncode != 0, f"ended after {took:.1f} s"
+        explained = "connection to another rank is lost" in err or "Signal 9" in err
+        yield f"rank {victim} killed", took < 60 and explained and process.returncode != 0, f"ended after {took:.1f} s"
 
 
 def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """A small tmpfs under checkpoints and under pictures: a message, the state before intact, resumed with space."""
+    """A small tmpfs under checkpoints and under images: a message, the state before intact, resumed with space."""
     del args
     train_for_sampling(work)
     for script in ("train_classifier.py", "sample.py"):
@@ -240,14 +129,14 @@ def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool,
                 except OSError:
                     pass
             _, err = process.communicate(timeout=300)
-            told = process.returncode == 1 and "No space left on device" in err and "Traceback" not in err
+            explained = process.returncode == 1 and "No space left on device" in err and "Traceback" not in err
             intact = script == "sample.py" or readable(place / LAST)
             fill.unlink()
             resumed = run(job, work, *job.resume)
             whole = Job(script, 1, f"whole1_{script[:-3]}")
             equal = same(result_of(whole, work), result_of(job, work)) if whole.folder(work).exists() else True
-            held = told and intact and resumed.returncode == 0 and equal
-            yield f"disk full, {script}", held, "told, intact, resumed, identical" if held else err.strip()[-160:]
+            held = explained and intact and resumed.returncode == 0 and equal
+            yield f"disk full, {script}", held, "explained, intact, resumed, identical" if held else err.strip()[-160:]
 
 
 def readable(path: Path) -> bool:

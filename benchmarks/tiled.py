@@ -1,10 +1,10 @@
-"""A 12-pixel defect in a 1280x1024 picture: found in tiles, not in the picture resized to the input size.
+"""A 12-pixel defect in a 1280x1024 image: found in tiles, not in the image resized to the input size.
 
     python benchmarks/tiled.py --work tiled
 
-Makes pictures of brushed metal (drawn, so that they have no seams at any size), trains a detector on 128x128 ones
-with the demo's settings, and scores large ones with and without a defect, whole and in tiles. A large picture has over
-a hundred tiles and is called anomalous for any of them: the threshold admits no false alarm on 240 good pictures.
+Makes images of brushed metal (drawn, so that they have no seams at any size), trains a detector on 128x128 ones
+with the demo's settings, and scores large ones with and without a defect, whole and in tiles. A large image has over
+a hundred tiles and is called anomalous for any of them: the threshold admits no false alarm on 240 good images.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def brushed_metal(height: int, width: int, rng: np.random.Generator) -> np.ndarr
 
 
 def pit(image: np.ndarray, centre: tuple[int, int], diameter: float) -> tuple[np.ndarray, np.ndarray]:
-    """A dark round pit with a soft edge. Returns picture and mask (0 or 255)."""
+    """A dark round pit with a soft edge. Returns image and mask (0 or 255)."""
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
     distance = np.hypot(y - centre[1], x - centre[0])
     alpha = np.clip(diameter / 2 + 0.5 - distance, 0, 1) * 0.85
     return (image * (1 - alpha) + 25 * alpha).astype(np.uint8), (distance <= diameter / 2).astype(np.uint8) * 255
 
 
-def make_pictures(work: Path) -> None:
+def make_images(work: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(TRAIN):
         write_image(work / f"metal/train/good/{i:03d}.png", brushed_metal(SIDE, SIDE, rng))
@@ -52,8 +52,8 @@ def make_pictures(work: Path) -> None:
         write_image(work / f"metal/test/good/{i:03d}.png", brushed_metal(SIDE, SIDE, rng))
     for i in range(BAD):
         centre = tuple(int(v) for v in rng.integers(16, SIDE - 16, 2))
-        picture, mask = pit(brushed_metal(SIDE, SIDE, rng), centre, float(rng.uniform(9, 18)))
-        write_image(work / f"metal/test/pit/{i:03d}.png", picture)
+        image, mask = pit(brushed_metal(SIDE, SIDE, rng), centre, float(rng.uniform(9, 18)))
+        write_image(work / f"metal/test/pit/{i:03d}.png", image)
         write_image(work / f"metal/ground_truth/pit/{i:03d}_mask.png", mask)
     large = brushed_metal(*LARGE, rng)
     write_image(work / "large/good.png", large)
@@ -66,7 +66,7 @@ def run(*arguments: str, folder: Path) -> None:
 
 
 def settings(work: Path) -> list[str]:
-    """The demo's settings for these pictures."""
+    """The demo's settings for these images."""
     values = {
         "dataset.train.meta_file": "data/metal/samples/train_{}.json",
         "dataset.test.meta_file": "data/metal/samples/test_{}.json",
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("tiled"), help="folder for everything (default: tiled)")
     work = parser.parse_args().work
-    make_pictures(work)
+    make_images(work)
     make_textures(work / "textures", 0)
     run("prepare_data.py", "--dataset", "metal", "--root", "metal", folder=work)
     trained = ["--config", str(ROOT / "experiments/demo/realnet.yaml"), "--class_name", "metal", *settings(work)]
@@ -104,20 +104,18 @@ def main() -> None:
             row = row_of(work / name, file)
             print(f"{name}, {file:8}  score {float(row['score']):.4f}  {row['verdict']}")
     write_image(work / "tiled.png", sheet(work))
-    print(f"pictures: {work / 'tiled.png'}")
+    print(f"images: {work / 'tiled.png'}")
 
 
 def sheet(work: Path) -> np.ndarray:
-    """The large picture with the pit marked, and its two heat maps; below, the pit's surroundings."""
-    names = {"picture": "large", "resized to 128x128": "whole/heatmaps", "tiles of 128, overlap 32": "tiles/heatmaps"}
-    pictures = [
-        cv2.cvtColor(cv2.imread(str(work / folder / "pit.png")), cv2.COLOR_BGR2RGB) for folder in names.values()
-    ]
+    """The large image with the pit marked, and its two heat maps; below, the pit's surroundings."""
+    names = {"image": "large", "resized to 128x128": "whole/heatmaps", "tiles of 128, overlap 32": "tiles/heatmaps"}
+    images = [cv2.cvtColor(cv2.imread(str(work / folder / "pit.png")), cv2.COLOR_BGR2RGB) for folder in names.values()]
     half = 80
     x, y = PLACE
-    details = [cv2.resize(p[y - half : y + half, x - half : x + half], (320, 320)) for p in pictures]
-    cv2.circle(pictures[0], PLACE, 40, (255, 40, 40), 3)
-    small = [cv2.resize(p, (320, 256), interpolation=cv2.INTER_AREA) for p in pictures]
+    details = [cv2.resize(p[y - half : y + half, x - half : x + half], (320, 320)) for p in images]
+    cv2.circle(images[0], PLACE, 40, (255, 40, 40), 3)
+    small = [cv2.resize(p, (320, 256), interpolation=cv2.INTER_AREA) for p in images]
     return contact_sheet([("", small), (f"around the {DIAMETER}-pixel pit", details)], list(names))
 
 

@@ -1,4 +1,4 @@
-"""Synthetic local anomalies: a source picture blended into a normal one under a mask (RealNet, eq. 5)."""
+"""Synthetic local anomalies: a source image blended into a normal one under a mask (RealNet, eq. 5)."""
 
 from collections.abc import Callable
 
@@ -18,6 +18,11 @@ def blend(image: np.ndarray, source: np.ndarray, mask: np.ndarray, delta: float)
 
     Returns:
         (H,W,3) float32 in [0, 255].
+
+    Example:
+        >>> image, source = np.full((1, 2, 3), 100, np.uint8), np.full((1, 2, 3), 200, np.uint8)
+        >>> blend(image, source, np.array([[0, 1]], np.uint8), delta=0.5)[0, :, 0]
+        array([100., 150.], dtype=float32)
     """
     weight = (mask * np.float32(delta))[..., None]
     base = image.astype(np.float32)

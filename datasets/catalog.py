@@ -1,16 +1,16 @@
-"""What is known of each data set: classes, counts, layout, foreground rule. The only place that knows names."""
+"""The four benchmarks and DTD: classes, counts, layouts, foreground rules. The only place that knows their names."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class ForegroundRule:
-    """How to tell the object from its background.
+    """How to separate the object from its background.
 
     Args:
         channel: "gray", "red", "green" or "blue".
         threshold: "otsu", "triangle" or a value 0 .. 255.
-        invert: the object is at or below the threshold instead of above.
+        invert: the object is at or below the threshold instead of above it.
         close, open: sides of the squares of the two morphological steps, close first; 0 leaves a step out.
     """
 
@@ -26,8 +26,8 @@ class DatasetInfo:
     """One data set of the field.
 
     Args:
-        type: its name in a YAML's dataset.type, and of its picture folder under data/<name>/.
-        counts: (training, test) pictures of each class, in the order of the class numbers.
+        type: its name in a YAML's dataset.type, and of its image folder under data/<name>/.
+        counts: (training, test) images of each class, in the order of the class numbers.
         foreground: rule of each class; a class without one is all foreground.
         layout: the official folders, in words.
         paper: the mean figures that the paper reports, by metric.
@@ -50,13 +50,13 @@ class TexturesInfo:
     """A collection of textures for the anomaly type dtd.
 
     Args:
-        type: name of its picture folder under data/<name>/.
-        folders, pictures: how many there are.
+        type: name of its image folder under data/<name>/.
+        folders, images: how many of each there are.
     """
 
     type: str
     folders: int
-    pictures: int
+    images: int
 
 
 def _rules(classes: str, **rule: object) -> dict[str, ForegroundRule]:

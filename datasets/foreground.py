@@ -1,4 +1,4 @@
-"""Foreground masks: where on a picture a synthetic anomaly may lie."""
+"""Foreground masks: where on an image a synthetic anomaly may lie."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from datasets.catalog import CATALOG, ForegroundRule, find
+from utils.config import call_with_settings
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
@@ -16,7 +17,7 @@ _CHANNELS = {"red": 0, "green": 1, "blue": 2}
 
 
 def foreground_mask(image: np.ndarray, dataset: str, class_name: str) -> np.ndarray:
-    """The object of a picture by the rule of its data set's class (method.md, section 2).
+    """The object on an image, by the rule of its data set's class (docs/method.md, section 2).
 
     Args:
         image: (H,W,3) uint8 RGB, already resized.
@@ -25,6 +26,12 @@ def foreground_mask(image: np.ndarray, dataset: str, class_name: str) -> np.ndar
 
     Returns:
         (H,W) uint8 in {0, 1}.
+
+    Example:
+        >>> image = np.full((64, 64, 3), 255, np.uint8)
+        >>> image[16:48, 16:48] = 40
+        >>> int(foreground_mask(image, "MVTec-AD", "bottle").sum())  # darker than Otsu's threshold
+        1024
     """
     info = find(dataset)
     return apply_rule(image, info.foreground.get(class_name) if info else None)
@@ -51,15 +58,15 @@ def apply_rule(image: np.ndarray, rule: ForegroundRule | None) -> np.ndarray:
     return mask
 
 
-def foreground_of(
-    setting: str | dict | None, dataset_type: str, class_name: str, pictures: Callable[[], Iterable[np.ndarray]]
+def rule_for(
+    setting: str | dict | None, dataset_type: str, class_name: str, images: Callable[[], Iterable[np.ndarray]]
 ) -> ForegroundRule | None:
     """The rule that `dataset.foreground` asks for.
 
     Args:
         setting: None for the rule of dataset.type's class; "none"; "auto"; a rule of the table as "<data set>/<class>"
             or "<class>"; or a mapping {channel, threshold, invert, close, open}.
-        pictures: some training pictures (H,W,3) uint8, for "auto".
+        images: some training images (H,W,3) uint8, for "auto".
 
     Raises:
         UsageError: no such rule.
@@ -70,7 +77,7 @@ def foreground_of(
     if setting == "none":
         return None
     if setting == "auto":
-        return auto_rule(pictures(), class_name)
+        return auto_rule(images(), class_name)
     if isinstance(setting, dict):
         return _rule_from(setting)
     dataset, _, name = str(setting).rpartition("/")
@@ -84,12 +91,7 @@ def foreground_of(
 
 
 def _rule_from(setting: dict) -> ForegroundRule:
-    try:
-        rule = ForegroundRule(**setting)
-    except TypeError:
-        raise UsageError(
-            f"dataset.foreground: {sorted(setting)} holds a key that is not channel, threshold, invert, close or open"
-        ) from None
+    rule = call_with_settings("dataset.foreground", ForegroundRule, **setting)
     if rule.channel != "gray" and rule.channel not in _CHANNELS:
         raise UsageError(f"dataset.foreground.channel: {rule.channel!r} is not gray, red, green or blue")
     if rule.threshold not in _THRESHOLDS and not (isinstance(rule.threshold, int) and 0 <= rule.threshold <= 255):
@@ -97,14 +99,14 @@ def _rule_from(setting: dict) -> ForegroundRule:
     return rule
 
 
-def auto_rule(pictures: Iterable[np.ndarray], class_name: str) -> ForegroundRule | None:
-    """Otsu's threshold with the polarity of the pictures' borders, or None where that is unstable over the set.
+def auto_rule(images: Iterable[np.ndarray], class_name: str) -> ForegroundRule | None:
+    """Otsu's threshold with the polarity of the images' borders, or None where that is unstable over the images.
 
-    The border is taken for background. Unstable means that polarity differs between pictures, that the border is
-    not clearly on one side, or that the object's area is nearly nothing, nearly all, or varies widely.
+    The border counts as background. Unstable means that the polarity differs between images, that borders are not
+    clearly on one side of the threshold, or that the object's area is nearly nothing, nearly all, or varies widely.
     """
     bright_border, mixed_border, areas = [], [], []
-    for image in pictures:
+    for image in images:
         bright = apply_rule(image, ForegroundRule())
         border = np.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]]).mean()
         bright_border.append(border > 0.5)
@@ -114,11 +116,9 @@ def auto_rule(pictures: Iterable[np.ndarray], class_name: str) -> ForegroundRule
     agreement = max(np.mean(bright_border), 1 - np.mean(bright_border))
     area, spread = float(np.median(areas)), float(np.std(areas))
     if agreement < 0.95 or np.mean(mixed_border) > 0.2 or not 0.02 < area < 0.9 or spread > 0.5 * area:
-        log.info("%s: foreground auto is unstable over the training pictures; all of the picture is used", class_name)
+        log.info("%s: foreground auto is unstable over the training images; the whole image is used", class_name)
         return None
     invert = bool(np.mean(bright_border) > 0.5)
     side = "darker" if invert else "brighter"
-    log.info(
-        "%s: foreground auto takes what is %s than the border (%.0f%% of the picture)", class_name, side, 100 * area
-    )
+    log.info("%s: foreground auto takes what is %s than the border (%.0f%% of the image)", class_name, side, 100 * area)
     return ForegroundRule(invert=invert, close=6, open=6)

@@ -1,9 +1,10 @@
-"""Pictures: decode, resize, normalise, and keep the resized ones in memory."""
+"""Images: decode, resize, normalise, augment, and keep the resized ones in memory."""
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,35 +20,42 @@ RESAMPLING = Image.Resampling.BILINEAR  # antialiased in Pillow
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def read_picture(path: str | Path, size: Sequence[int] | None = None, color_mode: str = "RGB") -> np.ndarray:
-    """Decode a picture, upright by its EXIF orientation, and resize it with Pillow's antialiased bilinear filter.
+def read_image(path: str | Path, size: Sequence[int] | None = None, color_mode: str = "RGB") -> np.ndarray:
+    """Decode an image, upright by its EXIF orientation, and resize it with Pillow's antialiased bilinear filter.
 
     Args:
-        size: (height, width), or None for the picture's own.
+        size: (height, width), or None for the image's own.
         color_mode: "RGB", "BGR", or "GRAY" (three equal channels).
 
     Returns:
         (H,W,3) uint8. 16-bit grey is scaled to 8 bits; transparency is dropped.
 
     Raises:
-        UsageError: the file is missing or no readable picture, or holds floating-point values.
+        UsageError: the file is missing, is not a readable image, or holds floating-point values.
+
+    Example:
+        >>> import io
+        >>> file = io.BytesIO()
+        >>> Image.new("L", (40, 30), 200).save(file, "PNG")
+        >>> read_image(file, size=(15, 20)).shape
+        (15, 20, 3)
     """
-    picture = _open(path)
-    if picture.mode == "F":
+    opened = _open(path)
+    if opened.mode == "F":
         raise UsageError(f"{path} holds floating-point values, whose range is not known; save it with 8 or 16 bits")
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    picture = picture.convert("L" if color_mode == "GRAY" else "RGB")
-    if size is not None and picture.size != (size[1], size[0]):
-        picture = picture.resize((size[1], size[0]), RESAMPLING)
-    image = np.asarray(picture)
+    if opened.mode.startswith("I;16") or opened.mode == "I":
+        opened = Image.fromarray((np.asarray(opened, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    opened = opened.convert("L" if color_mode == "GRAY" else "RGB")
+    if size is not None and opened.size != (size[1], size[0]):
+        opened = opened.resize((size[1], size[0]), RESAMPLING)
+    image = np.asarray(opened)
     if color_mode == "GRAY":
         return np.repeat(image[..., None], 3, axis=2)
     return np.ascontiguousarray(image[..., ::-1]) if color_mode == "BGR" else image
 
 
 def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """An (H,W,3) uint8 picture at another (height, width), as read_picture resizes it."""
+    """An (H,W,3) uint8 image at another (height, width), resized as read_image does it."""
     if image.shape[:2] == tuple(size):
         return image
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), RESAMPLING))
@@ -57,16 +65,16 @@ def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray
     """Decode a mask and resize it to the nearest pixel.
 
     Returns:
-        (H,W) uint8 in {0, 1}: 1 where any channel is > 0 (in JPEG > 127, as compression leaves small values) and
-        nothing is transparent.
+        (H,W) uint8 in {0, 1}: 1 where any channel is > 0 (in JPEG > 127, as compression leaves small values) and the
+        pixel is not transparent.
     """
-    picture = _open(path)
+    opened = _open(path)
     opaque = None
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        opaque = np.asarray(picture.convert("RGBA"))[..., 3] > 0
-    if picture.mode not in ("1", "L", "F", "I") and not picture.mode.startswith("I;16"):
-        picture = picture.convert("RGB")
-    values, above = np.asarray(picture), 127 if Path(path).suffix.lower() in (".jpg", ".jpeg") else 0
+    if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
+        opaque = np.asarray(opened.convert("RGBA"))[..., 3] > 0
+    if opened.mode not in ("1", "L", "F", "I") and not opened.mode.startswith("I;16"):
+        opened = opened.convert("RGB")
+    values, above = np.asarray(opened), 127 if Path(path).suffix.lower() in (".jpg", ".jpeg") else 0
     anomalous = (values > above).any(axis=2) if values.ndim == 3 else values > above
     mask = (anomalous if opaque is None else anomalous & opaque).astype(np.uint8)
     if size is None or mask.shape == tuple(size):
@@ -74,16 +82,16 @@ def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray
     return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a picture, upright, from its header alone."""
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image, upright, from its header alone."""
     with _reporting(path), Image.open(path) as opened:
         width, height = opened.size
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (width, height) if turned else (height, width)
 
 
-def same_proportions(first: Sequence[int], second: Sequence[int]) -> bool:
-    """Whether two (height, width) differ in scale only, but for rounding."""
+def same_aspect_ratio(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two (height, width) differ in scale only, within rounding."""
     cross = first[0] * second[1], first[1] * second[0]
     return abs(cross[0] - cross[1]) <= 0.01 * max(cross)
 
@@ -102,10 +110,39 @@ def _reporting(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except Image.UnidentifiedImageError:
-        raise UsageError(f"{path} is not a readable picture (of no format that is known here, or empty)") from None
+        raise UsageError(f"{path} is not a readable image (empty, or of an unknown format)") from None
     # Pillow's decoders raise many kinds on broken input, struct.error and zlib.error among them.
     except Exception as error:
-        raise UsageError(f"{path} is not a readable picture ({error or type(error).__name__})") from None
+        raise UsageError(f"{path} is not a readable image ({error or type(error).__name__})") from None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes a network's input.
+
+    Args:
+        size: (height, width).
+        mean, std: per channel, of RGB in [0, 1].
+        color_mode: see read_image.
+
+    Example:
+        >>> preprocessing = Preprocessing((2, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        >>> preprocessing.tensor(np.full((2, 2, 3), 255, np.uint8)).shape
+        torch.Size([3, 2, 2])
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    color_mode: str = "RGB"
+
+    def read(self, path: str | Path) -> np.ndarray:
+        """The image at `path`, (H,W,3) uint8 at the input size."""
+        return read_image(path, self.size, self.color_mode)
+
+    def tensor(self, image: np.ndarray) -> torch.Tensor:
+        """(H,W,3) in [0, 255] at the input size -> (3,H,W) float32, normalised."""
+        return normalize(image, self.mean, self.std)
 
 
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -115,30 +152,43 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     return torch.from_numpy(image * scale - shift).permute(2, 0, 1).contiguous()
 
 
-def list_pictures(folder: str | Path) -> list[Path]:
-    """All pictures under a folder, sorted by path."""
-    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    # A killed run may have left a hidden, half-written one.
-    return sorted(path for path in found if not path.name.startswith("."))
+def list_images(folder: str | Path) -> list[Path]:
+    """All images under a folder, sorted by path."""
+    paths = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    # Hidden files may be what a killed run left half-written.
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
-def flip_and_rotate(
-    arrays: Sequence[np.ndarray], rng: np.random.Generator, hflip: bool, vflip: bool, rotate: bool
-) -> list[np.ndarray]:
-    """Flip (each with probability 1/2) and turn by a multiple of 90 degrees all arrays (H,W,...) alike.
+@dataclass(frozen=True)
+class Augmentation:
+    """Random flips and quarter turns.
 
-    A non-square picture is turned by 0 or 180 degrees only, so that its size stays.
+    Args:
+        hflip, vflip: mirror left and right, or top and bottom, with probability 1/2.
+        rotate: turn by a multiple of 90 degrees; a non-square image by 0 or 180 degrees only, so that its size stays.
+
+    Example:
+        >>> image, mask = np.zeros((8, 12, 3), np.uint8), np.zeros((8, 12), np.uint8)
+        >>> [array.shape for array in Augmentation(rotate=True)([image, mask], np.random.default_rng(0))]
+        [(8, 12, 3), (8, 12)]
     """
-    arrays = list(arrays)
-    if hflip and rng.random() < 0.5:
-        arrays = [a[:, ::-1] for a in arrays]
-    if vflip and rng.random() < 0.5:
-        arrays = [a[::-1] for a in arrays]
-    if rotate:
-        square = arrays[0].shape[0] == arrays[0].shape[1]
-        turns = int(rng.integers(4)) if square else 2 * int(rng.integers(2))
-        arrays = [np.rot90(a, turns) for a in arrays]
-    return [np.ascontiguousarray(a) for a in arrays]
+
+    hflip: bool = False
+    vflip: bool = False
+    rotate: bool = False
+
+    def __call__(self, arrays: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        """All arrays (H,W,...) flipped and turned alike."""
+        arrays = list(arrays)
+        if self.hflip and rng.random() < 0.5:
+            arrays = [a[:, ::-1] for a in arrays]
+        if self.vflip and rng.random() < 0.5:
+            arrays = [a[::-1] for a in arrays]
+        if self.rotate:
+            square = arrays[0].shape[0] == arrays[0].shape[1]
+            turns = int(rng.integers(4)) if square else 2 * int(rng.integers(2))
+            arrays = [np.rot90(a, turns) for a in arrays]
+        return [np.ascontiguousarray(a) for a in arrays]
 
 
 class SharedCache:
@@ -155,7 +205,7 @@ class SharedCache:
         budget = min(budget_mb << 20, _shared_memory_left() // 2)
         self.kept = min(count, budget // item)
         if self.kept < count and budget_mb:
-            log.info("cache: room for %d of %d pictures (dataset.cache_mb, shared memory)", self.kept, count)
+            log.info("cache: room for %d of %d images (dataset.cache_mb, shared memory)", self.kept, count)
         # Shared memory is handed out page by page as workers write to it.
         self.items = torch.empty((self.kept, *shape), dtype=torch.uint8).share_memory_()
         self.filled = torch.zeros(self.kept, dtype=torch.bool).share_memory_()

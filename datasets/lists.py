@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from utils import cli
-from utils.checkpoint import write_text
 from utils.config import load_config
 from utils.errors import UsageError
+from utils.files import write_text
 
 UNIFIED = "uni"
 
@@ -24,7 +24,12 @@ class Sample:
         filename: relative to the image folder, forward slashes.
         label: 0 good, 1 defective.
         clsname: class.
-        maskname: mask of a defective picture, or None.
+        maskname: mask of a defective image, or None.
+
+    Example:
+        >>> sample = Sample("bottle/test/crack/003.png", 1, "bottle", "bottle/ground_truth/crack/003_mask.png")
+        >>> sample.defect_type, sample.mask_known
+        ('crack', True)
     """
 
     filename: str
@@ -34,12 +39,12 @@ class Sample:
 
     @property
     def mask_known(self) -> bool:
-        """Good pictures have an empty mask; defective ones without a file have an unknown one."""
+        """Good images have an empty mask; the mask of a defective one without a file is unknown."""
         return self.label == 0 or self.maskname is not None
 
     @property
-    def kind(self) -> str:
-        """The defect kind: the folder that the picture lies in."""
+    def defect_type(self) -> str:
+        """The folder that the image lies in: "good", or the type of its defect."""
         return PurePosixPath(self.filename).parent.name or "good"
 
 
@@ -47,8 +52,8 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
     """Read and check an image list.
 
     Raises:
-        UsageError: the list is missing or (unless it may be) empty, or one of its lines is no JSON, lacks a key, or
-            names a picture twice or a file that is absent or outside of image_dir. The line is named.
+        UsageError: the list is missing or (unless it may be) empty, or one of its lines is not JSON, lacks a key, or
+            names an image twice or a file that is absent or outside of image_dir. The line is named.
     """
     path, root = Path(path), Path(image_dir)
     if not path.is_file():
@@ -56,10 +61,10 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
     samples: list[Sample] = []
     lines_of: dict[str, int] = {}
     try:
-        # Not splitlines(), which also splits at signs that may stand in a name.
+        # Not splitlines(), which also splits at characters that a name may contain.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a UTF-8 text") from None
+        raise UsageError(f"{path}: not UTF-8 text") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             sample = _parse(line, f"{path}, line {number}", root)
@@ -69,7 +74,7 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
             lines_of[sample.filename] = number
             samples.append(sample)
     if not samples and not may_be_empty:
-        raise UsageError(f"{path}: holds no picture")
+        raise UsageError(f"{path}: holds no image")
     return samples
 
 
@@ -87,9 +92,9 @@ def _parse(line: str, where: str, root: Path) -> Sample:
     parts = PurePosixPath(filename).parts
     clsname = entry.get("clsname") or (parts[-4] if len(parts) >= 4 else None)
     if clsname is None:
-        raise UsageError(f"{where}: has no clsname, and {filename} is not of the form class/split/kind/name")
+        raise UsageError(f"{where}: has no clsname, and {filename} is not of the form class/split/type/name")
     # Results are written to a folder of that name.
-    if not str(clsname).strip(". ") or any(sign in str(clsname) for sign in "/\\\0"):
+    if not str(clsname).strip(". ") or any(character in str(clsname) for character in "/\\\0"):
         raise UsageError(f"{where}: clsname {clsname!r} cannot be the name of a folder")
     maskname = entry.get("maskname") if label else None
     for key, name in (("filename", filename), ("maskname", maskname)):
@@ -106,13 +111,37 @@ def _check_file(key: str, name: object, where: str, root: Path) -> None:
     if parts.is_absolute() or ".." in name.replace("\\", "/").split("/") or PureWindowsPath(name).drive:
         raise UsageError(f"{where}: {name} leaves {root}")
     try:
-        there, folder = (root / name).is_file(), (root / name).is_dir()
+        exists, folder = (root / name).is_file(), (root / name).is_dir()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: {name[:80]!r} is no name of a file ({error})") from None
+        raise UsageError(f"{where}: {name[:80]!r} is not a file name ({error})") from None
     if folder:
-        raise UsageError(f"{where}: {name} under {root} is a folder, not a picture")
-    if not there:
+        raise UsageError(f"{where}: {name} under {root} is a folder, not an image")
+    if not exists:
         raise UsageError(f"{where}: {name} does not exist under {root}")
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of a list, and where they are.
+
+    Args:
+        samples: the lines of the list.
+        image_dir: the folder that their names are relative to.
+    """
+
+    samples: list[Sample]
+    image_dir: Path
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.image_dir / self.samples[index].filename
+
+    def of_class(self, clsname: str) -> list[int]:
+        """The indices of the images of a class."""
+        return [i for i, sample in enumerate(self.samples) if sample.clsname == clsname]
 
 
 def list_text(samples: list[Sample]) -> str:
@@ -132,7 +161,7 @@ def list_text(samples: list[Sample]) -> str:
 
 
 def write_list(path: str | Path, samples: list[Sample]) -> None:
-    """Write an image list, whole or not at all."""
+    """Write an image list atomically."""
     write_text(path, list_text(samples))
 
 
@@ -157,8 +186,8 @@ def main() -> None:
         raise UsageError("usage: python -m datasets.lists SETTINGS.yaml")
     config = load_config(sys.argv[1])
     path = config.dataset.train.meta_file
-    found = listed_classes(path) or class_names(read_list(path, config.dataset.image_reader.kwargs.image_dir))
-    print("\n".join(found))
+    classes = listed_classes(path) or class_names(read_list(path, config.dataset.image_reader.kwargs.image_dir))
+    print("\n".join(classes))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ def perlin_mask(
 
     Returns:
         (height, width) uint8 in {0, 1}.
+
+    Example:
+        >>> mask = perlin_mask(64, 96, np.random.default_rng(1))
+        >>> mask.shape, mask.dtype, np.unique(mask).tolist()
+        ((64, 96), dtype('uint8'), [0, 1])
     """
     rows, columns = (2 ** int(rng.integers(min_scale, max_scale)) for _ in range(2))
     noise = perlin_noise(height, width, rows, columns, rng)

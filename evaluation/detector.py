@@ -1,36 +1,142 @@
-"""A trained detector ready for use: a RealNet checkpoint, or a model that export.py wrote."""
+"""A trained detector ready for use: a RealNet checkpoint, or an ONNX model that export.py wrote."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from easydict import EasyDict
 
+from datasets.build import preprocessing_of
+from datasets.images import read_image, resize
+from evaluation.metrics import image_scores
+from evaluation.score import pooling_window
 from evaluation.thresholds import Thresholds, read_thresholds, thresholds_from
+from evaluation.tiling import resize_map, tiled_map
 from models.realnet import RealNet, build_realnet, check_realnet
-from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
-from utils.config import check_together, checked, load_config
+from utils import distributed
+from utils.checkpoint import BEST, load_checkpoint, load_weights, state_dict_of
+from utils.config import checked, collect_errors, load_config
 from utils.errors import RunError, UsageError
 
-CHECKPOINT = "ckpt_best.pth.tar"
+
+@dataclass(frozen=True)
+class Detection:
+    """What a detector says about an image.
+
+    Args:
+        score: image score in [0, 1].
+        map: (H,W) float32 anomaly map in [0, 1], at the image's own size.
+        mask: (H,W) bool, where the map reaches the pixel threshold; None without one.
+        is_anomalous: whether the score reaches the image threshold; None without one.
+    """
+
+    score: float
+    map: np.ndarray
+    mask: np.ndarray | None
+    is_anomalous: bool | None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How large images are cut up.
+
+    Args:
+        size: side of the square tiles, in pixels of the image.
+        overlap: pixels that neighbouring tiles share, 0 <= overlap < size.
+        batch: tiles scored at once.
+    """
+
+    size: int
+    overlap: int
+    batch: int
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Anomaly maps of pictures.
+    """Scores images with a trained model.
 
     Args:
-        config: the realnet.yaml that it was trained with.
-        thresholds: where it was evaluated, else None.
-        maps: (N,3,H,W) float32 normalised images -> (N,H,W) float32 anomaly maps in [0, 1], both on the CPU.
+        config: the settings of realnet.yaml that it was trained with.
+        thresholds: as evaluation_realnet.py wrote them; without it, there are scores but no verdicts.
+        infer: (N,3,H,W) float32 normalised images -> (N,H,W) float32 anomaly maps in [0, 1], both on the CPU.
+
+    Example, with the path of a class's checkpoints and that of an image:
+        >>> detector = Detector.load(checkpoints)
+        >>> result = detector(image_path)
+        >>> result.map.shape, 0 <= result.score <= 1, result.is_anomalous in (True, False)
+        ((64, 64), True, True)
     """
 
     config: EasyDict
     thresholds: Thresholds | None
-    maps: Callable[[torch.Tensor], np.ndarray]
+    infer: Callable[[torch.Tensor], np.ndarray]
+
+    @classmethod
+    def load(cls, path: str | Path, config: str | Path | None = None, device: str | None = None) -> "Detector":
+        """Load a detector.
+
+        Args:
+            path: a checkpoint, a class folder with one, or an exported .onnx file.
+            config: a realnet.yaml, for checkpoints that hold no settings (those of the reference program).
+            device: "cpu", "cuda", "mps", or None for the best there is.
+
+        Raises:
+            UsageError: the file is missing, is not a model, or does not fit its settings.
+            RunError: onnxruntime is needed and not installed.
+        """
+        path = checkpoint_path(path)
+        if path.suffix == ".onnx":
+            return _from_onnx(path)
+        model, settings = load_realnet(path, config)
+        target = distributed.pick_device(device)
+        model = model.to(target)
+
+        @torch.inference_mode()
+        def infer(images: torch.Tensor) -> np.ndarray:
+            return model({"image": images.to(target)})["anomaly_score"][:, 0].float().cpu().numpy()
+
+        return cls(settings, read_thresholds(path), infer)
+
+    def with_thresholds(self, thresholds: Thresholds | None) -> "Detector":
+        """The same model with other thresholds."""
+        return replace(self, thresholds=thresholds)
+
+    def __call__(self, image: str | Path | np.ndarray) -> Detection:
+        """Score one image: a file, or (H,W,3) uint8 RGB of any size."""
+        if not isinstance(image, np.ndarray):
+            image = read_image(image, color_mode=self.config.dataset.image_reader.kwargs.color_mode)
+        return next(self.detect([image]))
+
+    def detect(self, images: Sequence[np.ndarray], tiles: Tiles | None = None) -> Iterator[Detection]:
+        """Score images (H,W,3) uint8 of any sizes, in one batch; or each of them in tiles."""
+        height, width = preprocessing_of(self.config.dataset).size
+        window = pooling_window(self.config.evaluator)
+        if tiles is None:
+            for image, values in zip(images, self.maps(images), strict=True):
+                yield self._detection(values, window, image.shape[:2])
+            return
+        # The window covers as much of a tile as it does of an image.
+        window = tuple(max(1, round(k * tiles.size / side)) for k, side in zip(window, (height, width), strict=True))
+        for image in images:
+            values = tiled_map(image, tiles.size, tiles.overlap, tiles.batch, self.maps)
+            yield self._detection(values, window, image.shape[:2])
+
+    def maps(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """(N,h,w) anomaly maps at the input size, of images (H,W,3) uint8 of any sizes."""
+        preprocessing = preprocessing_of(self.config.dataset)
+        return self.infer(torch.stack([preprocessing.tensor(resize(image, preprocessing.size)) for image in images]))
+
+    def _detection(self, values: np.ndarray, window: tuple[int, int], size: tuple[int, int]) -> Detection:
+        score = float(image_scores(values[None], window)[0])
+        values = resize_map(values, size)
+        image = None if self.thresholds is None else self.thresholds.image
+        pixel = None if self.thresholds is None else self.thresholds.pixel
+        return Detection(
+            score, values, None if pixel is None else values >= pixel, None if image is None else score >= image
+        )
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -40,20 +146,20 @@ def checkpoint_path(path: str | Path) -> Path:
         UsageError: neither is there.
     """
     path = Path(path)
-    found = path / CHECKPOINT if path.is_dir() else path
-    if not found.is_file():
-        raise UsageError(f"--checkpoint {found} does not exist; train_realnet.py writes it")
-    return found
+    file = path / BEST if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"--checkpoint {file} does not exist; train_realnet.py writes it")
+    return file
 
 
-def load_realnet(path: Path, config_path: str | None) -> tuple[RealNet, EasyDict]:
-    """A trained network in eval mode and its settings, which travel in our checkpoints.
+def load_realnet(path: Path, config_path: str | Path | None) -> tuple[RealNet, EasyDict]:
+    """A trained network in eval mode and its settings, which our checkpoints hold.
 
     Args:
-        config_path: a realnet.yaml to take instead; checkpoints of the reference program need it.
+        config_path: a realnet.yaml to use instead; checkpoints of the reference program need it.
 
     Raises:
-        UsageError: the file is none, does not fit its settings, or has none.
+        UsageError: the file is not a checkpoint, does not fit its settings, or holds none.
     """
     content = load_checkpoint(path)
     if config_path is not None:
@@ -62,24 +168,10 @@ def load_realnet(path: Path, config_path: str | None) -> tuple[RealNet, EasyDict
         config = checked(content["config"], path)
     else:
         raise UsageError(f"{path} holds no settings; name the realnet.yaml that it was trained with as --config")
-    check_together(config_path or path, [("structure, net", lambda: check_realnet(config))])
+    collect_errors(config_path or path, [("structure, net", lambda: check_realnet(config))])
     model = build_realnet(config, "checkpoint")
     load_weights(model, state_dict_of(content), path, "structure and net in the settings")
     return model.requires_grad_(False).eval(), config
-
-
-def load_detector(path: Path, config_path: str | None, device: torch.device) -> Detector:
-    """A detector from a checkpoint or an .onnx file."""
-    if path.suffix == ".onnx":
-        return _from_onnx(path)
-    model, config = load_realnet(path, config_path)
-    model = model.to(device)
-
-    @torch.inference_mode()
-    def maps(images: torch.Tensor) -> np.ndarray:
-        return model({"image": images.to(device)})["anomaly_score"][:, 0].float().cpu().numpy()
-
-    return Detector(config, read_thresholds(path), maps)
 
 
 def _from_onnx(path: Path) -> Detector:
@@ -91,15 +183,15 @@ def _from_onnx(path: Path) -> Detector:
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
         metadata = session.get_modelmeta().custom_metadata_map
         config = checked(json.loads(metadata["config"]), path)
-        kept = json.loads(metadata["thresholds"])
+        exported = json.loads(metadata["thresholds"])
     except Exception as error:
-        # onnxruntime raises a dozen kinds for what all means: no model of ours.
+        # onnxruntime raises a dozen types of errors, all meaning: not a model that export.py wrote.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} is not a model that export.py wrote ({reason})") from None
-    # A sidecar beside the file goes before what it held when it was written.
-    thresholds = read_thresholds(path) or (thresholds_from(kept, str(path)) if kept else None)
+    # A sidecar beside the file overrides the thresholds that it was exported with.
+    thresholds = read_thresholds(path) or (thresholds_from(exported, str(path)) if exported else None)
 
-    def maps(images: torch.Tensor) -> np.ndarray:
+    def infer(images: torch.Tensor) -> np.ndarray:
         return session.run(["anomaly_map"], {"image": images.numpy()})[0]
 
-    return Detector(config, thresholds, maps)
+    return Detector(config, thresholds, infer)

@@ -1,4 +1,4 @@
-"""The pictures that predict.py is asked about: a picture, a folder, a list, or names on standard input."""
+"""The images that predict.py is asked about: an image, a folder, a list, or names on standard input."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from datasets.images import SUFFIXES, list_pictures
+from datasets.images import SUFFIXES, list_images
 from utils.errors import UsageError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -17,11 +17,11 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 @dataclass(frozen=True)
 class Input:
-    """A picture to be scored.
+    """An image to be scored.
 
     Args:
         path: where it is.
-        name: as results name it: its path below the folder, or as the list gives it.
+        name: its name in the results: its path below the folder, or as the list gives it.
     """
 
     path: Path
@@ -29,12 +29,12 @@ class Input:
 
 
 def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str]) -> tuple[Iterable[Input], int | None]:
-    """The pictures that --input names, and how many they are (None where that is not known yet).
+    """The images that --input names, and how many there are (None where that is not known yet).
 
     Args:
-        argument: a picture, a folder, a text file with a path a line (relative to where the command runs, or to the
+        argument: an image, a folder, a text file with a path per line (relative to the working directory or to the
             file), an image list (.json, relative to image_dir), or "-" for paths on stdin.
-        image_dir: picture folder of the settings that the model was trained with.
+        image_dir: image folder of the settings that the model was trained with.
 
     Raises:
         UsageError: there is nothing of that name, or nothing in it.
@@ -43,50 +43,50 @@ def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str]) -> t
         return (Input(Path(line.strip()), line.strip()) for line in stdin if line.strip()), None
     path = Path(argument)
     if path.is_dir():
-        found = [Input(file, file.relative_to(path).as_posix()) for file in list_pictures(path)]
-        if not found:
-            raise UsageError(f"--input {path}: holds no picture ({' '.join(SUFFIXES)})")
+        inputs = [Input(file, file.relative_to(path).as_posix()) for file in list_images(path)]
+        if not inputs:
+            raise UsageError(f"--input {path}: holds no image ({' '.join(SUFFIXES)})")
     elif not path.is_file():
         raise UsageError(f"--input {path} does not exist")
     elif path.suffix.lower() in SUFFIXES:
-        found = [Input(path, path.name)]
+        inputs = [Input(path, path.name)]
     else:
-        found = _listed(path, image_dir)
-    return found, len(found)
+        inputs = _listed(path, image_dir)
+    return inputs, len(inputs)
 
 
 def _listed(path: Path, image_dir: str | None) -> list[Input]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError:
-        raise UsageError(f"--input {path}: neither a picture nor a UTF-8 text that lists pictures") from None
-    found = []
+        raise UsageError(f"--input {path}: neither an image nor UTF-8 text that lists images") from None
+    inputs = []
     for number, line in enumerate(lines, start=1):
         if line.startswith("{"):
             try:
                 name = json.loads(line)["filename"]
-                found.append(Input(Path(image_dir or path.parent) / name, name))
+                inputs.append(Input(Path(image_dir or path.parent) / name, name))
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f"{path}, line {number}: not a JSON object with a filename") from None
         elif line:
             file = Path(line)
             beside = path.parent / file
-            found.append(Input(beside if not file.exists() and beside.exists() else file, line))
-    if not found:
-        raise UsageError(f"--input {path}: lists no picture")
-    return found
+            inputs.append(Input(beside if not file.exists() and beside.exists() else file, line))
+    if not inputs:
+        raise UsageError(f"--input {path}: lists no image")
+    return inputs
 
 
 class ResultNames:
-    """Distinct names for the pictures written about each input, in the inputs' folders."""
+    """Distinct names for the pictures of each input, in the folders of the inputs."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
 
     def of(self, name: str) -> str:
-        """A relative path without an ending, that no other input has got."""
+        """A relative path without an ending, which no other input has."""
         parts = [part for part in Path(os.path.splitext(name)[0]).parts if part not in ("/", "..", os.sep)]
-        base = "/".join(part.replace(":", "") for part in parts) or "picture"
+        base = "/".join(part.replace(":", "") for part in parts) or "image"
         chosen, number = base, 2
         while chosen.lower() in self.taken:
             chosen, number = f"{base}_{number}", number + 1

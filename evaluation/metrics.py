@@ -18,8 +18,13 @@ PRO_LIMIT = 0.3
 class Ranking:
     """Positives ranked among negatives: one entry per distinct score of a positive, in descending order.
 
-    That is all that the metrics need: where a threshold falls between two scores of positives, only the false positives
-    change. Sorting the negatives, which are nearly all pixels, costs N log N and their own size in memory.
+    The metrics need no more: between the scores of two positives, a threshold changes only the false positives. The
+    negatives, which are nearly all pixels, are sorted once.
+
+    Example:
+        >>> ranking = Ranking.of(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]))
+        >>> ranking.auroc()
+        0.75
 
     Args:
         thresholds: (K,) the scores.
@@ -53,7 +58,7 @@ class Ranking:
         positive, negative = scores[labels], scores[~labels]
         negative.sort()
         values, inverse, counts = np.unique(positive, return_inverse=True, return_counts=True)
-        # Sorting puts what is not a number last.
+        # Sorting puts NaN last.
         if any(len(ordered) and np.isnan(ordered[-1]) for ordered in (values, negative)):
             raise ValueError("scores hold values that are not numbers")
         weighted = counts if weights is None else np.bincount(inverse.ravel(), weights, minlength=len(values))
@@ -101,7 +106,7 @@ class Ranking:
             heights: (K,) what to draw over the false positive rate instead of the true positive rate.
         """
         heights = self.true_positives / self.positives if heights is None else heights
-        # Down to the next positive only negatives come in, then those that tie with it together with it.
+        # Between two positives only negatives are added; then the next positive, with the negatives that tie with it.
         x = np.stack([self.above, self.false_positives], axis=1).ravel() / self.negatives
         y = np.stack([np.append(0.0, heights[:-1]), heights], axis=1).ravel()
         return np.concatenate([[0.0], x, [1.0]]), np.concatenate([[0.0], y, [1.0]])
@@ -123,9 +128,13 @@ def image_scores(maps: np.ndarray, avgpool_size: tuple[int, int] = (16, 16)) -> 
     """Image scores (N,): the maximum of each map (N,H,W) after average pooling with stride 1.
 
     A window larger than the map shrinks to it.
+
+    Example:
+        >>> image_scores(np.eye(4, dtype=np.float32)[None], avgpool_size=(2, 2))
+        array([0.5])
     """
     window = tuple(min(k, side) for k, side in zip(avgpool_size, maps.shape[1:], strict=True))
-    # Chunks: pooling 1000s of maps at once would double the memory.
+    # In chunks: pooling thousands of maps at once would double the memory.
     chunks = [
         F.avg_pool2d(torch.from_numpy(np.ascontiguousarray(chunk))[:, None].float(), window, stride=1).amax(
             dim=(1, 2, 3)
@@ -212,6 +221,14 @@ def anomaly_metrics(
 
     Returns:
         See summarize.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> masks = np.zeros((4, 32, 32), bool)
+        >>> masks[2:, 8:16, 8:16] = True
+        >>> metrics = anomaly_metrics(rng.random((4, 32, 32)) + masks, masks)
+        >>> metrics["image_auroc"], metrics["pixel_auroc"]
+        (1.0, 1.0)
     """
     if labels is None:
         if masks is None:

@@ -1,29 +1,35 @@
-"""What an evaluation finds out about one class: metrics, curves, thresholds, and pictures to show."""
+"""What an evaluation finds out about one class: metrics, curves, thresholds, and the images worth looking at."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from evaluation.metrics import PRO_LIMIT, Ranking, pixel_ranking, summarize
+from evaluation.metrics import PRO_LIMIT, Ranking, summarize
+from evaluation.score import ScoredImages
 from evaluation.tables import Row
-from evaluation.thresholds import BEST_F1, Thresholds, best_f1, for_target_fpr
+from evaluation.thresholds import Thresholds, thresholds_of
+from utils.pictures import thumbnail
 
 CURVE_POINTS = 300
+THUMBNAIL = 200  # pixels, longer side, in the report's gallery
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A test picture in the report's gallery.
+class GalleryItem:
+    """A test image in the report's gallery.
 
     Args:
-        name: file name. kind: of the defect, or of the good ones. label: 0 good, 1 defective. score: image score.
+        name: file name.
+        defect_type: of the defect, or "good".
+        label: 0 good, 1 defective.
+        score: image score.
         error: how far the score lies on the wrong side of the threshold, negative on the right side, as a share of
             the range of the class's scores.
-        image, heat: (H,W,3) uint8; truth: (H,W) uint8, or None where it is not known.
+        image, heat: (H,W,3) uint8 thumbnails. truth: (H,W) uint8, or None where it is not known.
     """
 
     name: str
-    kind: str
+    defect_type: str
     label: int
     score: float
     error: float
@@ -34,106 +40,78 @@ class Shown:
 
 @dataclass
 class ClassResult:
-    """The evaluation of one class.
+    """The evaluation of one class, without its maps.
 
     Args:
         name: of the class.
-        metrics: of all its pictures. kinds: of each kind of defect against the good pictures.
+        metrics: of all its images.
+        by_defect_type: metrics of each type of defect against the good images.
+        counts: images of each type of defect.
         thresholds: for verdicts.
         scores, labels: (N,) image scores and labels.
         curves: points (x, y) of the curves that are defined: roc and pr of images, pixel_roc, pixel_pr and pro.
-        counts: good and defective pictures of each kind of defect.
-        gallery: pictures to show, worst errors first.
+        gallery: images to show.
     """
 
     name: str
     metrics: Row
-    kinds: dict[str, Row]
+    by_defect_type: dict[str, Row]
+    counts: dict[str, int]
     thresholds: Thresholds
     scores: np.ndarray
     labels: np.ndarray
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
-    counts: dict[str, int]
-    gallery: list[Shown] = field(default_factory=list)
+    gallery: list[GalleryItem] = field(default_factory=list)
 
+    def errors(self) -> np.ndarray:
+        """(N,) how far each image score lies on the wrong side of the threshold, as a share of the range of scores.
 
-@dataclass(frozen=True)
-class ScoredPictures:
-    """Anomaly maps with what is known of their pictures.
-
-    Args:
-        maps: (N,H,W) float32. scores: (N,) image scores.
-        masks: (N,H,W) bool. known: (N,) bool, whether the mask is known.
-        labels: (N,) bool. kinds: (N,) names.
-    """
-
-    maps: np.ndarray
-    scores: np.ndarray
-    masks: np.ndarray
-    known: np.ndarray
-    labels: np.ndarray
-    kinds: np.ndarray
-
-    def subset(self, chosen: np.ndarray) -> "ScoredPictures":
-        return ScoredPictures(*(getattr(self, part.name)[chosen] for part in fields(self)))
-
-    def rankings(self) -> tuple[Ranking, Ranking | None]:
-        """Of images; and of the pixels of pictures with a known mask, None where no defect has one."""
-        image = Ranking.of(self.scores, self.labels)
-        if not (self.masks.any(axis=(1, 2)) & self.known).any():
-            return image, None
-        return image, pixel_ranking(self.maps[self.known], self.masks[self.known])
+        Without a threshold, normal images with high scores come first.
+        """
+        scale = max(float(np.ptp(self.scores)), 1e-12)
+        if self.thresholds.image is None:
+            return (self.scores - self.scores.max()) / scale
+        distance = self.thresholds.image - self.scores
+        return np.where(self.labels, distance, -distance) / scale
 
 
 def evaluate_class(
-    name: str, pictures: ScoredPictures, target_fpr: float | None = None, pro_limit: float = PRO_LIMIT
+    name: str, scored: ScoredImages, target_fpr: float | None = None, pro_limit: float = PRO_LIMIT
 ) -> ClassResult:
-    """Metrics, overall and per kind of defect, curves, and thresholds.
+    """Metrics, overall and per type of defect, curves, and thresholds.
 
     Args:
-        target_fpr: share of normal images (and of normal images' pixels) that may be flagged; None takes the best F1.
+        target_fpr: see thresholds_of.
         pro_limit: false positive rate up to which PRO is integrated.
     """
-    image, pixel = pictures.rankings()
-    metrics = summarize(image, pixel, pro_limit)
-    defects = sorted(set(pictures.kinds[pictures.labels]))
-    kinds = {}
-    for kind in defects:
-        rankings = pictures.subset(~pictures.labels | (pictures.kinds == kind)).rankings()
-        kinds[kind] = summarize(*rankings, pro_limit)
+    image, pixel = scored.rankings()
+    labels, types = scored.labels, scored.defect_types
+    defects = sorted(set(types[labels]))
     return ClassResult(
         name,
-        metrics,
-        kinds,
-        thresholds_of(pictures, image, pixel, target_fpr),
-        pictures.scores,
-        pictures.labels,
+        summarize(image, pixel, pro_limit),
+        {one: summarize(*scored.subset(~labels | (types == one)).rankings(), pro_limit) for one in defects},
+        {one: int(np.sum(types == one)) for one in defects},
+        thresholds_of(scored.scores, scored.maps, labels, image, pixel, target_fpr),
+        scored.scores,
+        labels,
         _curves(image, pixel),
-        {kind: int(np.sum(pictures.kinds == kind)) for kind in defects},
     )
 
 
-def thresholds_of(
-    pictures: ScoredPictures, image: Ranking, pixel: Ranking | None, target_fpr: float | None = None
-) -> Thresholds:
-    """Where the verdicts on pictures turn.
-
-    Args:
-        image, pixel: their rankings.
-        target_fpr: see evaluate_class.
-    """
-    low, high = float(np.median(pictures.maps)), float(pictures.maps.max())
-    high = max(high, low + 1e-6)
-    if target_fpr is None:
-        return Thresholds(best_f1(image, pictures.scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
-    normal = ~pictures.labels
-    rule = f"at most {100 * target_fpr:g}% of the normal images (of their pixels) flagged on the evaluation set"
-    return Thresholds(
-        for_target_fpr(pictures.scores[normal], target_fpr),
-        for_target_fpr(pictures.maps[normal], target_fpr),
-        rule,
-        low,
-        high,
+def gallery_item(result: ClassResult, scored: ScoredImages, index: int, heat: np.ndarray) -> GalleryItem:
+    """The gallery's thumbnails of a class's image, whose heat map is drawn already."""
+    sample = scored.samples[index]
+    truth = thumbnail(scored.masks[index].astype(np.uint8) * 255, THUMBNAIL) if sample.mask_known else None
+    return GalleryItem(
+        sample.filename,
+        sample.defect_type,
+        sample.label,
+        float(result.scores[index]),
+        float(result.errors()[index]),
+        thumbnail(scored.images[index], THUMBNAIL),
+        thumbnail(heat, THUMBNAIL),
+        truth,
     )
 
 

@@ -1,70 +1,146 @@
-"""Anomaly maps of a whole test set, shared over ranks and gathered once."""
+"""The anomaly maps of a whole test set, computed by all ranks and gathered once."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from datasets.lists import Sample
+from datasets.realnet import RealNetTestSet
+from evaluation.metrics import Ranking, image_scores, pixel_ranking
 from utils import distributed
-from utils.distributed import Run, autocast
+from utils.distributed import Run
 from utils.errors import UsageError
-from utils.log import progress
+from utils.log import progress_bar
+from utils.pictures import to_uint8
+from utils.precision import autocast
 
 
 @dataclass(frozen=True)
-class GatheredMaps:
-    """In the order of the test list.
+class ScoredImages:
+    """The images of a test set with all that is known about them, in the order of the test list.
 
     Args:
-        scores: (N,H,W) float32 anomaly maps in [0, 1].
+        samples: the lines of the list: names, labels, classes, defect types.
+        maps: (N,H,W) float32 anomaly maps in [0, 1].
+        scores: (N,) image scores.
         masks: (N,H,W) bool ground truth, all False where it is not known.
+        images: (H,W,3) uint8 by index, of those images that are to be shown.
         images_per_second: of the forward pass, all ranks together.
     """
 
+    samples: list[Sample]
+    maps: np.ndarray
     scores: np.ndarray
     masks: np.ndarray
-    images_per_second: float
+    images: dict[int, np.ndarray] = field(default_factory=dict)
+    images_per_second: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) bool: whether an image is defective."""
+        return np.array([sample.label for sample in self.samples], dtype=bool)
+
+    @property
+    def mask_known(self) -> np.ndarray:
+        """(N,) bool: whether the ground truth of an image is known."""
+        return np.array([sample.mask_known for sample in self.samples], dtype=bool)
+
+    @property
+    def defect_types(self) -> np.ndarray:
+        """(N,) names."""
+        return np.array([sample.defect_type for sample in self.samples])
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(N,) names."""
+        return np.array([sample.clsname for sample in self.samples])
+
+    @property
+    def finite(self) -> bool:
+        """Whether every anomaly map holds numbers only."""
+        return bool(np.isfinite(self.maps).all())
+
+    def subset(self, chosen: np.ndarray) -> "ScoredImages":
+        """Some of the images, chosen by their indices or by a mask (N,)."""
+        indices = np.arange(len(self))[chosen]
+        return replace(
+            self,
+            samples=[self.samples[i] for i in indices],
+            maps=self.maps[indices],
+            scores=self.scores[indices],
+            masks=self.masks[indices],
+            images={k: self.images[int(i)] for k, i in enumerate(indices) if int(i) in self.images},
+        )
+
+    def rankings(self) -> tuple[Ranking, Ranking | None]:
+        """Of the images; and of the pixels of images with a known mask, None where no defect has one."""
+        image, known = Ranking.of(self.scores, self.labels), self.mask_known
+        if not (self.masks.any(axis=(1, 2)) & known).any():
+            return image, None
+        return image, pixel_ranking(self.maps[known], self.masks[known])
 
 
 @torch.no_grad()
-def score_test_set(model: nn.Module, loader: Iterable[dict], run: Run, precision: str = "off") -> GatheredMaps | None:
-    """Anomaly maps and masks of the test set on rank 0; None on the other ranks.
+def predict_maps(
+    model: nn.Module,
+    test_set: RealNetTestSet,
+    loader: Iterable[dict],
+    run: Run,
+    window: tuple[int, int],
+    precision: str = "off",
+    show: Collection[int] = (),
+) -> ScoredImages | None:
+    """Score a test set: the result on rank 0, None on the other ranks.
 
-    Batches have to be the same for any number of ranks (loaders.SharedBatches): then so are the maps, to the last bit.
+    Args:
+        loader: batches of the test set. They have to be the same for any number of ranks (loaders.SharedBatches): then
+            so are the maps, to the last bit.
+        window: (height, width) of the pooling that gives image scores.
+        precision: "off", "bf16" or "fp16".
+        show: indices of the images to keep for pictures, so that they need not be decoded again.
     """
     was_training = model.training
     model.eval()
-    indices, scores, masks, seconds = [], [], [], []
-    for batch in progress(loader, run, "test pictures"):
-        images = batch["image"].to(run.device, non_blocking=True)
+    preprocessing, show = test_set.preprocessing, set(show)
+    indices, maps, masks, images, seconds = [], [], [], {}, []
+    for batch in progress_bar(loader, run, "test images"):
+        for i, index in enumerate(batch["index"].tolist()):
+            if index in show:
+                tensor = batch["image"][i : i + 1].numpy()
+                images[index] = to_uint8(tensor, preprocessing.mean, preprocessing.std)[0]
+        inputs = batch["image"].to(run.device, non_blocking=True)
         start = time.perf_counter()
         with autocast(run.device, precision):
-            outputs = model({"image": images})
+            outputs = model({"image": inputs})
         # The copy waits for the device.
-        scores.append(outputs["anomaly_score"][:, 0].float().cpu().numpy())
-        seconds.append((time.perf_counter() - start) / len(images))
+        maps.append(outputs["anomaly_score"][:, 0].float().cpu().numpy())
+        seconds.append((time.perf_counter() - start) / len(inputs))
         indices.append(batch["index"].numpy())
         masks.append(batch["mask"].numpy().astype(bool))
     model.train(was_training)
     # The median batch: the first one warms up.
     rate = 1 / float(np.median(seconds)) if seconds else 0.0
-    parts = distributed.gather((indices, scores, masks, rate))
+    parts = distributed.gather((indices, maps, masks, images, rate))
     if parts is None:
         return None
-    order = np.argsort(np.concatenate([i for part in parts for i in part[0]]))
-    return GatheredMaps(
-        np.concatenate([s for part in parts for s in part[1]])[order],
-        np.concatenate([m for part in parts for m in part[2]])[order],
-        sum(part[3] for part in parts),
-    )
+    order = np.argsort(np.concatenate([array for part in parts for array in part[0]]))
+    all_maps = np.concatenate([array for part in parts for array in part[1]])[order]
+    all_masks = np.concatenate([array for part in parts for array in part[2]])[order]
+    all_images = {index: image for part in parts for index, image in part[3].items()}
+    scores = image_scores(all_maps, window)
+    return ScoredImages(test_set.samples, all_maps, scores, all_masks, all_images, sum(part[4] for part in parts))
 
 
-def avgpool_size(evaluator: dict[str, Any]) -> tuple[int, int]:
-    """The window of the image score, from a realnet.yaml's `evaluator` section."""
+def pooling_window(evaluator: dict[str, Any]) -> tuple[int, int]:
+    """The (height, width) of the image score's pooling window, from a realnet.yaml's `evaluator` section."""
     for entry in evaluator["metrics"].get("auc") or []:
         if entry.get("name") == "image":
             window = (entry.get("kwargs") or {}).get("avgpool_size", [16, 16])

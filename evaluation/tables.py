@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.checkpoint import write_text
+from utils.files import write_text
 
 COLUMNS = {
     "image_auroc": "image AUROC",
@@ -22,7 +22,7 @@ Row = dict[str, float | None]
 
 
 def with_mean(results: dict[str, Row]) -> dict[str, Row]:
-    """The classes' metrics and their mean; a metric that a class lacks is left out of its mean."""
+    """The classes' metrics and their mean, taken over the classes in which a metric is defined."""
     mean: Row = {}
     for metric in COLUMNS:
         values = [row[metric] for row in results.values() if row[metric] is not None]

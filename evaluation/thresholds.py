@@ -1,15 +1,16 @@
-"""Where a verdict turns: thresholds of image and pixel scores, kept in a JSON file beside the checkpoint."""
+"""Thresholds of image scores and anomaly maps: how they are chosen, and the JSON file beside the checkpoint."""
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from evaluation.metrics import Ranking
-from utils.checkpoint import write_text
 from utils.errors import UsageError
+from utils.files import write_text
 
 BEST_F1 = "best F1 on the evaluation set"
 
@@ -19,9 +20,15 @@ class Thresholds:
     """A score at or above its threshold is anomalous.
 
     Args:
-        image, pixel: of image scores and of the anomaly map; None where undefined.
+        image, pixel: of image scores and of anomaly maps; None where undefined.
         rule: how they were chosen.
-        low, high: scores between which heat maps are coloured.
+        low, high: values between which heat maps are coloured.
+        classes: of each class, where one model serves several.
+
+    Example:
+        >>> thresholds = Thresholds(0.5, 0.4, "by hand", classes={"bolts": Thresholds(0.6, 0.5, "by hand")})
+        >>> thresholds.of_class("bolts").image
+        0.6
     """
 
     image: float | None
@@ -29,6 +36,48 @@ class Thresholds:
     rule: str
     low: float = 0.0
     high: float = 1.0
+    classes: dict[str, "Thresholds"] = field(default_factory=dict)
+
+    def of_class(self, name: str) -> "Thresholds":
+        """Those of one class.
+
+        Raises:
+            UsageError: there are none for that class.
+        """
+        if name not in self.classes:
+            known = ", ".join(self.classes) or "none; the model was evaluated as a whole"
+            raise UsageError(f"no thresholds for the class {name!r}; known are {known}")
+        return self.classes[name]
+
+
+def thresholds_of(
+    scores: np.ndarray,
+    maps: np.ndarray,
+    labels: np.ndarray,
+    image: Ranking,
+    pixel: Ranking | None,
+    target_fpr: float | None = None,
+) -> Thresholds:
+    """Choose thresholds on labelled images.
+
+    Args:
+        scores, labels: (N,) image scores, and whether the images are defective.
+        maps: (N,H,W) anomaly maps.
+        image, pixel: their rankings (see score.ScoredImages.rankings).
+        target_fpr: share of normal images (and of normal images' pixels) that may be flagged; None takes the best F1.
+    """
+    low, high = heat_range(maps)
+    if target_fpr is None:
+        return Thresholds(best_f1(image, scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
+    rule = f"at most {100 * target_fpr:g}% of the normal images (of their pixels) flagged on the evaluation set"
+    image_threshold = for_target_fpr(scores[~labels], target_fpr)
+    return Thresholds(image_threshold, for_target_fpr(maps[~labels], target_fpr), rule, low, high)
+
+
+def heat_range(maps: np.ndarray) -> tuple[float, float]:
+    """The values between which heat maps are coloured: the median (blue) and the maximum (red) of all maps."""
+    low, high = float(np.median(maps)), float(maps.max())
+    return low, max(high, low + 1e-6)
 
 
 def midway_below(scores: np.ndarray, threshold: float | None) -> float | None:
@@ -42,7 +91,7 @@ def midway_below(scores: np.ndarray, threshold: float | None) -> float | None:
 
 
 def _margin(spread: float, score: float) -> float:
-    """A distance from a score that is small against the spread of scores, and large against rounding."""
+    """A distance from a score: small compared with the spread of scores, large compared with rounding."""
     return max(1e-3 * spread, 1e-5 * abs(score), 1e-7)
 
 
@@ -67,7 +116,7 @@ def for_target_fpr(normal: np.ndarray, target: float) -> float | None:
     flagged = normal[normal > highest_below]
     if flagged.size:
         return (highest_below + float(flagged.min())) / 2
-    # Nothing above it: a little distance, so that rounding elsewhere does not flag it.
+    # No score above it: a small margin, so that rounding elsewhere does not flag it.
     return highest_below + _margin(highest_below - float(np.median(normal)), highest_below)
 
 
@@ -78,22 +127,30 @@ def sidecar(checkpoint: str | Path) -> Path:
     return path.with_name(f"{stem}.thresholds.json")
 
 
-def write_thresholds(checkpoint: str | Path, thresholds: Thresholds, classes: dict[str, Thresholds]) -> Path:
-    """Write the sidecar: thresholds for all pictures, and for each class of a model for several."""
-    content = asdict(thresholds)
-    if len(classes) > 1:
-        content["classes"] = {name: asdict(own) for name, own in classes.items()}
+def write_thresholds(checkpoint: str | Path, thresholds: Thresholds) -> Path:
+    """Write the sidecar of a checkpoint."""
     path = sidecar(checkpoint)
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(as_content(thresholds), indent=2, ensure_ascii=False) + "\n")
     return path
 
 
-def thresholds_from(content: dict, where: str) -> Thresholds:
+def as_content(thresholds: Thresholds) -> dict[str, Any]:
+    """Thresholds as plain values for JSON; `classes` only where there are some."""
+    content = asdict(thresholds)
+    classes = content.pop("classes")
+    for own in classes.values():
+        del own["classes"]
+    return {**content, "classes": classes} if classes else content
+
+
+def thresholds_from(content: Any, where: str) -> Thresholds:
     """Thresholds from parsed JSON.
 
     Raises:
-        UsageError: a value is missing or no number.
+        UsageError: a value is missing or not a number.
     """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: has to hold a JSON object; evaluate the model to write it anew")
     values = {}
     for name in ("image", "pixel", "low", "high"):
         value = content.get(name)
@@ -101,14 +158,18 @@ def thresholds_from(content: dict, where: str) -> Thresholds:
         if not number and not (value is None and name in ("image", "pixel")):
             raise UsageError(f"{where}: {name} is {value!r}, not a number; evaluate the model to write it anew")
         values[name] = value
-    return Thresholds(**values, rule=str(content.get("rule", "")))
+    classes = content.get("classes") or {}
+    if not isinstance(classes, dict):
+        raise UsageError(f"{where}: classes is not a JSON object; evaluate the model to write it anew")
+    own = {str(name): thresholds_from(value, f"{where}, class {name}") for name, value in classes.items()}
+    return Thresholds(**values, rule=str(content.get("rule", "")), classes=own)
 
 
 def read_thresholds(checkpoint: str | Path) -> Thresholds | None:
     """The sidecar's thresholds, or None where there is none.
 
     Raises:
-        UsageError: it is no readable sidecar.
+        UsageError: it is not a readable sidecar.
     """
     path = sidecar(checkpoint)
     if not path.is_file():
@@ -117,6 +178,4 @@ def read_thresholds(checkpoint: str | Path) -> Thresholds | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UsageError(f"{path}: not readable as JSON; evaluate the model to write it anew") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: has to hold a JSON object; evaluate the model to write it anew")
     return thresholds_from(content, str(path))

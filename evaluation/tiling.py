@@ -1,4 +1,4 @@
-"""Large pictures in overlapping tiles: cut up, and their maps blended without seams."""
+"""Large images in overlapping tiles: scored one by one, and their maps blended without seams."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,14 @@ import numpy as np
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that they cover a side, each overlapping the one before by at least `overlap`."""
+    """Where tiles start so that they cover a side; each overlaps the one before by at least `overlap` pixels."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
 def ramp(tile: int, overlap: int) -> np.ndarray:
-    """(tile,) weights that rise from the border over the overlap and are 1 inside."""
+    """(tile,) weights that rise over the overlap, from the border inwards, and are 1 inside."""
     distance = np.minimum(np.arange(tile), np.arange(tile)[::-1]) + 1.0
     return np.minimum(1.0, distance / (overlap + 1)).astype(np.float32)
 
@@ -22,17 +22,23 @@ def ramp(tile: int, overlap: int) -> np.ndarray:
 def tiled_map(
     image: np.ndarray, tile: int, overlap: int, batch: int, score: Callable[[list[np.ndarray]], np.ndarray]
 ) -> np.ndarray:
-    """The anomaly map of a picture at its own size, from tiles that are each scored as a picture.
+    """The anomaly map of an image at its own size, from tiles that are each scored like an image.
 
     Args:
         image: (H,W,3) uint8.
-        tile: side of the square tiles in pixels of the picture; of a smaller picture, its side.
-        overlap: pixels that neighbours share, 0 <= overlap < tile.
+        tile: side of the square tiles, in pixels of the image; a smaller image is one tile.
+        overlap: pixels that neighbouring tiles share, 0 <= overlap < tile.
         batch: tiles scored at once.
         score: list of tiles (h,w,3) -> (N,h',w') float32 maps.
 
     Returns:
         (H,W) float32: where tiles overlap, their mean weighted by the distance from their borders.
+
+    Example:
+        >>> brightness = lambda tiles: np.stack([tile.mean(axis=2, dtype=np.float32) for tile in tiles])
+        >>> values = tiled_map(np.full((100, 130, 3), 7, np.uint8), 64, 16, batch=4, score=brightness)
+        >>> values.shape, bool(np.allclose(values, 7))
+        ((100, 130), True)
     """
     height, width = image.shape[:2]
     sides = min(tile, height), min(tile, width)

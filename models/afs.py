@@ -39,7 +39,7 @@ def resize(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class AFS(nn.Module):
-    """Keeps of each layer the channels that tell synthetic anomalies apart best, and joins layers into blocks.
+    """Keeps the channels of each layer that show synthetic anomalies best, and joins layers into blocks.
 
     Args:
         structure: the blocks.
@@ -47,6 +47,12 @@ class AFS(nn.Module):
 
     Shape:
         {layer: (N, C, h, w)}, image size (H, W) -> {block: (N, planes, ceil(H / stride), ceil(W / stride))}
+
+    Example:
+        >>> afs = AFS([Block("block1", (("layer1", 8), ("layer2", 16)), stride=4)], {"layer1": 64, "layer2": 128})
+        >>> features = {"layer1": torch.zeros(2, 64, 16, 16), "layer2": torch.zeros(2, 128, 8, 8)}
+        >>> afs(features, (64, 64))["block1"].shape
+        torch.Size([2, 24, 16, 16])
     """
 
     def __init__(self, structure: Sequence[Block], channels: dict[str, int]) -> None:

@@ -48,6 +48,11 @@ class Backbone(nn.Module):
     Shape:
         (N, 3, H, W) ImageNet-normalised RGB -> {layer: (N, channels[layer], h, w)}
 
+    Example:
+        >>> backbone = Backbone("resnet18", ["layer1", "layer3"], weights="random")
+        >>> backbone.channels, backbone.strides
+        ({'layer1': 64, 'layer3': 256}, {'layer1': 4, 'layer3': 16})
+
     Raises:
         UsageError: unknown network or layer, or a weights file that does not fit.
         RunError: the weights are not at hand and cannot be downloaded.
@@ -64,7 +69,6 @@ class Backbone(nn.Module):
         self.name = backbone
         self.standardize = not backbone.startswith(UNIT_SCALE) if standardize is None else standardize
         self.needs_calibration = weights == "random"
-        self.measured = False
         network = _build_network(backbone)
         try:
             self.feature_extractor = create_feature_extractor(network, {name: name for name in outlayers})
@@ -99,7 +103,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Channels and strides of the layers, from one 256x256 picture."""
+        """Channels and strides of the layers, from one 256x256 image."""
         device = next(self.feature_extractor.parameters()).device
         features = self.feature_extractor(torch.zeros(1, 3, 256, 256, device=device))
         for layer, feature in features.items():
@@ -152,7 +156,6 @@ class Backbone(nn.Module):
         for layer in self.channels:
             getattr(self.mean, key(layer)).copy_(mean[layer])
             getattr(self.std, key(layer)).copy_(std[layer])
-        self.measured = True
 
 
 class FeatureStatistics:

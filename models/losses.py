@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.config import call_with_settings
 from utils.errors import UsageError
 
 
@@ -85,13 +86,17 @@ def build_criterion(criterion: Sequence[dict]) -> dict[str, nn.Module]:
 
     Raises:
         UsageError: unknown type or argument.
+
+    Example:
+        >>> losses = build_criterion([{"name": "segmentation", "type": "SegmentFocalLoss", "kwargs": {"gamma": 2.0}}])
+        >>> logit, mask = torch.zeros(1, 2, 4, 4), torch.ones(1, 1, 4, 4)
+        >>> round(float(losses["segmentation"]({"logit": logit, "mask": mask})), 3)
+        0.173
     """
     built = {}
     for entry in criterion:
         if entry["type"] not in LOSSES:
             raise UsageError(f"criterion: {entry['type']!r} is not one of {', '.join(LOSSES)}")
-        try:
-            built[entry["name"]] = LOSSES[entry["type"]](**(entry.get("kwargs") or {}))
-        except TypeError as error:
-            raise UsageError(f"criterion.{entry['name']}: {error}") from None
+        where, loss = f"criterion.{entry['name']}.kwargs", LOSSES[entry["type"]]
+        built[entry["name"]] = call_with_settings(where, loss, **(entry.get("kwargs") or {}))
     return built

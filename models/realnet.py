@@ -11,6 +11,7 @@ from models.afs import AFS, Block
 from models.backbones import Backbone
 from models.recon import ReconstructionLayer, SimpleReconstructionLayer
 from models.rrs import RRS
+from utils.config import call_with_settings
 from utils.errors import UsageError
 
 RECONSTRUCTIONS = {
@@ -23,7 +24,7 @@ PARTS = {
     "recon": tuple(RECONSTRUCTIONS),
     "rrs": ("models.rrs.RRS",),
 }
-# The reference writes what it measured into its checkpoints' configuration; here it is measured again.
+# The reference stores what it measured in its checkpoints' settings; here it is measured again.
 MEASURED = ("outlayers", "structure", "inplanes", "instrides", "init_bsn")
 
 
@@ -156,6 +157,13 @@ def build_realnet(config: dict, backbone_weights: str | None = None) -> RealNet:
     Raises:
         UsageError: a part is missing, unknown or does not fit the others.
         RunError: pretrained weights are not at hand.
+
+    Example:
+        >>> from utils.config import load_config
+        >>> model = build_realnet(load_config("experiments/demo/realnet.yaml"), "checkpoint").eval()
+        >>> outputs = model({"image": torch.zeros(2, 3, 96, 128)})
+        >>> outputs["anomaly_score"].shape
+        torch.Size([2, 1, 96, 128])
     """
     parts = {part["name"]: part for part in config["net"]}
     for name, types in PARTS.items():
@@ -170,15 +178,11 @@ def build_realnet(config: dict, backbone_weights: str | None = None) -> RealNet:
         kwargs["backbone"]["weights"] = backbone_weights
 
     outlayers = list(dict.fromkeys(layer for block in parse_structure(structure) for layer, _ in block.layers))
-    try:
-        backbone = Backbone(outlayers=outlayers, **kwargs["backbone"])
-        blocks = parse_structure(structure, backbone.channels)
-        planes = {block.name: block.planes for block in blocks}
-        afs = AFS(blocks, backbone.channels)
-        recon = RECONSTRUCTIONS[parts["recon"]["type"]](planes, **kwargs["recon"])
-        rrs = RRS(planes, {block.name: block.stride for block in blocks}, **kwargs["rrs"])
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise UsageError(f"net: {str(error).replace('__init__()', 'kwargs')}") from None
+    backbone = call_with_settings("net.backbone.kwargs", Backbone, outlayers=outlayers, **kwargs["backbone"])
+    blocks = parse_structure(structure, backbone.channels)
+    planes = {block.name: block.planes for block in blocks}
+    strides = {block.name: block.stride for block in blocks}
+    afs = AFS(blocks, backbone.channels)
+    recon = call_with_settings("net.recon.kwargs", RECONSTRUCTIONS[parts["recon"]["type"]], planes, **kwargs["recon"])
+    rrs = call_with_settings("net.rrs.kwargs", RRS, planes, strides, **kwargs["rrs"])
     return RealNet(backbone, afs, recon, rrs)

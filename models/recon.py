@@ -1,4 +1,4 @@
-"""Feature reconstruction networks, one per block (RealNet, section 3.2; method.md section 5)."""
+"""Feature reconstruction networks, one per block (RealNet, section 3.2; docs/method.md, section 5)."""
 
 from collections.abc import Sequence
 
@@ -191,6 +191,11 @@ class ReconstructionLayer(_PerBlock):
 
     Shape:
         {block: (N, planes[block], h, w)} -> same
+
+    Example:
+        >>> recon = ReconstructionLayer({"block1": 64}, num_res_blocks=1)
+        >>> recon({"block1": torch.zeros(1, 64, 15, 22)})["block1"].shape
+        torch.Size([1, 64, 15, 22])
 
     Raises:
         UsageError: the hidden width of a block is not a multiple of 32.

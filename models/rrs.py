@@ -25,6 +25,11 @@ class RRS(nn.Module):
     Shape:
         {block: (N, planes[block], h, w) >= 0}, image size (H, W) -> logits (N, 2, H, W)
 
+    Example:
+        >>> rrs = RRS({"block1": 32}, {"block1": 4}, mode_numbers=(8, 8)).eval()
+        >>> rrs({"block1": torch.rand(2, 32, 16, 16)}, (64, 64)).shape
+        torch.Size([2, 2, 64, 64])
+
     Raises:
         UsageError: an unknown mode, or more channels wanted than there are.
     """

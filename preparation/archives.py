@@ -1,4 +1,4 @@
-"""Unpacking archives of pictures: nothing lands outside of the target, and nothing stays behind when it fails."""
+"""Unpacking archives of images: nothing is written outside of the target folder, links and devices are refused."""
 
 import lzma
 import shutil
@@ -6,11 +6,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -20,17 +16,8 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".txz", ".zip")
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError, ValueError)
 
 
-@dataclass(frozen=True)
-class _Member:
-    """A regular file in an archive."""
-
-    name: str
-    size: int
-    open: Callable[[], IO[bytes]]
-
-
 def is_archive(path: Path) -> bool:
-    """Whether a file's name ends as an archive's."""
+    """Whether a file's name ends like that of an archive."""
     return path.is_file() and path.name.lower().endswith(SUFFIXES)
 
 
@@ -39,73 +26,69 @@ def unpack(archive: Path, target: Path) -> None:
 
     Raises:
         UsageError: the archive is unreadable, encrypted or truncated, a member would land outside of the target or is
-            a link or device, or a name comes twice. Members are looked at before any is written.
+            a link or device, or a name comes twice. All members are checked before any is written.
         RunError: the disk has no room for them.
     """
     try:
-        with _opened(archive) as members:
-            _check_names(archive, members)
-            _check_room(archive, members, target)
-            # disable=None: quiet where there is no terminal.
-            for member in tqdm(members, f"unpacking {archive.name}", leave=False, disable=None):
-                path = target / member.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with member.open() as source, open(path, "wb") as written:
-                    shutil.copyfileobj(source, written)
+        if archive.name.lower().endswith(".zip"):
+            _unpack_zip(archive, target)
+        else:
+            _unpack_tar(archive, target)
+    except (UsageError, RunError):
+        raise
     except _BROKEN as error:
-        if isinstance(error, UsageError):
-            raise
-        # tarfile tells in many lines what each of its decoders thought of the file.
+        # tarfile's message has a line for each decoder that it tried.
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise UsageError(f"{archive} is not a readable archive ({reason})") from None
     except RuntimeError as error:
-        if isinstance(error, RunError):
-            raise
-        # zipfile says so of encrypted members.
+        # What zipfile raises for encrypted members.
         raise UsageError(f"{archive}: {error}") from None
     except OSError as error:
         raise RunError(f"{archive}: cannot be unpacked to {target} ({error.strerror or error})") from None
 
 
-@contextmanager
-def _opened(archive: Path) -> Iterator[list[_Member]]:
-    if archive.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(archive) as opened:
-            yield [_zip_member(archive, opened, info) for info in opened.infolist() if not info.is_dir()]
-    else:
-        with tarfile.open(archive) as opened:
-            yield [_tar_member(archive, opened, info) for info in opened if not info.isdir()]
+def _unpack_zip(archive: Path, target: Path) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        members = [info for info in opened.infolist() if not info.is_dir()]
+        for info in members:
+            _refuse_special(archive, info.filename, stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG))
+            info.filename = info.filename.replace("\\", "/")
+        _check_names(archive, [info.filename for info in members])
+        _check_room(archive, sum(info.file_size for info in members), target)
+        for info in _progress(members, archive):
+            opened.extract(info, target)
 
 
-def _zip_member(archive: Path, opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    kind = stat.S_IFMT(info.external_attr >> 16)
-    _check_kind(archive, info.filename, kind in (0, stat.S_IFREG))
-    return _Member(info.filename.replace("\\", "/"), info.file_size, lambda: opened.open(info))
+def _unpack_tar(archive: Path, target: Path) -> None:
+    with tarfile.open(archive) as opened:
+        members = [info for info in opened if not info.isdir()]
+        for info in members:
+            _refuse_special(archive, info.name, info.isreg())
+        _check_names(archive, [info.name for info in members])
+        _check_room(archive, sum(info.size for info in members), target)
+        for info in _progress(members, archive):
+            opened.extract(info, target, filter="data")
 
 
-def _tar_member(archive: Path, opened: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
-    _check_kind(archive, info.name, info.isreg())
-
-    def read() -> Any:
-        return opened.extractfile(info)
-
-    return _Member(info.name, info.size, read)
+def _progress(members: list, archive: Path) -> tqdm:
+    # disable=None: quiet where there is no terminal.
+    return tqdm(members, f"unpacking {archive.name}", leave=False, disable=None)
 
 
-def _check_kind(archive: Path, name: str, regular: bool) -> None:
+def _refuse_special(archive: Path, name: str, regular: bool) -> None:
     if not regular:
         raise UsageError(f"{archive}: {name} is a link or a device; only plain files are unpacked")
 
 
-def _check_names(archive: Path, members: list[_Member]) -> None:
+def _check_names(archive: Path, names: list[str]) -> None:
     seen: set[PurePosixPath] = set()
-    for member in members:
-        path = PurePosixPath(member.name)
-        drive = len(member.name) > 1 and member.name[1] == ":"
-        if path.is_absolute() or drive or ".." in path.parts or "\0" in member.name or not path.parts:
-            raise UsageError(f"{archive}: {member.name!r} would land outside of the data folder; nothing was unpacked")
+    for name in names:
+        path = PurePosixPath(name)
+        drive = len(name) > 1 and name[1] == ":"
+        if path.is_absolute() or drive or ".." in path.parts or "\0" in name or not path.parts:
+            raise UsageError(f"{archive}: {name!r} would land outside of the data folder; nothing was unpacked")
         if path in seen:
-            raise UsageError(f"{archive}: holds {member.name} twice; nothing was unpacked")
+            raise UsageError(f"{archive}: holds {name} twice; nothing was unpacked")
         seen.add(path)
     for path in seen:
         above = next((parent for parent in path.parents if parent in seen), None)
@@ -113,7 +96,7 @@ def _check_names(archive: Path, members: list[_Member]) -> None:
             raise UsageError(f"{archive}: {above} is a file and a folder at once; nothing was unpacked")
 
 
-def _check_room(archive: Path, members: list[_Member], target: Path) -> None:
-    size, free = sum(member.size for member in members), shutil.disk_usage(target).free
+def _check_room(archive: Path, size: int, target: Path) -> None:
+    free = shutil.disk_usage(target).free
     if size > free:
         raise RunError(f"{archive}: unpacks to {size >> 20} MiB, and {target} has room for {free >> 20} MiB")

@@ -2,7 +2,7 @@
 
     python -m preparation.demo
 
-Training pictures come from the left part of each photograph and test pictures from the right, so none overlap.
+Training images come from the left part of each photograph and test images from the right, so none overlap.
 Defects are drawn by other means than the training anomalies, with exact masks; everything follows from the seed.
 """
 
@@ -31,7 +31,7 @@ SPLIT_COLUMN = 336  # of 512: left of it training, right of it test
 
 
 def draw_scratch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A thin curved dark line with a lit edge. Returns (picture, mask), as all of these."""
+    """A thin curved dark line with a lit edge. Returns (image, mask), like its siblings."""
     del other
     middle = rng.uniform(40, SIZE - 40, 2)
     angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.02, 0.02)
@@ -106,7 +106,7 @@ def crop(photograph: np.ndarray, rng: np.random.Generator, first: int, last: int
 
 
 def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Write the pictures and masks of one class; returns its training and test lists."""
+    """Write the images and masks of one class; returns its training and test lists."""
     rng = np.random.default_rng([seed, CLASSES.index(name)])
     photograph = getattr(photographs, name)()
     width = photograph.shape[1]
@@ -120,13 +120,16 @@ def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sam
         filename = f"{name}/test/good/{i:03d}.png"
         write_image(root / filename, crop(photograph, rng, SPLIT_COLUMN, width))
         test.append(Sample(filename, 0, name))
-    for kind, draw in DEFECTS.items():
+    for defect_type, draw in DEFECTS.items():
         for i in range(DEFECT_COUNT):
             image = crop(photograph, rng, SPLIT_COLUMN, width)
             other = crop(foreign, rng, 0, width)
-            picture, mask = draw(image, other, rng)
-            filename, maskname = f"{name}/test/{kind}/{i:03d}.png", f"{name}/ground_truth/{kind}/{i:03d}_mask.png"
-            write_image(root / filename, np.clip(np.round(picture), 0, 255).astype(np.uint8))
+            defective, mask = draw(image, other, rng)
+            filename, maskname = (
+                f"{name}/test/{defect_type}/{i:03d}.png",
+                f"{name}/ground_truth/{defect_type}/{i:03d}_mask.png",
+            )
+            write_image(root / filename, np.clip(np.round(defective), 0, 255).astype(np.uint8))
             write_image(root / maskname, mask * np.uint8(255))
             test.append(Sample(filename, 1, name, maskname))
     return train, test

@@ -1,45 +1,13 @@
-"""Looking into folders of pictures: what is a picture, what is a mask, and what is in the way."""
+"""Looking into folders: which files are images, which folders hold masks, and what is in the way."""
 
 import os
-import re
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets.images import SUFFIXES
+from preparation.findings import SURPLUS, UNREADABLE, Finding
 
 MASK_FOLDERS = ("ground_truth", "groundtruth", "ground truth", "masks", "mask", "gt", "掩码")
-_MASK_ENDING = re.compile(r"[_-](mask|gt|ground_?truth)$", re.IGNORECASE)
-
-# Kinds of findings, in the order in which they are listed.
-MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK = (
-    "missing",
-    "surplus",
-    "unreadable",
-    "without a mask",
-    "ambiguous",
-    "on both sides of the split",
-)
-KINDS = (MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about the pictures that their owner should know.
-
-    Args:
-        kind: one of KINDS.
-        where: file, folder or class.
-        text: what is the matter.
-    """
-
-    kind: str
-    where: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.text}"
 
 
 @dataclass
@@ -62,32 +30,32 @@ class Reader:
         """Visible folders in a folder, sorted."""
         return sorted(path for path in _entries(folder, self) if path.is_dir() and visible(path))
 
-    def pictures(self, folder: Path, nested: bool = True) -> list[Path]:
-        """Pictures in a folder (and those below it, but for mask folders), sorted; other files are reported."""
-        found = []
+    def images(self, folder: Path, nested: bool = True) -> list[Path]:
+        """Images in a folder and, if `nested`, below it (except in mask folders), sorted; other files are reported."""
+        images = []
         for path in sorted(_entries(folder, self)):
             if not visible(path):
                 continue
             if path.is_dir():
                 if path.suffix.lower() in SUFFIXES:
-                    self.report(UNREADABLE, path, "is a folder, not a picture")
+                    self.report(UNREADABLE, path, "is a folder, not an image")
                 elif path.is_symlink() and path.resolve() in (folder.resolve(), *folder.resolve().parents):
                     self.report(SURPLUS, path, "is a link to a folder above it")
                 elif nested and not is_mask_folder(path):
-                    found += self.pictures(path)
+                    images += self.images(path)
             elif path.suffix.lower() not in SUFFIXES:
-                self.report(SURPLUS, path, f"is no picture that is read here ({' '.join(SUFFIXES)})")
+                self.report(SURPLUS, path, f"is not an image of a format that is read here ({' '.join(SUFFIXES)})")
             elif not path.is_file():
-                self.report(UNREADABLE, path, "is a link to nothing, or no file")
+                self.report(UNREADABLE, path, "is a broken link, or not a file")
             elif not _printable(path):
                 self.report(UNREADABLE, path, "its name is not UTF-8; rename it")
             else:
-                found.append(path)
-        return found
+                images.append(path)
+        return images
 
 
 def visible(path: Path) -> bool:
-    """Whether a file or folder is meant for people: not hidden, and not what archivers of macOS leave."""
+    """Whether a file or folder is meant for people: neither hidden nor left by an operating system."""
     return not path.name.startswith(".") and path.name not in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
@@ -95,8 +63,8 @@ def is_mask_folder(path: Path) -> bool:
     return path.name.lower() in MASK_FOLDERS
 
 
-def has_pictures(folder: Path) -> bool:
-    """Whether pictures lie in a folder itself."""
+def has_images(folder: Path) -> bool:
+    """Whether images lie directly in a folder."""
     return any(path.suffix.lower() in SUFFIXES and visible(path) and path.is_file() for path in _entries(folder))
 
 
@@ -115,64 +83,3 @@ def _printable(path: Path) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-class MaskIndex:
-    """Finds the mask of a picture by folder and name.
-
-    The mask of <kind>/x.jpg is <mask folder>/<kind>/x.png or x_mask.png, in any picture format; the folder of the kind
-    may be left out, a mask folder may lie inside that of the kind, and x_mask.png may lie beside x.jpg.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self.found: dict[tuple[str, ...], list[Path]] = defaultdict(list)
-        self.used: set[Path] = set()
-
-    def add_folder(self, folder: Path, kind: str = "") -> None:
-        """Take in a mask folder; `kind` is the folder of the kind that it lies in."""
-        for path in self.reader.pictures(folder):
-            parts = path.relative_to(folder).parts[:-1]
-            self.found[_key(*([kind] if kind else []), *parts, path.stem)].append(path)
-
-    def split_off(self, pictures: list[Path], kind_folder: Path) -> list[Path]:
-        """Take masks that lie beside their pictures out of a list of pictures."""
-        stems = {(path.parent, path.stem.lower()) for path in pictures}
-        rest = []
-        for path in pictures:
-            base = _MASK_ENDING.sub("", path.stem)
-            if base != path.stem and (path.parent, base.lower()) in stems:
-                parts = path.relative_to(kind_folder).parts[:-1]
-                self.found[_key(kind_folder.name, *parts, base)].append(path)
-            else:
-                rest.append(path)
-        return rest
-
-    def of(self, picture: Path, kind_folder: Path) -> Path | None:
-        """The mask of a picture, or None; two that could be meant are reported."""
-        parts = picture.relative_to(kind_folder).parts[:-1]
-        for key in (_key(kind_folder.name, *parts, picture.stem), _key(*parts, picture.stem)):
-            masks = self.found.get(key, [])
-            if len(masks) > 1:
-                names = " and ".join(self.reader.name(mask) for mask in masks)
-                self.reader.report(AMBIGUOUS, picture, f"{names} could be its mask; none is taken")
-                self.used.update(masks)
-                return None
-            if masks:
-                self.used.add(masks[0])
-                return masks[0]
-        return None
-
-    def report_unused(self, but: Iterable[str] = ()) -> None:
-        """Report masks that no picture has asked for, but those of the kinds named."""
-        for key, masks in self.found.items():
-            if len(key) > 1 and key[0] in but:
-                continue
-            for mask in masks:
-                if mask not in self.used:
-                    self.reader.report(SURPLUS, mask, "is a mask without a defective picture of that name")
-
-
-def _key(*parts: str) -> tuple[str, ...]:
-    *folders, stem = parts
-    return (*(folder.lower() for folder in folders), _MASK_ENDING.sub("", stem).lower())

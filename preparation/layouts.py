@@ -1,24 +1,15 @@
-"""Recognising data sets on disk: the official folders of the field's, and any sensible folders of one's own."""
+"""Recognising data sets on disk: the official folders of the benchmarks, and any sensible folders of the user's own."""
 
 import csv
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from datasets.catalog import CATALOG, TEXTURES, DatasetInfo
+from datasets.catalog import CATALOG, DatasetInfo
 from datasets.lists import UNIFIED, Sample
-from preparation.folders import (
-    AMBIGUOUS,
-    MISSING,
-    NO_MASK,
-    SURPLUS,
-    UNREADABLE,
-    Finding,
-    MaskIndex,
-    Reader,
-    has_pictures,
-    is_mask_folder,
-)
+from preparation.findings import AMBIGUOUS, MISSING, NO_MASK, SURPLUS, UNREADABLE, Finding
+from preparation.folders import Reader, has_images, is_mask_folder
+from preparation.masks import MaskIndex
 from utils.errors import UsageError
 
 TRAIN, TEST, UNSPLIT = "train", "test", "unsplit"
@@ -28,19 +19,19 @@ TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing")
 SPLIT_FILE = "split_csv/1cls.csv"
 DEPTH = 3
 OWN_LAYOUTS = (
-    "train/good with test/<kind> (and ground_truth/<kind>); good with bad (or ok with ko); pictures of good parts "
+    "train/good with test/<defect> (and ground_truth/<defect>); good with bad (or ok with ko); images of good parts "
     "alone; or a folder of one of these per class"
 )
 
 
 @dataclass
-class Found:
+class DatasetOnDisk:
     """A data set as it lies on disk.
 
     Args:
         root: the folder that the samples' names are relative to.
         layout: what was recognised, in words.
-        samples: by TRAIN, TEST, and UNSPLIT for pictures of which the folders do not say which.
+        samples: by TRAIN, TEST, and UNSPLIT for images that the folders assign to neither.
         findings: what is missing, surplus or without a mask.
     """
 
@@ -53,23 +44,23 @@ class Found:
         return [sample for samples in self.samples.values() for sample in samples]
 
 
-def recognize(folder: Path, dataset: str) -> Found:
+def recognize(folder: Path, dataset: str) -> DatasetOnDisk:
     """Find out what lies in a folder.
 
     Args:
         folder: as the user names it; the data set may lie a few folders deeper.
-        dataset: name of one of the field's data sets, or any other for the user's own.
+        dataset: name of one of the benchmarks, or any other for the user's own.
 
     Raises:
         UsageError: nothing there looks like it.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
-    found = _official(folder, dataset, CATALOG[dataset]) if dataset in CATALOG else _own(folder, dataset)
-    for name in {sample.clsname for sample in found.all()}:
+    data = _official(folder, dataset, CATALOG[dataset]) if dataset in CATALOG else _own(folder, dataset)
+    for name in {sample.clsname for sample in data.all()}:
         if name in (UNIFIED, "all") or "," in name or "{" in name:
             raise UsageError(f"{folder}: a class cannot be called {name!r}; rename that folder")
-    return found
+    return data
 
 
 # ---- one class -------------------------------------------------------------------------------------------------------
@@ -92,7 +83,7 @@ def _read_class(reader: Reader, folder: Path, clsname: str) -> dict[str, list[Sa
     elif _named(subfolders, GOOD):
         samples[UNSPLIT] = _samples(reader, folder, clsname, masks)
     else:
-        samples[TRAIN] = [Sample(reader.name(path), 0, clsname) for path in reader.pictures(folder)]
+        samples[TRAIN] = [Sample(reader.name(path), 0, clsname) for path in reader.images(folder)]
     masks.report_unused(but=GOOD)
     return samples
 
@@ -102,45 +93,45 @@ def _named(folders: list[Path], names: tuple[str, ...]) -> Path | None:
 
 
 def _train_samples(reader: Reader, folder: Path, clsname: str) -> list[Sample]:
-    """Good pictures of a train folder; they may lie in it or in its folder `good`."""
+    """Good images of a train folder; they may lie in it or in its folder `good`."""
     good = []
-    for kind in reader.subfolders(folder):
-        pictures = [] if is_mask_folder(kind) else reader.pictures(kind)
-        if kind.name.lower() in GOOD:
-            good += pictures
-        elif pictures:
-            reader.report(SURPLUS, kind, f"{len(pictures)} pictures that are not good; training takes good ones only")
-    good += reader.pictures(folder, nested=False) if has_pictures(folder) else []
+    for subfolder in reader.subfolders(folder):
+        images = [] if is_mask_folder(subfolder) else reader.images(subfolder)
+        if subfolder.name.lower() in GOOD:
+            good += images
+        elif images:
+            reader.report(SURPLUS, subfolder, f"{len(images)} images that are not good; training takes good ones only")
+    good += reader.images(folder, nested=False) if has_images(folder) else []
     return [Sample(reader.name(path), 0, clsname) for path in good]
 
 
 def _samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
-    """Pictures of a folder with one folder per kind; `good` (or ok, normal) is good, every other is a defect."""
+    """Images of a folder with one folder per defect type; `good` (or ok, normal) is good, every other is a defect."""
     samples = []
-    for kind in reader.subfolders(folder):
-        if is_mask_folder(kind):
+    for subfolder in reader.subfolders(folder):
+        if is_mask_folder(subfolder):
             continue
-        pictures = reader.pictures(kind)
-        if kind.name.lower() in GOOD:
-            samples += [Sample(reader.name(path), 0, clsname) for path in pictures]
+        images = reader.images(subfolder)
+        if subfolder.name.lower() in GOOD:
+            samples += [Sample(reader.name(path), 0, clsname) for path in images]
             continue
-        for path in filter(is_mask_folder, reader.subfolders(kind)):
-            masks.add_folder(path, kind.name)
-        samples += _defective(reader, masks.split_off(pictures, kind), kind, clsname, masks)
-    if has_pictures(folder):
-        for path in reader.pictures(folder, nested=False):
+        for path in filter(is_mask_folder, reader.subfolders(subfolder)):
+            masks.add_folder(path, subfolder.name)
+        samples += _defective(reader, masks.split_off(images, subfolder), subfolder, clsname, masks)
+    if has_images(folder):
+        for path in reader.images(folder, nested=False):
             reader.report(SURPLUS, path, "lies in no folder that says whether it is good")
     return samples
 
 
-def _defective(reader: Reader, pictures: list[Path], kind: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
+def _defective(reader: Reader, images: list[Path], folder: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
     same_name = defaultdict(list)
-    for path in pictures:
+    for path in images:
         same_name[path.parent, path.stem.lower()].append(path)
     samples = []
-    for path in pictures:
+    for path in images:
         twins = same_name[path.parent, path.stem.lower()]
-        mask = masks.of(path, kind)
+        mask = masks.of(path, folder)
         if mask is not None and len(twins) > 1:
             names = " and ".join(twin.name for twin in twins)
             reader.report(AMBIGUOUS, path, f"{names} would share the mask {reader.name(mask)}; neither takes it")
@@ -150,23 +141,23 @@ def _defective(reader: Reader, pictures: list[Path], kind: Path, clsname: str, m
 
 
 def report_masks(samples: list[Sample]) -> list[Finding]:
-    """Defective pictures without a mask: each, where some of the class have one; else one line for the class."""
+    """Defective images without a mask: each of them where others of the class have one, else one line for the class."""
     findings = []
     for name in sorted({sample.clsname for sample in samples}):
         defective = [sample for sample in samples if sample.clsname == name and sample.label]
         lacking = [sample for sample in defective if sample.maskname is None]
         if lacking and len(lacking) == len(defective):
-            text = f"none of the {len(lacking)} defective pictures has a mask: pixel metrics will be absent"
+            text = f"none of the {len(lacking)} defective images has a mask: pixel metrics will be absent"
             findings.append(Finding(NO_MASK, name, text))
         else:
             findings += [Finding(NO_MASK, sample.filename, "has no mask") for sample in lacking]
     return findings
 
 
-# ---- the field's data sets -------------------------------------------------------------------------------------------
+# ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 
-def _official(folder: Path, dataset: str, info: DatasetInfo) -> Found:
+def _official(folder: Path, dataset: str, info: DatasetInfo) -> DatasetOnDisk:
     root = _deepest_match(folder, info)
     if root is None:
         hint = f"; it looks like the class {folder.name} alone: name the folder above it" if _is_class(folder) else ""
@@ -174,20 +165,20 @@ def _official(folder: Path, dataset: str, info: DatasetInfo) -> Found:
         raise UsageError(f"{folder}: holds none of the classes of {dataset} ({classes}); expected {info.layout}{hint}")
     reader = Reader(root)
     if (root / SPLIT_FILE).is_file():
-        found = Found(root, f"{dataset} with {SPLIT_FILE}", findings=reader.findings)
-        _read_split_file(reader, root / SPLIT_FILE, info, found.samples)
+        data = DatasetOnDisk(root, f"{dataset} with {SPLIT_FILE}", findings=reader.findings)
+        _read_split_file(reader, root / SPLIT_FILE, info, data.samples)
     else:
-        found = Found(root, f"{dataset}, folders {info.layout.rpartition('; or ')[2]}", findings=reader.findings)
+        data = DatasetOnDisk(root, f"{dataset}, folders {info.layout.rpartition('; or ')[2]}", findings=reader.findings)
         for name in filter(lambda name: (root / name).is_dir(), info.classes):
             if (root / name / "Data").is_dir():
                 raise UsageError(f"{root}: {SPLIT_FILE} is missing, which says what is trained and tested on")
             for split, samples in _read_class(reader, root / name, name).items():
-                found.samples[split] += samples
-        undecided = sorted({sample.clsname for sample in found.samples[UNSPLIT]})
+                data.samples[split] += samples
+        undecided = sorted({sample.clsname for sample in data.samples[UNSPLIT]})
         if undecided:
             raise UsageError(f"{root}: {', '.join(undecided)} has no train folder; expected {info.layout}")
-    _compare(found, info)
-    return found
+    _compare(data, info)
+    return data
 
 
 def _is_class(folder: Path) -> bool:
@@ -196,7 +187,7 @@ def _is_class(folder: Path) -> bool:
 
 
 def _deepest_match(folder: Path, info: DatasetInfo) -> Path | None:
-    """Of a folder and those a few levels below, the one that holds most of the classes."""
+    """The folder with most of the classes: this one, or one a few levels below."""
     best, most, level = None, 0, [folder]
     for _ in range(DEPTH):
         for path in level:
@@ -209,7 +200,7 @@ def _deepest_match(folder: Path, info: DatasetInfo) -> Path | None:
 
 
 def _read_split_file(reader: Reader, path: Path, info: DatasetInfo, samples: dict[str, list[Sample]]) -> None:
-    """VisA's list of pictures: object, split, label, image, mask."""
+    """VisA's list of images: object, split, label, image, mask."""
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -237,9 +228,9 @@ def _read_split_file(reader: Reader, path: Path, info: DatasetInfo, samples: dic
         samples[split].append(Sample(image, int(label == "anomaly"), clsname, mask or None))
     for name in info.classes:
         folder = reader.root / name / "Data" / "Images"
-        for picture in reader.pictures(folder) if folder.is_dir() else []:
-            if reader.name(picture) not in listed:
-                reader.report(SURPLUS, picture, f"is not in {SPLIT_FILE}")
+        for image in reader.images(folder) if folder.is_dir() else []:
+            if reader.name(image) not in listed:
+                reader.report(SURPLUS, image, f"is not in {SPLIT_FILE}")
 
 
 def _line_problem(line: list[str], info: DatasetInfo, listed: dict[str, int]) -> str | None:
@@ -261,12 +252,12 @@ def _line_problem(line: list[str], info: DatasetInfo, listed: dict[str, int]) ->
     return None
 
 
-def _compare(found: Found, info: DatasetInfo) -> None:
-    """Hold the classes and counts found against the published ones."""
-    reader = Reader(found.root, found.findings)
+def _compare(data: DatasetOnDisk, info: DatasetInfo) -> None:
+    """Compare classes and counts with the published ones."""
+    reader = Reader(data.root, data.findings)
     counts = {name: [0, 0] for name in info.classes}
     for i, split in enumerate((TRAIN, TEST)):
-        for sample in found.samples[split]:
+        for sample in data.samples[split]:
             counts[sample.clsname][i] += 1
     for name, expected in info.counts.items():
         if not any(counts[name]):
@@ -274,83 +265,53 @@ def _compare(found: Found, info: DatasetInfo) -> None:
             continue
         for split, have, want in zip(("training", "test"), counts[name], expected, strict=True):
             if have != want:
-                kind = MISSING if have < want else SURPLUS
-                reader.report(kind, name, f"{have} {split} pictures; published are {want}")
-    for folder in reader.subfolders(found.root):
+                reader.report(MISSING if have < want else SURPLUS, name, f"{have} {split} images; published are {want}")
+    for folder in reader.subfolders(data.root):
         if folder.name not in info.classes and _is_class(folder):
             reader.report(SURPLUS, folder, "is no class of the data set")
 
 
-# ---- pictures of one's own -------------------------------------------------------------------------------------------
+# ---- the user's own images -------------------------------------------------------------------------------------------
 
 
-def _own(folder: Path, dataset: str) -> Found:
+def _own(folder: Path, dataset: str) -> DatasetOnDisk:
     root, classes = _class_folders(folder, dataset)
     reader = Reader(root)
-    found = Found(root, "", findings=reader.findings)
+    data = DatasetOnDisk(root, "", findings=reader.findings)
     for name, path in classes.items():
         for split, samples in _read_class(reader, path, name).items():
-            found.samples[split] += samples
-    if not any(sample.label == 0 for sample in found.samples[TRAIN] + found.samples[UNSPLIT]):
-        raise UsageError(f"{folder}: no pictures of good parts found; expected {OWN_LAYOUTS}")
-    if has_pictures(root) and root not in classes.values():
-        for path in reader.pictures(root, nested=False):
+            data.samples[split] += samples
+    if not any(sample.label == 0 for sample in data.samples[TRAIN] + data.samples[UNSPLIT]):
+        raise UsageError(f"{folder}: no images of good parts found; expected {OWN_LAYOUTS}")
+    if has_images(root) and root not in classes.values():
+        for path in reader.images(root, nested=False):
             reader.report(SURPLUS, path, "lies beside the folders of the classes")
-    kinds = {True: "with a split", False: "without a split"}
-    splits = sorted(
-        {kinds[any(s.name.lower() in TRAIN_FOLDERS for s in reader.subfolders(p))] for p in classes.values()}
-    )
-    only_good = all(sample.label == 0 for sample in found.all())
-    found.layout = ("good pictures only" if only_good else "good and defective pictures") + ", " + " and ".join(splits)
-    return found
+    splits = sorted({"with a split" if _has_split(reader, path) else "without a split" for path in classes.values()})
+    only_good = all(sample.label == 0 for sample in data.all())
+    data.layout = ("good images only" if only_good else "good and defective images") + ", " + " and ".join(splits)
+    return data
+
+
+def _has_split(reader: Reader, folder: Path) -> bool:
+    return _named(reader.subfolders(folder), TRAIN_FOLDERS) is not None
 
 
 def _class_folders(folder: Path, dataset: str) -> tuple[Path, dict[str, Path]]:
-    """The folder that names are relative to, and the folder of each class; a folder without classes is one class."""
+    """The folder that names are relative to, and the folder of each class. A folder without classes is one class."""
     reader = Reader(folder)
     for _ in range(DEPTH):
         if _is_class(folder):
             return folder, {dataset: folder}
         subfolders = [path for path in reader.subfolders(folder) if not is_mask_folder(path)]
-        if has_pictures(folder) and not any(_is_class(path) for path in subfolders):
+        if has_images(folder) and not any(_is_class(path) for path in subfolders):
             return folder, {dataset: folder}
-        classes = [path for path in subfolders if _is_class(path) or has_pictures(path)]
+        classes = [path for path in subfolders if _is_class(path) or has_images(path)]
         bad = next((path for path in classes if path.name.lower() in BAD), None)
         if bad is not None:
-            raise UsageError(f"{bad}: there is no folder of good pictures beside it; call that one `good`")
+            raise UsageError(f"{bad}: there is no folder of good images beside it; call that one `good`")
         if classes:
             return folder, {path.name: path for path in classes}
         if len(subfolders) != 1:
             break
         folder = subfolders[0]
-    raise UsageError(f"{folder}: no pictures found; expected {OWN_LAYOUTS}")
-
-
-# ---- textures --------------------------------------------------------------------------------------------------------
-
-
-def recognize_textures(folder: Path, dataset: str) -> tuple[Path, list[str], list[Finding]]:
-    """A collection of textures: the folder of its folders, the pictures in it, and what differs from the published.
-
-    Raises:
-        UsageError: nothing there looks like it.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
-    info = TEXTURES[dataset]
-    level = [folder]
-    for _ in range(DEPTH):
-        for path in level:
-            if any(has_pictures(sub) for sub in Reader(folder).subfolders(path)):
-                reader = Reader(path)
-                pictures = [reader.name(picture) for picture in reader.pictures(path)]
-                folders = len({PurePosixPath(name).parts[0] for name in pictures})
-                for have, want, what in (
-                    (folders, info.folders, "folders"),
-                    (len(pictures), info.pictures, "pictures"),
-                ):
-                    if have != want:
-                        reader.report(MISSING if have < want else SURPLUS, what, f"{have}; published are {want}")
-                return path, pictures, reader.findings
-        level = [sub for path in level for sub in Reader(folder).subfolders(path)]
-    raise UsageError(f"{folder}: no textures found; expected {info.type}/<texture>/*.jpg")
+    raise UsageError(f"{folder}: no images found; expected {OWN_LAYOUTS}")

@@ -1,4 +1,4 @@
-"""Bringing pictures to data/<dataset>/: a link to their folder, or copies."""
+"""Bringing images to data/<dataset>/: a link to their folder, or copies."""
 
 import filecmp
 import os
@@ -7,15 +7,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.checkpoint import write_atomic
 from utils.errors import RunError, UsageError
+from utils.files import PART, write_atomic
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a link to the folder `source`; a link that is there already is replaced.
+    """Make `target` a link to the folder `source`, in place of a link that may be there already.
 
     Raises:
-        UsageError: a folder with something else in it is in the way, or the system has no links.
+        UsageError: `target` is a file, or a folder that is not empty.
+        RunError: the link cannot be made; not every system has links.
     """
     if target.resolve() == source.resolve():
         return
@@ -28,21 +29,21 @@ def link(source: Path, target: Path) -> None:
     elif target.exists() and not target.is_symlink():
         raise UsageError(f"{target} is a file; move it away")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".part-{target.name}-{os.getpid()}")
+    part = target.with_name(f"{PART}{target.name}-{os.getpid()}")
     try:
         part.symlink_to(source.resolve(), target_is_directory=True)
         part.replace(target)
     except (OSError, NotImplementedError) as error:
-        raise RunError(f"{target}: cannot be made a link to {source} ({error}); take --copy") from None
+        raise RunError(f"{target}: cannot be made a link to {source} ({error}); use --copy") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def copy(source: Path, target: Path, names: list[str], overwrite: bool) -> None:
-    """Copy files by their names relative to `source`; what is there already and the same is left as it is.
+    """Copy files by their names relative to `source`; files that are there already, with the same content, are kept.
 
     Raises:
-        UsageError: another file of the same name is there and may not be overwritten. Nothing is copied then.
+        UsageError: a different file of the same name is there and may not be overwritten. Nothing is copied then.
     """
     if target.is_symlink():
         target.unlink()
@@ -63,8 +64,8 @@ def copy(source: Path, target: Path, names: list[str], overwrite: bool) -> None:
 def _same(source: Path, target: Path) -> bool:
     if not target.is_file():
         return False
-    ours, theirs = source.stat(), target.stat()
-    if ours.st_size != theirs.st_size:
+    original, copied = source.stat(), target.stat()
+    if original.st_size != copied.st_size:
         return False
-    # Copies keep the time, as finely as the file system can.
-    return ours.st_mtime_ns == theirs.st_mtime_ns or filecmp.cmp(source, target, shallow=False)
+    # Copies keep the modification time, as precisely as the file system allows.
+    return original.st_mtime_ns == copied.st_mtime_ns or filecmp.cmp(source, target, shallow=False)

@@ -1,4 +1,4 @@
-"""Settings for a data set of the user's own, from those of MVTec-AD."""
+"""The YAML files of a data set of the user's own, made from those of MVTec-AD."""
 
 import re
 from collections.abc import Sequence
@@ -7,22 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from datasets.catalog import CATALOG
-from preparation.inspection import Look
 
 SOURCE = "MVTec-AD"
 TEMPLATES = Path(__file__).resolve().parent.parent / "experiments" / SOURCE
 FILES = ("diffusion.yaml", "classifier.yaml", "sample.yaml", "realnet.yaml", "realnet_unified.yaml")
-PICTURES = "images"
+IMAGES = "images"  # folder under data/<dataset>/
 STEP, AREA = 32, 256 * 256
 FOREGROUND_HINT = "or auto, a rule such as MVTec-AD/bottle, or {channel: gray, threshold: otsu, close: 6, open: 6}"
 
 
-def input_size(looks: Sequence[Look]) -> tuple[int, int]:
-    """(height, width) of about 256 x 256 pixels in the pictures' proportions; square where these differ.
+def input_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) of about 256 x 256 pixels in the aspect ratio of the images; square where these differ.
 
     Multiples of 32, which the diffusion model needs.
     """
-    ratios = np.array([look.size[0] / look.size[1] for look in looks])
+    ratios = np.array([height / width for height, width in sizes])
     ratio = float(np.median(ratios))
     if np.mean(np.abs(ratios / ratio - 1) < 0.1) < 0.9:
         ratio = 1.0
@@ -30,8 +29,8 @@ def input_size(looks: Sequence[Look]) -> tuple[int, int]:
     return tuple(max(STEP, STEP * round(side / STEP)) for side in sides)
 
 
-def drawn_size(size: Sequence[int]) -> tuple[int, int]:
-    """What the diffusion model draws for an input size of RealNet: the next that it can."""
+def diffusion_size(size: Sequence[int]) -> tuple[int, int]:
+    """The diffusion model's size for an input size of RealNet: the next multiples of 32."""
     return tuple(STEP * -(-side // STEP) for side in size)
 
 
@@ -39,28 +38,28 @@ def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: 
     """The YAML files of a data set by name, with its class number, paths and sizes.
 
     Args:
-        classes: how many. One class needs neither classifier nor a model for all.
-        size: input size of RealNet; that of the diffusion model is rounded up to what it needs.
+        classes: how many. One class needs neither a classifier nor a model for all classes.
+        size: input size of RealNet.
         foreground: value of dataset.foreground, as YAML.
     """
     info = CATALOG[SOURCE]
-    drawn = drawn_size(size)
+    diffusion = diffusion_size(size)
     texts = {}
     for name in FILES:
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
         text = (TEMPLATES / name).read_text(encoding="utf-8")
         text = re.sub(r"^#.*\n", f"# {name} of {dataset}, from that of {SOURCE}.\n", text, count=1)
-        fitting = drawn if name in ("diffusion.yaml", "classifier.yaml") else size
+        fitting = diffusion if name in ("diffusion.yaml", "classifier.yaml") else size
         changes = {
-            f"data/{SOURCE}/{info.type}/": f"data/{dataset}/{PICTURES}/",
+            f"data/{SOURCE}/{info.type}/": f"data/{dataset}/{IMAGES}/",
             f"data/{SOURCE}/": f"data/{dataset}/",
             f"experiments/{SOURCE}/": f"experiments/{dataset}/",
             f"--dataset {SOURCE}": f"--dataset {dataset}",
             f"type: {info.type}\n": f"type: {dataset}\n",
             f"class_number: {len(info.classes)}\n": f"class_number: {classes}\n",
             "input_size: [256, 256]\n": f"input_size: [{fitting[0]}, {fitting[1]}]\n",
-            "H: 256, W: 256": f"H: {drawn[0]}, W: {drawn[1]}",
+            "H: 256, W: 256": f"H: {diffusion[0]}, W: {diffusion[1]}",
         }
         for old, new in changes.items():
             text = text.replace(old, new)

@@ -21,7 +21,7 @@ SIDE = 64
 
 
 def texture(name: str, rng: np.random.Generator) -> np.ndarray:
-    """A picture of a made-up class, (SIDE, SIDE, 3) uint8."""
+    """An image of a made-up class, (SIDE, SIDE, 3) uint8."""
     image = rng.normal(110, 6, (SIDE, SIDE))
     if name == "lines":
         image[:: int(rng.integers(6, 9))] += 60
@@ -32,7 +32,7 @@ def texture(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_data(root: Path, train: int = 8, good: int = 4, bad: int = 4) -> None:
-    """Pictures under root/images and lists under root/samples, in MVTec-AD's layout."""
+    """Images under root/images and lists under root/samples, in MVTec-AD's layout."""
     rng = np.random.default_rng(0)
     lists: dict[str, list[Sample]] = {"train": [], "test": []}
     for name in CLASSES:

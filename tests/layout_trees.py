@@ -1,4 +1,4 @@
-"""Made-up data sets in each official layout: small pictures, real names."""
+"""Made-up data sets in each official layout: small images, real names."""
 
 import csv
 import zlib
@@ -13,8 +13,8 @@ from datasets.catalog import CATALOG
 TRAIN, GOOD, BAD = 3, 2, 2
 
 
-def picture(path: Path, seed: object, size: tuple[int, int] = (40, 48), **options: object) -> Path:
-    """A random picture; its content follows from the seed."""
+def image_file(path: Path, seed: object, size: tuple[int, int] = (40, 48), **options: object) -> Path:
+    """A random image; its content follows from the seed."""
     rng = np.random.default_rng(zlib.crc32(str(seed).encode()))
     coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -34,23 +34,23 @@ def mask(path: Path, size: tuple[int, int] = (40, 48), value: int = 255) -> Path
 def mvtec_class(folder: Path, kinds: Iterable[str] = ("crack", "cut"), suffix: str = ".png") -> None:
     """C/train/good, C/test/D, C/ground_truth/D/S_mask.png."""
     for i in range(TRAIN):
-        picture(folder / f"train/good/{i:03d}{suffix}", (folder, "train", i))
+        image_file(folder / f"train/good/{i:03d}{suffix}", (folder, "train", i))
     for i in range(GOOD):
-        picture(folder / f"test/good/{i:03d}{suffix}", (folder, "good", i))
+        image_file(folder / f"test/good/{i:03d}{suffix}", (folder, "good", i))
     for kind in kinds:
         for i in range(BAD):
-            picture(folder / f"test/{kind}/{i:03d}{suffix}", (folder, kind, i))
+            image_file(folder / f"test/{kind}/{i:03d}{suffix}", (folder, kind, i))
             mask(folder / f"ground_truth/{kind}/{i:03d}_mask.png")
 
 
 def ok_ko_class(folder: Path, suffix: str = ".png", mask_suffix: str = ".png") -> None:
     """C/train/ok, C/test/{ok,ko}, C/ground_truth/ko/S."""
     for i in range(TRAIN):
-        picture(folder / f"train/ok/{i:04d}{suffix}", (folder, "train", i))
+        image_file(folder / f"train/ok/{i:04d}{suffix}", (folder, "train", i))
     for i in range(GOOD):
-        picture(folder / f"test/ok/{i:04d}{suffix}", (folder, "ok", i))
+        image_file(folder / f"test/ok/{i:04d}{suffix}", (folder, "ok", i))
     for i in range(BAD):
-        picture(folder / f"test/ko/{i:04d}{suffix}", (folder, "ko", i))
+        image_file(folder / f"test/ko/{i:04d}{suffix}", (folder, "ko", i))
         mask(folder / f"ground_truth/ko/{i:04d}{mask_suffix}")
 
 
@@ -60,11 +60,11 @@ def visa_official(root: Path) -> None:
     for name in CATALOG["VisA"].classes:
         for i in range(TRAIN + GOOD):
             image = f"{name}/Data/Images/Normal/{i:04d}.JPG"
-            picture(root / image, image)
+            image_file(root / image, image)
             lines.append([name, "train" if i < TRAIN else "test", "normal", image, ""])
         for i in range(BAD):
             image, truth = f"{name}/Data/Images/Anomaly/{i:03d}.JPG", f"{name}/Data/Masks/Anomaly/{i:03d}.png"
-            picture(root / image, image)
+            image_file(root / image, image)
             mask(root / truth, value=3)
             lines.append([name, "test", "anomaly", image, truth])
     path = root / "split_csv/1cls.csv"
@@ -77,7 +77,7 @@ def dtd(root: Path, folders: int = 3, each: int = 2) -> None:
     """images/<texture>/<texture>_<number>.jpg beside labels."""
     for f in range(folders):
         for i in range(each):
-            picture(root / f"images/texture{f}/texture{f}_{i:04d}.jpg", (f, i))
+            image_file(root / f"images/texture{f}/texture{f}_{i:04d}.jpg", (f, i))
     (root / "labels").mkdir()
     (root / "labels/train1.txt").write_text("texture0/texture0_0000.jpg\n")
 

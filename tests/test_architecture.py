@@ -1,4 +1,4 @@
-"""Who may import whom (architecture.md), read from the sources."""
+"""Who may import whom (docs/architecture.md), read from the sources."""
 
 import ast
 import sys
@@ -11,13 +11,13 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 ALLOWED = {
     "preparation": {"preparation", "datasets", "utils"},
     "evaluation": {"evaluation", "datasets", "models", "utils"},
-    "models": {"models", "utils"},
     "datasets": {"datasets", "utils"},
+    "models": {"models", "utils"},
     "utils": {"utils"},
 }
 PACKAGES = set(ALLOWED)
 LIBRARIES = {
-    "torch", "torchvision", "numpy", "sklearn", "skimage", "cv2", "yaml", "easydict", "tqdm", "PIL", "matplotlib",
+    "torch", "torchvision", "numpy", "sklearn", "skimage", "cv2", "yaml", "easydict", "tqdm", "PIL", "jinja2",
 }  # fmt: skip
 # Extras, which a script may ask for and has to do without.
 EXTRAS = {"export.py": {"onnx", "onnxruntime", "onnxscript"}, "evaluation/detector.py": {"onnxruntime"}}
@@ -51,6 +51,9 @@ def test_the_commands_of_the_field_are_there():
     assert len(SOURCES) > 20
 
 
-def test_only_distributed_decides_on_devices():
-    for path in SOURCES:
-        assert ".cuda()" not in path.read_text(), path
+def test_the_project_declares_every_command_and_package():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11 or newer
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert set(project["py-modules"]) == SCRIPTS
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES if path.parent != ROOT}
+    assert set(project["packages"]) == {".".join(folder.parts) for folder in folders}

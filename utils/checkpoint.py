@@ -1,61 +1,29 @@
-"""Reading and writing checkpoints: whole or not at all, and never any pickled code."""
+"""Reading and writing checkpoints: never half-written, never any pickled code, and what a run resumes from."""
 
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from utils import distributed
+from utils.distributed import Run
 from utils.errors import RunError, UsageError
+from utils.files import remove_parts, write_atomic
 
 log = logging.getLogger("realnet")
 
-CHECKPOINT_NAME = re.compile(r"ckpt_(\d+)\.pth\.tar")
+BEST = "ckpt_best.pth.tar"
+LAST, PREVIOUS, NEXT = "ckpt_last.pth.tar", "ckpt_previous.pth.tar", "ckpt_next.pth.tar"
+NUMBERED = re.compile(r"ckpt_(\d+)\.pth\.tar")
 DOWNLOADS = {
     "256x256_diffusion.pt": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_diffusion.pt",
     "256x256_classifier.pt": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_classifier.pt",
 }
-
-
-def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: `path` is never half-written."""
-    path = Path(path)
-    part = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
-        os.close(handle)
-        part = Path(name)
-        write(part)
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes files private; give what a plain open() would have given.
-        part.chmod(0o666 & ~umask())
-        part.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
-
-
-def umask() -> int:
-    """The bits that new files lack; reading them takes setting them."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -89,12 +57,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch raises UnpicklingError, RuntimeError, EOFError and others for what all means: not a readable checkpoint.
+        # torch raises UnpicklingError, RuntimeError, EOFError and others, all meaning: not a readable checkpoint.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a state_dict or a checkpoint")
     return content
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
 def state_dict_of(content: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -104,7 +75,7 @@ def state_dict_of(content: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def load_pretrained(model: nn.Module, path: str | Path, hint: str) -> None:
-    """Start a model from the tensors of a file whose names and shapes fit, and log what did and did not.
+    """Start a model from the tensors of a file whose names and shapes fit, and log which did and which did not.
 
     Args:
         path: a bare or wrapped state_dict.
@@ -132,20 +103,20 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
     """Load trained weights, all of which must fit.
 
     Raises:
-        UsageError: a tensor is missing, surplus or of another shape.
+        UsageError: a tensor is missing, unexpected or of another shape.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]
-    surplus = [name for name in state if name not in own]
-    unlike = [
+    unexpected = [name for name in state if name not in own]
+    reshaped = [
         f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    problems = [("missing", missing), ("unexpected", surplus), ("of another shape", unlike)]
-    found = [f"{len(names)} {what} ({_shortened(names, 2)})" for what, names in problems if names]
-    if found:
-        raise UsageError(f"{path} does not fit this network: tensors {', '.join(found)}; check {hint}")
+    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
+    texts = [f"{len(names)} {problem} ({_shortened(names, 2)})" for problem, names in problems if names]
+    if texts:
+        raise UsageError(f"{path} does not fit this network: tensors {', '.join(texts)}; check {hint}")
     model.load_state_dict(state)
 
 
@@ -154,18 +125,13 @@ def _shortened(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + rest
 
 
+# ---- numbered checkpoints --------------------------------------------------------------------------------------------
+
+
 def numbered_checkpoints(folder: str | Path) -> list[Path]:
     """The `ckpt_<epoch>.pth.tar` files of a folder, oldest epoch first."""
-    found = [
-        (int(match[1]), path) for path in Path(folder).glob("ckpt_*") if (match := CHECKPOINT_NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint with the highest epoch, or None."""
-    found = numbered_checkpoints(folder)
-    return found[-1] if found else None
+    epochs = [(int(match[1]), path) for path in Path(folder).glob("ckpt_*") if (match := NUMBERED.fullmatch(path.name))]
+    return [path for _, path in sorted(epochs)]
 
 
 def save_numbered(folder: str | Path, content: dict[str, Any], keep: int) -> None:
@@ -183,17 +149,80 @@ def prune_checkpoints(folder: str | Path, keep: int) -> None:
 
 
 def trained_checkpoint(path: str | Path) -> Path:
-    """A checkpoint by file name, or the newest one of a folder.
+    """A checkpoint by file name, or the one with the highest epoch in a folder.
 
     Raises:
         UsageError: neither is there.
     """
     path = Path(path)
     if path.is_dir():
-        newest = newest_checkpoint(path)
-        if newest is None:
+        checkpoints = numbered_checkpoints(path)
+        if not checkpoints:
             raise UsageError(f"{path} holds no ckpt_<epoch>.pth.tar; train the model first")
-        return newest
+        return checkpoints[-1]
     if not path.is_file():
         raise UsageError(f"{path} does not exist; train the model first, or name its checkpoint or their folder")
     return path
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def save_for_resume(folder: str | Path, content: dict[str, Any]) -> None:
+    """Make `content` the newest checkpoint of a folder; the one before it stays until the new one is whole."""
+    folder = Path(folder)
+    last = folder / LAST
+    save_checkpoint(folder / NEXT, content)
+    if last.exists():
+        last.replace(folder / PREVIOUS)
+    (folder / NEXT).replace(last)
+
+
+def load_for_resume(folder: str | Path, run: Run, wanted: bool) -> dict[str, Any] | None:
+    """What --resume continues from, on every rank; None to start from the beginning.
+
+    Args:
+        folder: no other run may be writing to it (lock.folder_lock); what a killed run left half-written is removed.
+        wanted: whether --resume was given.
+    """
+    content = None
+    if run.is_main:
+        clear_leftovers(folder)
+        content = newest_readable(folder) if wanted else None
+        if wanted and content is None:
+            log.info("%s: nothing to resume; starting from the beginning", folder)
+    # Rank 0 puts damaged files aside before the others look.
+    distributed.barrier()
+    return content if run.is_main or not wanted else newest_readable(folder)
+
+
+def newest_readable(folder: str | Path) -> dict[str, Any] | None:
+    """The newest checkpoint for resuming that can be read; None where there is none.
+
+    A damaged one is named and renamed, so that it never takes the place of the good one before it.
+
+    Raises:
+        UsageError: there are some, and none can be read.
+    """
+    damaged = []
+    for path in (Path(folder) / name for name in (LAST, PREVIOUS)):
+        if not path.is_file():
+            continue
+        try:
+            content = load_checkpoint(path)
+        except UsageError as error:
+            damaged.append((path, error))
+            continue
+        for broken, reason in damaged:
+            log.warning("%s; %s is used instead", reason, path)
+            broken.replace(broken.with_name(f"{broken.name}.damaged"))
+        return content
+    if damaged:
+        raise damaged[0][1]
+    return None
+
+
+def clear_leftovers(folder: str | Path) -> None:
+    """Remove what a killed run left half-written. No other run may be writing to the folder (lock.folder_lock)."""
+    remove_parts(folder)
+    (Path(folder) / NEXT).unlink(missing_ok=True)

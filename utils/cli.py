@@ -1,4 +1,4 @@
-"""What the commands have in common: arguments, where their settings and outputs are, and how they fail."""
+"""What the commands share: arguments, where settings and outputs are, and how errors are reported."""
 
 import argparse
 import os
@@ -35,13 +35,17 @@ def config_path(args: argparse.Namespace, name: str) -> Path:
     if args.config:
         return Path(args.config)
     if not args.dataset:
-        known = sorted(path.parent.name for path in Path("experiments").glob(f"*/{name}.yaml"))
+        known = _datasets_with(name)
         raise UsageError(f"--dataset is missing; experiments/ has {', '.join(known) or 'no data set'}")
     path = Path("experiments") / args.dataset / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(found.parent.name for found in Path("experiments").glob(f"*/{name}.yaml"))
+        known = _datasets_with(name)
         raise UsageError(f"--dataset {args.dataset}: {path} does not exist; known are {', '.join(known) or 'none'}")
     return path
+
+
+def _datasets_with(name: str) -> list[str]:
+    return sorted(path.parent.name for path in Path("experiments").glob(f"*/{name}.yaml"))
 
 
 def experiment_dir(args: argparse.Namespace) -> Path:
@@ -51,11 +55,11 @@ def experiment_dir(args: argparse.Namespace) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write under a path into one line."""
+    """Turn a failure to write under a path into a one-line error."""
     try:
         yield
     except FileExistsError:
-        raise UsageError(f"{path}: there is a file of that name, or results are there already") from None
+        raise UsageError(f"{path}: a file of that name, or earlier results, are in the way") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
 
@@ -75,12 +79,12 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not distributed.is_lost_connection(error):
             raise
-        # The rank that has failed tells why; only where it cannot, because it was killed, this is left to be told.
+        # The failed rank reports the cause itself; this message is for ranks that were killed and cannot.
         time.sleep(2 * SECONDS_FOR_RANK_0)
         _report("the connection to another rank is lost; it has ended, see its message")
         sys.exit(1)
     except BrokenPipeError:
-        # Whoever read the output has had enough, as in `... | head`; what Python flushes at its end goes nowhere.
+        # The reader closed the pipe, as in `... | head`; what Python flushes when it ends goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -88,12 +92,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _report(text: str) -> None:
-    """Print an error. What every rank meets alike, rank 0 tells; the others tell only what rank 0 has not met."""
+    """Print an error once: rank 0 at once, the other ranks only errors that did not end rank 0 as well."""
     if not distributed.is_main():
-        # Where rank 0 has ended with the same error, the launcher ends this rank meanwhile.
+        # If rank 0 ended with the same error, the launcher ends this rank during the wait.
         time.sleep(SECONDS_FOR_RANK_0)
         text = f"rank {os.environ['RANK']}: {text}"
-    # A name that is no UTF-8 cannot be printed as it is.
+    # A name that is not UTF-8 cannot be printed as it is.
     print(f"error: {text.encode('utf-8', 'backslashreplace').decode()}", file=sys.stderr, flush=True)
 
 

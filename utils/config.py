@@ -1,6 +1,7 @@
 """The YAML settings: load files, check them against utils/settings.py, and fill in the defaults."""
 
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,13 +12,14 @@ import yaml
 from easydict import EasyDict
 
 from utils.errors import RunError, UsageError
-from utils.settings import MISSING, SETTINGS, Section, Setting
+from utils.setting_types import KINDS, MISSING, Section, Setting
+from utils.settings import SETTINGS
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as everyone who writes it means it (YAML 1.1 wants 1.0e-4)."""
+    """SafeLoader that also reads 1e-4 as a number; YAML 1.1 alone would require 1.0e-4."""
 
 
 _Loader.add_implicit_resolver(
@@ -30,12 +32,12 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """Read a settings file, apply `key.path=value` overrides, check it and fill in the defaults.
 
-    Which script's file it is shows from its sections. Entries of a list are addressed by number or by their `name`:
+    The file's sections tell which script it is for. Entries of a list are addressed by number or by their `name`:
     `net.backbone.kwargs.weights=random`.
 
     Raises:
-        UsageError: the file is missing or no YAML, a key is unknown, missing or of the wrong type. All problems are
-            in one message.
+        UsageError: the file is missing or not YAML, or a key is unknown, missing or has a wrong value. All problems
+            are in one message.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
 
 
 def checked(raw: dict, path: str | Path) -> EasyDict:
-    """Settings of a YAML or of a model's file, checked, with the defaults filled in.
+    """The settings in a YAML file or in a checkpoint, checked, with the defaults filled in.
 
     Args:
         path: of the file, for messages.
@@ -62,13 +64,14 @@ def checked(raw: dict, path: str | Path) -> EasyDict:
         UsageError: see load_config.
     """
     problems: list[str] = []
-    config = _check(raw, SETTINGS[_kind(raw, path)], "", problems)
+    config = _check(raw, SETTINGS[_script_of(raw, path)], "", problems)
     if problems:
         raise UsageError("\n".join(f"{path}: {problem}" for problem in problems))
     return EasyDict(config)
 
 
-def _kind(raw: dict, path: str | Path) -> str:
+def _script_of(raw: dict, path: str | Path) -> str:
+    """The script whose settings these are, by their sections."""
     if "net" in raw:
         return "realnet"
     if "workspace" in raw or "sample_number" in raw:
@@ -130,32 +133,48 @@ def _check(raw: Any, section: Section, prefix: str, problems: list[str]) -> dict
             checked[name] = raw[name]
             problem = _problem(raw[name], entry)
             if problem:
-                problems.append(f"{prefix}{name}: {_shortened(raw[name])} {problem}")
+                problems.append(f"{prefix}{name}: {_shortened(raw[name])} {problem}. {entry.help}")
         elif entry.default is MISSING:
-            problems.append(f"{prefix}{name} is missing")
+            problems.append(f"{prefix}{name} is missing. {entry.help}")
         else:
             checked[name] = entry.default
     return checked
 
 
+NUMERIC = ("int", "float", "ints", "floats", "shares")
+
+
 def _problem(value: Any, setting: Setting) -> str | None:
     """What is wrong with a value, or None."""
+    kind = setting.kind.rstrip("?")
     if not _fits(value, setting.kind):
-        return f"is not {_KINDS[setting.kind.rstrip('?')]}"
+        return f"is not {KINDS[kind]}"
+    if value is None:
+        return None
     if setting.length is not None and len(value) != setting.length:
         return f"has to hold {setting.length} numbers"
-    if setting.kind.rstrip("?") in ("ints", "floats") and not value and setting.length is None:
+    if kind in ("ints", "floats") and not value:
         return "is empty"
-    numbers = value if isinstance(value, list) else [value]
-    for number in numbers if setting.kind.rstrip("?") in ("int", "float", "ints", "floats") else []:
-        if number is None:
-            continue
-        if not math.isfinite(number):
-            return "is not finite"
-        if setting.low is not None and number < setting.low:
-            return f"has to be at least {setting.low:g}"
-        if setting.high is not None and number > setting.high:
-            return f"has to be at most {setting.high:g}"
+    names = value if kind == "shares" else [value] if setting.choices else []
+    for name in names:
+        if name not in setting.choices:
+            return (
+                f"is not one of {', '.join(setting.choices)}"
+                if kind == "str"
+                else f"names {name!r}; known are {', '.join(setting.choices)}"
+            )
+    numbers = value.values() if kind == "shares" else value if kind in ("ints", "floats") else [value]
+    problems = (_out_of_bounds(number, setting) for number in numbers if kind in NUMERIC)
+    return next(filter(None, problems), None)
+
+
+def _out_of_bounds(number: float, setting: Setting) -> str | None:
+    if not math.isfinite(number):
+        return "is not finite"
+    if setting.low is not None and number < setting.low:
+        return f"has to be at least {setting.low:g}"
+    if setting.high is not None and number > setting.high:
+        return f"has to be at most {setting.high:g}"
     return None
 
 
@@ -167,19 +186,6 @@ def _shortened(value: Any) -> str:
 def _suggest(name: str, section: Section, prefix: str) -> str:
     close = difflib.get_close_matches(name, section.keys, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(section.keys)}"
-
-
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "True or False",
-    "str": "a text",
-    "ints": "a list of whole numbers",
-    "floats": "a list of numbers",
-    "list": "a list",
-    "map": "a mapping",
-    "any": "a value",
-}
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -196,17 +202,19 @@ def _fits(value: Any, kind: str) -> bool:
         "floats": isinstance(value, list) and all(_fits(v, "float") for v in value),
         "list": isinstance(value, list),
         "map": isinstance(value, dict),
+        "shares": isinstance(value, dict) and all(_fits(v, "float") for v in value.values()),
         "any": True,
     }[kind]
 
 
-def check_together(path: str | Path, checks: Iterable[tuple[str, Callable[[], Any]]]) -> None:
+def collect_errors(path: str | Path, checks: Iterable[tuple[str, Callable[[], Any]]]) -> None:
     """Run checks of settings, and report all that fail in one message that names the file.
 
     Args:
         path: of the settings.
-        checks: what each looks at, and a function that raises where that does not fit; one runs before the next is
-            asked for. What they say about an option of the command line (--...) is no mistake of the file.
+        checks: (the settings that it looks at, a function that raises where they do not fit) of each check. They run
+            one by one, so an iterator may depend on earlier ones. Messages that begin with an option of the command
+            line (--...) are passed on without the file's name.
 
     Raises:
         UsageError: one line for each that failed.
@@ -219,9 +227,9 @@ def check_together(path: str | Path, checks: Iterable[tuple[str, Callable[[], An
             named = (str(path), "--")
             problems += [text if text.startswith(named) else f"{path}: {text}" for text in str(error).splitlines()]
         except RunError:
-            # Not a mistake in the settings, weights that cannot be had here for one: it comes up in its turn.
+            # Not a mistake in the settings, but for example missing weights: it is reported when they are needed.
             continue
-        # What torch and Python raise on values that make no sense to them.
+        # What torch and Python raise on values that they cannot use.
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             problems.append(f"{path}: {section}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     if problems:
@@ -245,3 +253,16 @@ def pretrained_path(section: dict) -> str | None:
 def model_kwargs(section: dict) -> dict:
     """A `unet` or `classifier` section as keyword arguments of its factory, without the weights."""
     return {key: value for key, value in section.items() if key not in ("pertrain_path", "pretrain_path")}
+
+
+def call_with_settings(where: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """function(*args, **kwargs), where the keyword arguments come from settings.
+
+    Raises:
+        UsageError: the function does not take these arguments; `where` names the settings in the message.
+    """
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"{where}: {error}") from None
+    return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Device, ranks and precision: decided here once, and passed on."""
+"""Device and ranks: decided here once, and passed on."""
 
 import os
 import socket
@@ -25,10 +25,10 @@ LAUNCHER_ENDED = "the launcher has ended; so does this rank"
 
 @dataclass(frozen=True)
 class Run:
-    """What a script knows of where it runs.
+    """Where a script runs.
 
     Args:
-        rank, world_size: this process among all.
+        rank: number of this process. world_size: how many processes run together.
         device: where tensors live.
     """
 
@@ -46,7 +46,12 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _pick_device(wanted: str | None, local_rank: int) -> torch.device:
+def pick_device(wanted: str | None = None, local_rank: int = 0) -> torch.device:
+    """A device by name ("cpu", "cuda", "mps"), or the best there is.
+
+    Raises:
+        UsageError: this machine does not have it.
+    """
     if wanted is None:
         if torch.cuda.is_available():
             wanted = "cuda"
@@ -61,7 +66,7 @@ def _pick_device(wanted: str | None, local_rank: int) -> torch.device:
             raise UsageError(f"rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible")
         return torch.device("cuda", local_rank)
     if wanted == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: not available here; use --device cpu")
+        raise UsageError("--device mps: not available on this machine; use --device cpu")
     return torch.device(wanted)
 
 
@@ -88,7 +93,7 @@ def session(device: str | None = None) -> Iterator[Run]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
-    picked = _pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if world_size > 1:
@@ -106,10 +111,12 @@ def session(device: str | None = None) -> Iterator[Run]:
 
 
 def _end_with_launcher() -> None:
-    """End this rank when its launcher is killed: nobody else would, and it would wait for its peers for long.
+    """End this rank when its launcher is killed; otherwise it would wait for the other ranks until TIMEOUT.
+
+    A thread, because the main thread may be blocked in a collective, where no signal handler of Python runs.
 
     Raises:
-        RunError: the launcher has ended while this rank was starting.
+        RunError: the launcher ended while this rank was starting.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -122,7 +129,7 @@ def _end_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    # One that has ended before `parent` was asked for is known by its store, which lives as long as it does.
+    # If the launcher died before getppid() was read, its store no longer answers.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not _store_answers():
         raise RunError(LAUNCHER_ENDED)
 
@@ -141,9 +148,9 @@ def _store_answers() -> bool:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error tells that another rank has gone."""
-    told = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "socket closed", "Socket Timeout")
-    return isinstance(error, dist.DistError) or any(text.lower() in str(error).lower() for text in told)
+    """Whether an error means that another rank has ended."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "socket closed", "Socket Timeout")
+    return isinstance(error, dist.DistError) or any(text.lower() in str(error).lower() for text in texts)
 
 
 def _world_size() -> int:
@@ -210,34 +217,16 @@ def no_sync(model: nn.Module, active: bool) -> Any:
     return model.no_sync() if active and isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-PRECISIONS = ("off", "bf16", "fp16", "auto")
-
-
-def resolve_precision(amp: str, device: torch.device) -> str:
-    """A setting of `amp` as "off", "bf16" or "fp16"; "auto" is bf16 where the device computes in it natively.
-
-    Raises:
-        UsageError: no such precision.
-    """
-    if amp not in PRECISIONS:
-        raise UsageError(f"amp: {amp!r} is not one of {', '.join(PRECISIONS)}")
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    # A CPU without these instructions emulates bf16, many times slower.
-    native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return "bf16" if native else "off"
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """Mixed precision context: "off", "bf16" or "fp16"."""
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
 class _GlooBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics span all ranks, for CPU ranks, which torch's SyncBatchNorm refuses."""
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> "_GlooBatchNorm":
+        """A layer with the same tensors, under the same names."""
+        layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine).train(norm.training)
+        for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
+            setattr(layer, name, tensor)
+        return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -257,12 +246,13 @@ class _GlooBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batchnorm(model: nn.Module, run: Run) -> nn.Module:
-    """Make every BatchNorm2d of a model measure over all ranks; its tensors and their names stay."""
+    """The model with BatchNorm layers that measure over all ranks; its tensors and their names stay."""
     if run.world_size == 1:
         return model
     if run.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = _GlooBatchNorm
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                setattr(parent, name, _GlooBatchNorm.of(child))
     return model

@@ -1,4 +1,4 @@
-"""The ways a command ends early, told apart by exit code. utils/cli.py prints failures as one line on stderr."""
+"""Exceptions that end a command, one exit code each. utils/cli.py prints them as one line on stderr."""
 
 
 class UsageError(ValueError):
@@ -6,11 +6,11 @@ class UsageError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failure while running that is no mistake in the input. Exit code 1."""
+    """A failure that is not a mistake in the input. Exit code 1."""
 
 
 class Stopped(Exception):
-    """A signal has asked the run to end, and its state is saved. Exit code 128 + signal.
+    """A signal asked the run to end, and its state is saved. Exit code 128 + signal.
 
     Args:
         signal: its number.

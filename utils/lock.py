@@ -1,4 +1,4 @@
-"""One run per folder: a file that says who is writing there."""
+"""One run per folder: a lock file that names the process that writes there."""
 
 import json
 import os
@@ -16,11 +16,11 @@ NAME = ".lock"
 
 
 @contextmanager
-def exclusive(folder: str | Path, run: Run) -> Iterator[None]:
+def folder_lock(folder: str | Path, run: Run) -> Iterator[None]:
     """Keep other runs out of a folder; rank 0 holds the lock for all.
 
     Raises:
-        UsageError: another run that is not known to be dead writes there.
+        UsageError: another run writes there, and is not known to have ended.
     """
     path = Path(folder) / NAME
     if run.is_main:
@@ -35,7 +35,7 @@ def exclusive(folder: str | Path, run: Run) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> None:
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
     for _ in range(10):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,16 +46,16 @@ def _acquire(path: Path) -> None:
         except OSError as error:
             raise RunError(f"{path}: cannot be written ({error.strerror})") from error
         with os.fdopen(handle, "w") as file:
-            json.dump(mine, file)
+            json.dump(owner, file)
         return
     raise UsageError(f"{path}: other runs keep taking this folder; delete the file if there are none")
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a lock whose process is gone.
+    """Remove a lock whose process has ended.
 
     Raises:
-        UsageError: the process lives, or lives elsewhere, where that cannot be told.
+        UsageError: the process is alive, or runs on another host, where that cannot be checked.
     """
     try:
         text = path.read_text()
@@ -65,7 +65,7 @@ def _remove_if_dead(path: Path) -> None:
         holder = json.loads(text)
         pid, host, since = int(holder["pid"]), str(holder["host"]), float(holder["since"])
     except (ValueError, KeyError, TypeError):
-        # Cut off while it was written: the writer is given a moment before it counts as dead.
+        # Incomplete: its writer may be in the middle of it, so it gets a moment before it counts as dead.
         if time.time() - path.stat().st_mtime > 5:
             path.unlink(missing_ok=True)
         else:
@@ -82,7 +82,7 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def _alive(pid: int, since: float) -> bool:
-    """Whether a process of this host lives and is not a later one of the same number."""
+    """Whether a process of this host is alive, and not a later process with the same number."""
     if pid == os.getpid():
         return False
     try:

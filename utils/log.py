@@ -63,7 +63,7 @@ def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
     return SummaryWriter(str(Path(log_dir) / name))
 
 
-def progress(items: Iterable, run: Run, description: str, total: int | None = None) -> tqdm:
+def progress_bar(items: Iterable, run: Run, description: str, total: int | None = None) -> tqdm:
     """A progress bar on rank 0, quiet where there is no terminal."""
     quiet = not run.is_main or not sys.stderr.isatty()
     return tqdm(items, desc=description, total=total, leave=False, disable=quiet, dynamic_ncols=True)

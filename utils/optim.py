@@ -1,4 +1,4 @@
-"""Optimiser steps as the training scripts share them: precision, accumulation, clipping, EMA."""
+"""Optimiser steps as the training scripts share them: accumulation, clipping, skipped steps, EMA."""
 
 import copy
 import math
@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.distributed import all_reduce_max, resolve_precision
+from utils.config import call_with_settings
+from utils.distributed import all_reduce_max
 from utils.errors import RunError, UsageError
-
-
-def precision_of(trainer: dict, device: torch.device) -> str:
-    """trainer.amp as "off", "bf16" or "fp16"; the reference's use_fp16 means fp16."""
-    return resolve_precision("fp16" if trainer.get("use_fp16") and trainer.amp == "off" else trainer.amp, device)
 
 
 def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -23,8 +19,8 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
     Raises:
         UsageError: torch.optim has none of that name, or it does not take those arguments.
     """
-    kind = getattr(torch.optim, section.type, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+    optimizer_class = getattr(torch.optim, section.type, None)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
         raise UsageError(f"trainer.optimizer.type: torch.optim has no {section.type!r}; Adam, AdamW and SGD are common")
     kwargs = dict(section.kwargs)
     for name in ("lr", "weight_decay"):
@@ -33,8 +29,11 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
             raise UsageError(f"trainer.optimizer.kwargs.{name}: {value!r} is not a finite number")
     if device.type == "cuda" and section.type in ("Adam", "AdamW", "SGD"):
         kwargs.setdefault("fused", True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        return kind([p for p in model.parameters() if p.requires_grad], **kwargs)
+        return call_with_settings("trainer.optimizer.kwargs", optimizer_class, parameters, **kwargs)
+    except UsageError:
+        raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"trainer.optimizer.kwargs: {error}") from None
 
@@ -64,12 +63,8 @@ class Stepper:
         clip_max_norm: float | None,
         max_bad_steps: int = 20,
     ) -> None:
-        self.model, self.optimizer, self.clip_max_norm, self.max_bad_steps = (
-            model,
-            optimizer,
-            clip_max_norm,
-            max_bad_steps,
-        )
+        self.model, self.optimizer = model, optimizer
+        self.clip_max_norm, self.max_bad_steps = clip_max_norm, max_bad_steps
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
         self.bad = torch.zeros((), device=device)
@@ -174,8 +169,8 @@ class EpochLoss:
 class EMA:
     """Exponential moving average of a model's parameters, warmed up.
 
-    After k updates the decay is min(decay, (1 + k) / (10 + k)): an average that starts from random weights would
-    otherwise keep them for 1 / (1 - decay) steps.
+    At step k the decay is min(decay, (1 + k) / (10 + k)): an average that starts from random weights would otherwise
+    keep them for 1 / (1 - decay) steps.
 
     Attributes:
         model: a copy that holds the averages, in eval mode.
@@ -184,15 +179,20 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-        self.updates = 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after an optimiser step; `step` counts from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.model.load_state_dict(state)
 
 
 def accumulation_groups(batches: int, accumulate: int) -> list[int]:

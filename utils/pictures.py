@@ -6,8 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.checkpoint import write_atomic
 from utils.errors import RunError
+from utils.files import write_atomic
 
 _GAP = 4
 _CAPTION = 18
@@ -21,10 +21,10 @@ def to_uint8(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
-    """Write an (H,W,3) or (H,W) uint8 RGB picture, whole or not at all; the format follows the suffix."""
+    """Write an (H,W,3) RGB or (H,W) grey uint8 image atomically; the format follows the suffix."""
 
     def encode(part: Path) -> None:
-        # imencode, because imwrite fails without a word on paths that are not ASCII on some systems.
+        # imencode, because imwrite fails silently on paths that are not ASCII on some systems.
         stored = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         done, data = cv2.imencode(
             part.suffix, stored, [cv2.IMWRITE_JPEG_QUALITY, quality] if part.suffix in (".jpg", ".jpeg") else []
@@ -37,31 +37,31 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str] = ()) -> np.ndarray:
-    """Captioned rows of equally large (H,W,3) or (H,W) uint8 pictures as one (H',W',3) picture.
+    """Captioned rows of (H,W,3) or (H,W) uint8 images of one size as one (H',W',3) picture.
 
     Args:
-        rows: (caption, pictures) of each row; an empty caption takes no room.
+        rows: (caption, images) of each row; an empty caption takes no room.
         columns: captions above the columns.
     """
     width = rows[0][1][0].shape[1]
-    count = max(len(pictures) for _, pictures in rows)
+    count = max(len(images) for _, images in rows)
     lines = []
     if columns:
         heads = [_text(caption, width) for caption in columns]
         lines.append(_line(heads, count, width))
-    for caption, pictures in rows:
+    for caption, images in rows:
         if caption:
             lines.append(_text(caption, count * (width + _GAP) - _GAP))
-        lines.append(_line([_rgb(picture) for picture in pictures], count, width))
+        lines.append(_line([_rgb(image) for image in images], count, width))
         lines.append(np.full((_GAP, lines[-1].shape[1], 3), _WHITE, np.uint8))
     return np.concatenate(lines[:-1])
 
 
-def _line(pictures: Sequence[np.ndarray], count: int, width: int) -> np.ndarray:
-    height = pictures[0].shape[0]
+def _line(images: Sequence[np.ndarray], count: int, width: int) -> np.ndarray:
+    height = images[0].shape[0]
     blank = np.full((height, width, 3), _WHITE, np.uint8)
     gap = np.full((height, _GAP, 3), _WHITE, np.uint8)
-    cells = [*pictures, *[blank] * (count - len(pictures))]
+    cells = [*images, *[blank] * (count - len(images))]
     return np.concatenate([part for cell in cells for part in (cell, gap)][:-1], axis=1)
 
 
@@ -71,54 +71,60 @@ def _text(caption: str, width: int) -> np.ndarray:
     return strip
 
 
-def _rgb(picture: np.ndarray) -> np.ndarray:
-    return np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
+def _rgb(image: np.ndarray) -> np.ndarray:
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 
-def spread(kinds: Sequence[str], most: int) -> list[int]:
-    """Up to `most` indices, about as many of each kind, evenly over those of a kind."""
-    by_kind: dict[str, list[int]] = {}
-    for i, kind in enumerate(kinds):
-        by_kind.setdefault(kind, []).append(i)
-    quota = -(-most // max(1, len(by_kind)))
-    groups = by_kind.values()
-    chosen = [group[int(k)] for group in groups for k in np.linspace(0, len(group) - 1, min(quota, len(group)))]
+def spread(groups: Sequence[str], most: int) -> list[int]:
+    """Up to `most` indices, about as many of each group, evenly over those of a group."""
+    members: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    quota = -(-most // max(1, len(members)))
+    chosen = [
+        indices[int(k)]
+        for indices in members.values()
+        for k in np.linspace(0, len(indices) - 1, min(quota, len(indices)))
+    ]
     return chosen[:most]
 
 
-def heat_overlay(image: np.ndarray, values: np.ndarray, threshold: float | None) -> np.ndarray:
-    """A heat map over the picture, with the outline of what lies at or above the threshold.
+def heat_overlay(
+    image: np.ndarray, values: np.ndarray, low: float, high: float, contour: float | None = None
+) -> np.ndarray:
+    """An anomaly map over its image, coloured from `low` (blue) to `high` (red).
 
     Args:
         image: (H,W,3) uint8.
-        values: (H,W) in [0, 1].
-        threshold: on the same scale, or None for no outline.
+        values: (H,W) anomaly map.
+        contour: outline what lies at or above this value; None draws no outline.
     """
-    colours = cv2.applyColorMap((np.clip(values, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)
+    scaled = np.clip((values - low) * (1 / (high - low)), 0, 1)
+    colours = cv2.applyColorMap((scaled * 255).astype(np.uint8), cv2.COLORMAP_JET)
     overlay = cv2.addWeighted(image, 0.5, cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), 0.5, 0)
-    if threshold is not None:
-        outline(overlay, values >= threshold, (255, 255, 255))
+    if contour is not None:
+        outline(overlay, values >= contour, (255, 255, 255))
     return overlay
 
 
-def thumbnail(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture whose longer side is at most `side`."""
-    scale = min(1.0, side / max(picture.shape[:2]))
-    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+def thumbnail(image: np.ndarray, side: int) -> np.ndarray:
+    """The image, shrunk so that its longer side is at most `side`."""
+    scale = min(1.0, side / max(image.shape[:2]))
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
 
 
 def outline(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
-    """Draw the border of a (H,W) bool mask into an (H,W,3) uint8 picture."""
+    """Draw the border of a (H,W) bool mask into an (H,W,3) uint8 image."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(image, contours, -1, colour, 1)
 
 
 def result_picture(image: np.ndarray, mask: np.ndarray | None, heat: np.ndarray) -> np.ndarray:
-    """[image | ground truth | heat map] of a test picture.
+    """[image | ground truth | heat map] of a test image, side by side.
 
     Args:
         image, heat: (H,W,3) uint8.
-        mask: (H,W) bool, or None where unknown.
+        mask: (H,W) bool, or None where it is unknown.
     """
     truth = mask.astype(np.uint8) * 255 if mask is not None else np.full(image.shape[:2], 127, np.uint8)
     captions = ("image", "ground truth" if mask is not None else "no mask", "anomaly map")

@@ -1,241 +1,318 @@
-"""Every setting of the YAML files with its type, default and bounds; utils/config.py checks files against it."""
+"""Every setting of the YAML files: type, default, bounds or choices, and what it does. utils/config.py checks by it.
 
-from dataclasses import dataclass
-from typing import Any
+python -m utils.settings > docs/settings.md        writes the page that documents them
+"""
 
-MISSING = object()
+from utils.precision import PRECISIONS
+from utils.setting_types import Section, Setting, settings_page
 
+# ---- what several files share ----------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Setting:
-    """One key: its type, its default where it may be left out, and what its numbers are confined to.
-
-    `kind` is int, float, bool, str, ints, floats, list, map or any; a "?" behind it admits null. `low` and `high` bound
-    numbers, also those in a list; `length` is that of a list.
-    """
-
-    kind: str
-    default: Any = MISSING
-    low: float | None = None
-    high: float | None = None
-    length: int | None = None
-
-
-@dataclass(frozen=True)
-class Section:
-    """A group of keys; an optional one may be null or left out and is then null."""
-
-    keys: dict[str, Any]
-    optional: bool = False
-
-
-# ---- every setting ---------------------------------------------------------------------------------------------------
-
+_SEED = {"random_seed": Setting("int", "Seed of every random draw of the run.", 100, low=0, high=2**31 - 1)}
+_COLOR_MODE_HELP = "RGB; GRAY shows networks three equal channels, for grey images; BGR swaps red and blue."
 _READER = Section(
     {
-        "type": Setting("str", "opencv"),
-        "kwargs": Section({"image_dir": Setting("str"), "color_mode": Setting("str", "RGB")}),
+        "type": Setting("str", "Images are always read by Pillow.", "opencv", legacy=True),
+        "kwargs": Section(
+            {
+                "image_dir": Setting("str", "Folder that the file names in the image lists are relative to."),
+                "color_mode": Setting("str", _COLOR_MODE_HELP, "RGB", choices=("RGB", "BGR", "GRAY")),
+            }
+        ),
     }
 )
-_AUGMENT = {name: Setting("bool", False) for name in ("hflip", "vflip", "rotate")}
-_PERTRAINED = {name: Setting("str?", None) for name in ("pertrain_path", "pretrain_path")}
-
+_AUGMENT = {
+    "hflip": Setting("bool", "Mirror training images left to right, every other time, if parts may lie so.", False),
+    "vflip": Setting("bool", "Mirror training images top to bottom, every other time, if parts may lie so.", False),
+    "rotate": Setting("bool", "Turn training images by 0, 90, 180 or 270 degrees (0 or 180 if not square).", False),
+}
+_NOT_AUGMENTED = {name: Setting("bool", "Test images are never augmented.", False, legacy=True) for name in _AUGMENT}
+_INPUT_SIZE_HELP = "[height, width] that images are resized to. The U-Nets of SDAS need multiples of 2 ** (levels - 1)."
+_LOADING = {
+    "workers": Setting("int", "Processes that load images, per rank; results do not depend on it.", 2, low=0),
+    "cache_mb": Setting("int", "MiB for resized training images in shared memory; 0 reads them anew.", 2048, low=0),
+}
+_CHECKPOINT_HELP = "Recompute activations in the backward pass: far less memory, about a third slower."
+_WIDTH_HELP = "Channels of the first level, a multiple of 32. Fixed by the weights that training starts from."
+_START_HELP = "Weights to start from: a file, or null to train from scratch; in sample.yaml, the trained checkpoint"
+_NETWORK = {
+    "classifier_depth": Setting("int", "Residual blocks per level.", 2, low=1),
+    "channel_mult": Setting("ints", "Width multiplier of each level; one entry a level.", [1, 1, 2, 2, 4, 4], low=1),
+    "class_number": Setting("int", "Number of classes, at least as many as the image list has.", low=1),
+    "dropout": Setting("float", "Dropout probability in the residual blocks.", 0.0, low=0, high=1),
+    "num_head_channels": Setting("int", "Channels per attention head; -1: use num_heads.", 64, low=-1),
+    "use_checkpoint": Setting("bool", _CHECKPOINT_HELP, False),
+    "pertrain_path": Setting("str?", f"{_START_HELP} or the folder with it (the reference's spelling).", None),
+    "pretrain_path": Setting("str?", "The same as pertrain_path, which it overrides.", None),
+}
+_ATTENTION_HELP = "Downsampling factors (not pixel sizes) of the levels with attention."
 _UNET = {
-    "classifier_width": Setting("int", 256, low=1),
-    "classifier_depth": Setting("int", 2, low=1),
-    "channel_mult": Setting("ints", [1, 1, 2, 2, 4, 4], low=1),
-    "attention_resolutions": Setting("ints", [32, 16, 8], low=1),
-    "class_number": Setting("int", low=1),
-    "learn_sigma": Setting("bool", True),
-    "dropout": Setting("float", 0.0, low=0, high=1),
-    "num_heads": Setting("int", 4, low=1),
-    "num_heads_upsample": Setting("int", -1, low=-1),
-    "num_head_channels": Setting("int", 64, low=-1),
-    "use_scale_shift_norm": Setting("bool", True),
-    "resblock_updown": Setting("bool", True),
-    "use_checkpoint": Setting("bool", False),
-    **_PERTRAINED,
+    "classifier_width": Setting("int", _WIDTH_HELP, 256, low=1),
+    **_NETWORK,
+    "attention_resolutions": Setting("ints", _ATTENTION_HELP, [32, 16, 8], low=1),
+    "learn_sigma": Setting("bool", "Predict the variance of the reverse process too.", True),
+    "num_heads": Setting("int", "Attention heads, where num_head_channels is -1.", 4, low=1),
+    "num_heads_upsample": Setting("int", "Attention heads of the decoder; -1: num_heads.", -1, low=-1, legacy=True),
+    "use_scale_shift_norm": Setting("bool", "Condition by scale and shift (FiLM), not by addition.", True),
+    "resblock_updown": Setting("bool", "Change the resolution in residual blocks, not by plain convolutions.", True),
 }
 _CLASSIFIER = {
-    "classifier_width": Setting("int", 128, low=1),
-    "classifier_depth": Setting("int", 2, low=1),
-    "channel_mult": Setting("ints", [1, 1, 2, 2, 4, 4], low=1),
-    "classifier_attention_resolutions": Setting("ints", [32, 16, 8], low=1),
-    "class_number": Setting("int", low=1),
-    "classifier_use_scale_shift_norm": Setting("bool", True),
-    "classifier_resblock_updown": Setting("bool", True),
-    "classifier_pool": Setting("str", "attention"),
-    "num_head_channels": Setting("int", 64, low=-1),
-    "dropout": Setting("float", 0.0, low=0, high=1),
-    "use_checkpoint": Setting("bool", False),
-    **_PERTRAINED,
-}
+    "classifier_width": Setting("int", _WIDTH_HELP, 128, low=1),
+    **_NETWORK,
+    "classifier_attention_resolutions": Setting("ints", _ATTENTION_HELP, [32, 16, 8], low=1),
+    "classifier_use_scale_shift_norm": _UNET["use_scale_shift_norm"],
+    "classifier_resblock_updown": _UNET["resblock_updown"],
+    "classifier_pool": Setting(
+        "str", "Head that turns features into class scores; attention fits OpenAI's weights.", "attention",
+        choices=("adaptive", "attention", "spatial", "spatial_v2"),
+    ),
+}  # fmt: skip
 _SDAS_DATASET = Section(
     {
-        "type": Setting("str", "sdas"),
+        "type": Setting("str", "The name of the data set plays no role here.", "sdas", legacy=True),
         "image_reader": _READER,
-        "train": Section({"meta_file": Setting("str"), **_AUGMENT}),
-        "test": Section({"meta_file": Setting("str"), **_AUGMENT}),
-        "input_size": Setting("ints", [256, 256], low=1, length=2),
-        "batch_size": Setting("int", 5, low=1),
-        "workers": Setting("int", 2, low=0),
-        "cache_mb": Setting("int", 2048, low=0),
+        "train": Section(
+            {"meta_file": Setting("str", "Image list to train on; only its good images are used."), **_AUGMENT}
+        ),
+        "test": Section(
+            {"meta_file": Setting("str", "Image list to validate on; only its good images are used."), **_NOT_AUGMENTED}
+        ),
+        "input_size": Setting("ints", _INPUT_SIZE_HELP, [256, 256], low=1, length=2),
+        "batch_size": Setting("int", "Images per rank and forward pass. Lower it when memory runs out.", 5, low=1),
+        **_LOADING,
     }
 )
-_OPTIMIZER = Section({"type": Setting("str", "Adam"), "kwargs": Setting("map", {"lr": 1e-4})})
+_AMP_HELP = "Mixed precision. bf16 saves time and memory; auto takes it where the device computes in it natively."
+_AMP = Setting("str", _AMP_HELP, "off", choices=PRECISIONS)
+_ADAM_HELP = "Its arguments; lr is the one to change."
 _TRAINER = {
-    "max_epoch": Setting("int", 1000, low=1),
-    "save_freq_step": Setting("int", 1000, low=0),
-    "max_bad_steps": Setting("int", 20, low=1),
-    "print_freq_step": Setting("int", 30, low=1),
-    "amp": Setting("str", "off"),
-    "channels_last": Setting("bool", False),
-    "compile": Setting("bool", False),
-    "optimizer": _OPTIMIZER,
+    "max_epoch": Setting("int", "Epochs to train for.", 1000, low=1),
+    "save_freq_step": Setting("int", "Steps between two saves to resume from; 0: only between epochs.", 1000, low=0),
+    "max_bad_steps": Setting("int", "Skipped steps in a row (loss not finite) after which the run ends.", 20, low=1),
+    "print_freq_step": Setting("int", "Steps between two lines of the log.", 30, low=1),
+    "amp": _AMP,
+    "channels_last": Setting("bool", "Keep convolutions in channels-last layout; often faster with amp.", False),
+    "compile": Setting("bool", "Compile the network with torch.compile: a slow start, then faster steps.", False),
+    "optimizer": Section(
+        {
+            "type": Setting("str", "A class of torch.optim.", "Adam"),
+            "kwargs": Setting("map", _ADAM_HELP, {"lr": 1e-4}),
+        }
+    ),
 }
+_CLIP_HELP = "Largest norm of the gradient, which is scaled down to it; null does not clip."
+_VALIDATION_HELP = "Epochs between two validations; the last epoch always has one."
 _SDAS_TRAINER = {
     **_TRAINER,
-    "use_fp16": Setting("bool", False),
-    "accumulate": Setting("int", 1, low=1),
-    "clip_max_norm": Setting("float?", 1.0, low=0),
-    "val_batch_number": Setting("int", 6, low=1),
+    "val_freq_epoch": Setting("int", _VALIDATION_HELP, 10, low=1),
+    "use_fp16": Setting("bool", "The reference's key: True means amp: fp16 where amp is off.", False),
+    "accumulate": Setting("int", "Batches whose gradients make one step: memory of one, noise of many.", 1, low=1),
+    "clip_max_norm": Setting("float?", _CLIP_HELP, 1.0, low=0),
+    "val_batch_number": Setting("int", "Batches of test images that a diffusion validation reconstructs.", 6, low=1),
 }
 
 
-def _sampler(section_counts: str) -> Section:
+def _process(section_counts: str, use: str) -> Section:
+    """A diffusion process."""
     return Section(
         {
-            "T": Setting("int", 1000, low=1),
-            "section_counts": Setting("any", section_counts),
-            "beta_scheduler": Setting("str", "linear"),
-            "rescale_timesteps": Setting("bool", False),
+            "T": Setting("int", "Timesteps of the full process.", 1000, low=1),
+            "section_counts": Setting(
+                "any", f"Timesteps kept for {use}: ddimN for N at one stride, or counts of equal sections.",
+                section_counts,
+            ),
+            "beta_scheduler": Setting("str", "Noise schedule: linear, cosine, or const<beta>.", "linear"),
+            "rescale_timesteps": Setting(
+                "bool", "Show the network timesteps scaled to 0 .. 1000; as in training.", False, legacy=True
+            ),
         }
-    )
+    )  # fmt: skip
 
 
 def _saver(stage: str) -> Section:
+    """Where a script writes."""
     return Section(
         {
-            "checkpoints_dir": Setting("str", f"{stage}_checkpoints/"),
-            "log_dir": Setting("str", f"{stage}_log/"),
-            "vis_dir": Setting("str", f"{stage}_vis/"),
-            "results_dir": Setting("str", f"{stage}_results/"),
-            "keep": Setting("int", 3, low=1),
+            "checkpoints_dir": Setting("str", "Checkpoints, under experiments/<dataset>/.", f"{stage}_checkpoints/"),
+            "log_dir": Setting("str", "Logs and tensorboard files, under experiments/<dataset>/.", f"{stage}_log/"),
+            "vis_dir": Setting("str", "Pictures for people, under experiments/<dataset>/.", f"{stage}_vis/"),
+            "results_dir": Setting("str", "Tables and report, under experiments/<dataset>/.", f"{stage}_results/"),
+            "keep": Setting("int", "Numbered checkpoints to keep; older ones are deleted.", 3, low=1),
         }
     )
 
 
-_SEED = {"random_seed": Setting("int", 100, low=0, high=2**31 - 1)}
+# ---- one table per file ----------------------------------------------------------------------------------------------
+
+_DIFFUSION = Section(
+    {
+        **_SEED,
+        "dataset": _SDAS_DATASET,
+        "unet": Section(_UNET),
+        "trainer": Section(
+            {
+                **_SDAS_TRAINER,
+                "ema_decay": Setting(
+                    "float", "Decay of the averaged weights, which are sampled from; warmed up.", 0.9999, low=0, high=1
+                ),
+            }
+        ),
+        "criterion": Setting(
+            "list", "Losses of the validation's reconstructions, each {name, type: ImageMSELoss, kwargs: {weight}}.",
+            [{"name": "ImageMSELoss", "type": "ImageMSELoss"}],
+        ),
+        "TrainSampler": _process("ddim1000", "training"),
+        "TestSampler": _process("ddim20", "the validation's images"),
+        "saver": _saver("diffusion"),
+    }
+)  # fmt: skip
+
+_CLASSIFIER_FILE = Section(
+    {
+        **_SEED,
+        "dataset": _SDAS_DATASET,
+        "classifier": Section(_CLASSIFIER),
+        "trainer": Section(
+            {
+                **_SDAS_TRAINER,
+                "val_freq_epoch": Setting("int", _VALIDATION_HELP, 5, low=1),
+                "save_freq_epoch": Setting("int", "Epochs between two numbered checkpoints.", 5, low=1),
+                "ema_decay": Setting("float?", "Decay of averaged weights; null keeps none.", None, low=0, high=1),
+            }
+        ),
+        "criterion": Setting("list", "The loss is always the cross entropy.", [], legacy=True),
+        "TrainSampler": _process("ddim1000", "training"),
+        "TestSampler": _process("ddim1000", "validation"),
+        "saver": _saver("classifier"),
+    }
+)
+
+_SAMPLE = Section(
+    {
+        **_SEED,
+        "dataset": Section(
+            {
+                "batch_size": Setting("int", "Images drawn at once, per rank; lower it to save memory.", 16, low=1),
+                "channels": Setting("int", "Images always have three channels.", 3, low=3, high=3, legacy=True),
+                "H": Setting("int", "Height of the images, as the model was trained.", 256, low=1),
+                "W": Setting("int", "Width of the images, as the model was trained.", 256, low=1),
+            }
+        ),
+        "classes": Setting("list?", "Class names in the order of their numbers, if the checkpoint lacks them.", None),
+        "sample_number": Setting("int", "Images per class; the paper draws 10000.", low=1),
+        "strength": Setting(
+            "floats", "Range [low, high] of the anomaly strength s; 0 draws normal images. For ddim, 0.01 .. 0.03.",
+            [0.1, 0.2], low=0, length=2,
+        ),
+        "sampler": Setting(
+            "str", "How a step is drawn: with the learned variance, or deterministic.", "ancestral",
+            choices=("ancestral", "ddim"),
+        ),
+        "amp": _AMP,
+        "classifier_scale": Setting("float", "Guidance scale; larger is truer to the class, and less varied.", 1.0),
+        "unet": Section(_UNET),
+        "classifier": Section(_CLASSIFIER, optional=True),
+        "TestSampler": _process("ddim20", "sampling"),
+        "workspace": Section({"root": Setting("str", "Folder of the images; each class gets a folder in it.")}),
+        "saver": _saver("sample"),
+    }
+)  # fmt: skip
+
+_SYNTHESIS = {
+    "dtd_dir": Setting("str?", "Folder of textures for the anomaly type dtd; any images will do.", None),
+    "sdas_dir": Setting("str?", "Folder of sample.py's images for the anomaly type sdas; {} is the class.", None),
+    "dtd_transparency_range": Setting(
+        "floats", "Range of the opacity of blended textures; lower is fainter.", [0.2, 1.0], low=0, high=1, length=2
+    ),
+    "sdas_transparency_range": Setting(
+        "floats", "Range of the opacity of blended SDAS images.", [0.5, 1.0], low=0, high=1, length=2
+    ),
+    "perlin_scale": Setting("int", "Anomalies get finer up to 2 ** (this - 1) noise cells a side.", 6, low=1, high=12),
+    "min_perlin_scale": Setting("int", "Raise it to leave out anomalies larger than 1 / 2 ** this.", 0, low=0, high=11),
+    "anomaly_types": Setting(
+        "shares", "Probability of each type of training sample; they add up to 1.", low=0,
+        choices=("normal", "sdas", "dtd"),
+    ),
+}  # fmt: skip
+_FOREGROUND_HELP = (
+    "Where anomalies may lie: null (the rule of dataset.type's class), none (everywhere), auto, a rule such as "
+    "MVTec-AD/bottle, or {channel, threshold, invert, close, open}."
+)
+_NET_HELP = (
+    "The four parts {name, type, kwargs}: backbone (backbone, weights: auto, random or a file, standardize), afs "
+    "(init_bsn: batches it looks at), recon, rrs (modes, mode_numbers, num_residual_layers, stop_grad). Their keys "
+    "frozen and prev are legacy."
+)
+_REALNET = Section(
+    {
+        **_SEED,
+        "dataset": Section(
+            {
+                "type": Setting("str", "mvtec, visa, mpdd, btad, or a name of your own; picks foreground rules."),
+                "image_reader": _READER,
+                "foreground": Setting("any", _FOREGROUND_HELP, None),
+                "train": Section(
+                    {
+                        "meta_file": Setting("str", "Image list to train on; {} is the class."),
+                        **_SYNTHESIS,
+                        **_AUGMENT,
+                    }
+                ),
+                "test": Section(
+                    {"meta_file": Setting("str", "Image list to test on; {} is the class."), **_NOT_AUGMENTED}
+                ),
+                "input_size": Setting(
+                    "ints", "[height, width] that images are resized to; any.", [256, 256], low=1, length=2
+                ),
+                "pixel_mean": Setting(
+                    "floats", "Mean that the backbone's weights expect, of RGB in 0 .. 1.", [0.485, 0.456, 0.406],
+                    length=3,
+                ),
+                "pixel_std": Setting(
+                    "floats", "Deviation that they expect.", [0.229, 0.224, 0.225], low=1e-6, length=3
+                ),
+                "batch_size": Setting("int", "Images per rank and step. Lower it when memory runs out.", 16, low=1),
+                **_LOADING,
+                "workers": Setting("int", _LOADING["workers"].help, 4, low=0),
+            }
+        ),
+        "structure": Setting(
+            "list", "Blocks {name, layers: [{idx, planes}], stride}: layers to tap, channels to keep, common stride."
+        ),
+        "net": Setting("list", _NET_HELP),
+        "trainer": Section(
+            {
+                **_TRAINER,
+                "val_freq_epoch": Setting("int", _VALIDATION_HELP, 5, low=1),
+                "clip_max_norm": Setting("float?", _CLIP_HELP, None, low=0),
+            }
+        ),
+        "saver": _saver("realnet"),
+        "criterion": Setting(
+            "list", "Losses {name, type, kwargs}: SegmentCrossEntropyLoss or SegmentFocalLoss, and FeatureMSELoss."
+        ),
+        "evaluator": Section(
+            {
+                "key_metric": Setting(
+                    "str", "AUROC that decides which checkpoint is the best; mean is that of image and pixel.", "mean",
+                    choices=("mean", "image", "pixel"),
+                ),
+                "metrics": Setting(
+                    "map", "avgpool_size [height, width] of auc's entry image is the window of the image score.",
+                    {"auc": [{"name": "image", "kwargs": {"avgpool_size": [16, 16]}}]},
+                ),
+            }
+        ),
+    }
+)  # fmt: skip
 
 SETTINGS: dict[str, Section] = {
-    "diffusion": Section(
-        {
-            **_SEED,
-            "dataset": _SDAS_DATASET,
-            "unet": Section(_UNET),
-            "trainer": Section(
-                {
-                    **_SDAS_TRAINER,
-                    "val_freq_epoch": Setting("int", 10, low=1),
-                    "ema_decay": Setting("float", 0.9999, low=0, high=1),
-                }
-            ),
-            "criterion": Setting("list", [{"name": "ImageMSELoss", "type": "ImageMSELoss"}]),
-            "TrainSampler": _sampler("ddim1000"),
-            "TestSampler": _sampler("ddim20"),
-            "saver": _saver("diffusion"),
-        }
-    ),
-    "classifier": Section(
-        {
-            **_SEED,
-            "dataset": _SDAS_DATASET,
-            "classifier": Section(_CLASSIFIER),
-            "trainer": Section(
-                {
-                    **_SDAS_TRAINER,
-                    "val_freq_epoch": Setting("int", 5, low=1),
-                    "save_freq_epoch": Setting("int", 5, low=1),
-                    "ema_decay": Setting("float?", None, low=0, high=1),
-                }
-            ),
-            "criterion": Setting("list", []),
-            "TrainSampler": _sampler("ddim1000"),
-            "TestSampler": _sampler("ddim1000"),
-            "saver": _saver("classifier"),
-        }
-    ),
-    "sample": Section(
-        {
-            **_SEED,
-            "dataset": Section(
-                {
-                    "batch_size": Setting("int", 16, low=1),
-                    "channels": Setting("int", 3, low=3, high=3),
-                    "H": Setting("int", 256, low=1),
-                    "W": Setting("int", 256, low=1),
-                }
-            ),
-            "classes": Setting("list?", None),
-            "sample_number": Setting("int", low=1),
-            "strength": Setting("floats", [0.1, 0.2], low=0, length=2),
-            "sampler": Setting("str", "ancestral"),
-            "amp": Setting("str", "off"),
-            "classifier_scale": Setting("float", 1.0),
-            "unet": Section(_UNET),
-            "classifier": Section(_CLASSIFIER, optional=True),
-            "TestSampler": _sampler("ddim20"),
-            "workspace": Section({"root": Setting("str")}),
-            "saver": _saver("sample"),
-        }
-    ),
-    "realnet": Section(
-        {
-            **_SEED,
-            "dataset": Section(
-                {
-                    "type": Setting("str"),
-                    "image_reader": _READER,
-                    "foreground": Setting("any", None),
-                    "train": Section(
-                        {
-                            "meta_file": Setting("str"),
-                            "dtd_dir": Setting("str?", None),
-                            "sdas_dir": Setting("str?", None),
-                            "dtd_transparency_range": Setting("floats", [0.2, 1.0], low=0, high=1, length=2),
-                            "sdas_transparency_range": Setting("floats", [0.5, 1.0], low=0, high=1, length=2),
-                            "perlin_scale": Setting("int", 6, low=1, high=12),
-                            "min_perlin_scale": Setting("int", 0, low=0, high=11),
-                            "anomaly_types": Setting("map"),
-                            **_AUGMENT,
-                        }
-                    ),
-                    "test": Section({"meta_file": Setting("str"), **_AUGMENT}),
-                    "input_size": Setting("ints", [256, 256], low=1, length=2),
-                    "pixel_mean": Setting("floats", [0.485, 0.456, 0.406], length=3),
-                    "pixel_std": Setting("floats", [0.229, 0.224, 0.225], low=1e-6, length=3),
-                    "batch_size": Setting("int", 16, low=1),
-                    "workers": Setting("int", 4, low=0),
-                    "cache_mb": Setting("int", 2048, low=0),
-                }
-            ),
-            "structure": Setting("list"),
-            "net": Setting("list"),
-            "trainer": Section(
-                {
-                    **_TRAINER,
-                    "val_freq_epoch": Setting("int", 5, low=1),
-                    "clip_max_norm": Setting("float?", None, low=0),
-                }
-            ),
-            "saver": _saver("realnet"),
-            "criterion": Setting("list"),
-            "evaluator": Section(
-                {
-                    "key_metric": Setting("str", "mean"),
-                    "metrics": Setting("map", {"auc": [{"name": "image", "kwargs": {"avgpool_size": [16, 16]}}]}),
-                }
-            ),
-        }
-    ),
+    "diffusion": _DIFFUSION,
+    "classifier": _CLASSIFIER_FILE,
+    "sample": _SAMPLE,
+    "realnet": _REALNET,
 }
+
+
+if __name__ == "__main__":
+    print(settings_page(SETTINGS), end="")

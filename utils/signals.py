@@ -1,8 +1,8 @@
-"""Ending in good order: a first signal lets the step finish and the state be saved, a second ends at once."""
+"""Stopping a run: the first signal lets the step finish and the state be saved, the second one ends it at once."""
 
 import atexit
 import multiprocessing
-import multiprocessing.util  # its own function at exit has to be registered before the one here, so that it runs after
+import multiprocessing.util  # registers its exit function first, so that it runs after the one here
 import os
 import signal
 import time
@@ -22,7 +22,7 @@ SAME_SIGNAL_SECONDS = 1.0
 
 
 class StopRequest:
-    """Whether a signal has asked this run to end."""
+    """The signal that asked this run to end, if one did."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -39,7 +39,7 @@ class StopRequest:
     def agreed(self) -> int:
         """The signal that any rank has received, or 0; all ranks have to ask together.
 
-        Ranks get a signal at different steps, and stop after the same one.
+        Ranks receive a signal at different steps, and have to stop after the same one.
         """
         if self.run.world_size == 1:
             return self.signal
@@ -62,8 +62,8 @@ def stop_requests(run: Run) -> Iterator[StopRequest]:
 def outlive_signals() -> None:
     """Keep a loader worker alive when a signal asks the whole job to stop: its rank still finishes the step.
 
-    Launchers and terminals signal the rank's process group, which the worker leaves; SLURM signals every process.
-    The worker ends when its rank tells it to or is gone.
+    Launchers and terminals signal the process group of the rank, which the worker leaves; SLURM signals every process.
+    The worker ends when its rank asks for it, or has ended itself.
     """
     if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
@@ -73,9 +73,9 @@ def outlive_signals() -> None:
 
 @atexit.register
 def kill_workers() -> None:
-    """Kill the loader workers that a rank leaves at its end.
+    """Kill the loader workers that are left when a rank ends.
 
-    multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever.
+    multiprocessing would send them SIGTERM, which they ignore, and wait for them forever.
     """
     left = multiprocessing.active_children()
     if left and hasattr(signal, "SIGCHLD"):

@@ -1,4 +1,4 @@
-"""What the training scripts share around their loops: how far they are, and when their state is saved."""
+"""What the training scripts share around their loops: the state of a training, saving it, and reporting its steps."""
 
 import logging
 from collections.abc import Callable
@@ -10,19 +10,20 @@ import torch
 from easydict import EasyDict
 from torch import nn
 
-from utils.checkpoint import state_dict_of
-from utils.distributed import Run, peak_memory, resolve_precision
+from utils import distributed
+from utils.checkpoint import LAST, save_for_resume, state_dict_of
+from utils.distributed import Run, peak_memory
 from utils.errors import Stopped, UsageError
 from utils.log import Meter
-from utils.optim import Stepper, build_optimizer
-from utils.resume import LAST, save_resumable
+from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
+from utils.precision import resolve_precision, training_precision
 from utils.signals import StopRequest
 
 log = logging.getLogger("realnet")
 
 
 @dataclass
-class Position:
+class Progress:
     """How far a training is.
 
     Args:
@@ -53,10 +54,18 @@ class Position:
 
 @dataclass
 class Training:
-    """What an epoch needs and a checkpoint holds; scripts add what is theirs.
+    """A network in training, with everything that its checkpoints hold.
 
     Args:
-        network: whose weights are saved. model: the same, compiled and shared over ranks as the settings ask for.
+        config: the settings of the run.
+        network: the network whose weights are saved.
+        model: the same network, compiled and wrapped for several ranks as the settings ask for.
+        stepper: optimiser and loss scale.
+        precision: "off", "bf16" or "fp16".
+        settings: what a checkpoint says about its network, by key: arch, and classes or config.
+        figures: results that a checkpoint holds, by key: best_metric or acc.
+        ema: the averaged network, where one is kept.
+        epoch_loss: the mean loss of the epoch, where a checkpoint holds it.
     """
 
     config: EasyDict
@@ -65,100 +74,140 @@ class Training:
     model: nn.Module
     stepper: Stepper
     precision: str
-    position: Position = field(default_factory=Position, kw_only=True)
+    settings: dict[str, Any]
+    figures: dict[str, float] = field(default_factory=dict)
+    ema: EMA | None = None
+    epoch_loss: EpochLoss | None = None
+    progress: Progress = field(default_factory=Progress)
 
-    def resumable(self, own: dict[str, Any]) -> dict[str, Any]:
-        """What a resumed run needs besides the weights and what is the script's own; random draws follow the step."""
-        return {**own, "position": self.position.state_dict(), "stepper": self.stepper.state_dict()}
+    def checkpoint(self) -> dict[str, Any]:
+        """What others use a checkpoint for: the weights, what they belong to, and how good they are."""
+        content = {
+            "epoch": self.progress.epoch,
+            **self.settings,
+            "state_dict": self.network.state_dict(),
+            **self.figures,
+        }
+        if self.ema is not None:
+            content["ema_state_dict"] = self.ema.state_dict()
+        if self.epoch_loss is not None:
+            content["loss"] = self.epoch_loss.mean()
+        return content
 
-    def restore(self, content: dict[str, Any], path: Path, own: Callable[[dict[str, Any]], None]) -> None:
-        """Continue from a saved state.
+    def _parts(self) -> dict[str, Any]:
+        """What a resumed run restores, by its key in the checkpoint; each has state_dict and load_state_dict."""
+        parts = {
+            "state_dict": self.network,
+            "ema_state_dict": self.ema,
+            "stepper": self.stepper,
+            "epoch_loss": self.epoch_loss,
+            "position": self.progress,
+        }
+        return {key: part for key, part in parts.items() if part is not None}
 
-        Args:
-            content: what resumable() gave.
-            path: its folder, for messages.
-            own: loads what is the script's own.
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint that a run can resume from. Random numbers need no state: they follow from the step."""
+        return {**self.checkpoint(), **{key: part.state_dict() for key, part in self._parts().items()}}
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        weights = state_dict_of(content)
+        for key, part in self._parts().items():
+            part.load_state_dict(weights if key == "state_dict" else content[key])
+        self.figures = {name: content[name] for name in self.figures}
+
+    def resume(self, content: dict[str, Any], folder: Path) -> None:
+        """Continue from what checkpoint.load_for_resume found in a folder.
 
         Raises:
             UsageError: it was saved with other settings.
         """
         try:
-            self.network.load_state_dict(state_dict_of(content))
-            self.stepper.load_state_dict(content["stepper"])
-            own(content)
-            self.position.load_state_dict(content["position"])
+            self.load_state_dict(content)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
-            raise UsageError(f"{path}: cannot be resumed with these settings ({reason})") from error
-        log.info("resumed %s after epoch %d, step %d", path, self.position.epoch, self.position.step)
+            raise UsageError(f"{folder}: cannot be resumed with these settings ({reason})") from error
+        log.info("resumed %s after epoch %d, step %d", folder, self.progress.epoch, self.progress.step)
+
+
+def set_up_training(
+    config: EasyDict,
+    network: nn.Module,
+    run: Run,
+    settings: dict[str, Any],
+    figures: dict[str, float] | None = None,
+    epoch_loss: EpochLoss | None = None,
+) -> Training:
+    """Optimiser, average, precision and ranks around a network that is on its device; see Training."""
+    trainer = config.trainer
+    network = distributed.synchronize_batchnorm(network, run)
+    if trainer.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    ema = None if trainer.get("ema_decay") is None else EMA(network, trainer.ema_decay)
+    optimizer = build_optimizer(trainer.optimizer, network, run.device)
+    precision = training_precision(trainer, run.device)
+    stepper = Stepper(network, optimizer, precision, trainer.clip_max_norm, trainer.max_bad_steps)
+    model = distributed.parallel(torch.compile(network) if trainer.compile else network, run)
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    log.info("%.1f M trainable parameters on %s x %d", trainable / 1e6, run.device.type, run.world_size)
+    return Training(config, run, network, model, stepper, precision, settings, figures or {}, ema, epoch_loss)
 
 
 class Saver:
-    """Saves what a training resumes from: every so many steps, when asked to, and when a signal ends the run.
+    """Saves what a training resumes from: every trainer.save_freq_step steps, and when a signal ends the run.
 
     Args:
         folder: of the checkpoints.
         stop: the signals.
-        every: steps between two saves; 0 saves at the ends of epochs only.
-        stepper: is asked whether the losses are finite.
-        content: gives what is saved; called on all ranks, and only rank 0's is used.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        run: Run,
-        stop: StopRequest,
-        every: int,
-        stepper: Stepper,
-        content: Callable[[], dict[str, Any]],
-    ) -> None:
-        self.folder, self.run, self.stop, self.every = folder, run, stop, every
-        self.stepper, self.content = stepper, content
+    def __init__(self, folder: Path, training: Training, stop: StopRequest) -> None:
+        self.folder, self.training, self.stop = folder, training, stop
 
-    def after_step(self, position: Position) -> None:
+    def after_step(self) -> None:
         """Save where it is time to, and end the run where a signal asks for it.
 
         Raises:
-            Stopped: the state is saved.
+            Stopped: a signal asked for it; the state is saved.
             RunError: too many steps in a row had no finite loss.
         """
-        # Asking waits for the device, so on a GPU not after every step.
-        if self.run.device.type == "cpu" or position.step % self.stepper.max_bad_steps == 0:
-            self.stepper.check(self.folder / LAST)
+        training, step = self.training, self.training.progress.step
+        every = training.config.trainer.save_freq_step
+        # The check waits for the device, so on a GPU it is not made after every step.
+        if training.run.device.type == "cpu" or step % training.stepper.max_bad_steps == 0:
+            training.stepper.check(self.folder / LAST)
         number = self.stop.agreed()
-        if number or (self.every and position.step % self.every == 0):
+        if number or (every and step % every == 0):
             self.save()
         if number:
-            log.info("signal %d: saved after step %d; go on with --resume", number, position.step)
+            log.info("signal %d: saved after step %d; continue with --resume", number, step)
             raise Stopped(number)
 
     def save(self) -> None:
-        content = self.content()
-        if self.run.is_main:
-            save_resumable(self.folder, content)
+        if self.training.run.is_main:
+            save_for_resume(self.folder, self.training.state_dict())
 
 
-def report_step(meter: Meter, board: Any, position: Position, stepper: Stepper, run: Run) -> None:
+def report_step(training: Training, meter: Meter, board: Any) -> None:
     """Print and record the mean losses since the last report, speed, learning rate, memory and skipped steps."""
+    progress, stepper = training.progress, training.stepper
     means, rate = meter.read()
     skipped = int(stepper.bad_steps)
-    text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    told = f"  {skipped} steps skipped (loss not finite)" if skipped else ""
-    log.info("epoch %d  step %d  %s  %.1f images/s%s", position.epoch + 1, position.step, text, rate, told)
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    warning = f"  {skipped} steps skipped (loss not finite)" if skipped else ""
+    log.info("epoch %d  step %d  %s  %.1f images/s%s", progress.epoch + 1, progress.step, losses, rate, warning)
     scalars = {
         **means,
         "images_per_second": rate,
         "learning_rate": stepper.optimizer.param_groups[0]["lr"],
-        "peak_memory_GiB": peak_memory(run.device) / 2**30,
+        "peak_memory_GiB": peak_memory(training.run.device) / 2**30,
         "skipped_steps": skipped,
     }
     for name, value in scalars.items():
-        board.add_scalar(f"train/{name}", value, position.step)
+        board.add_scalar(f"train/{name}", value, progress.step)
 
 
 def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:
-    """Checks of a `trainer` section, for config.check_together."""
+    """Checks of a `trainer` section, for config.collect_errors."""
     cpu = torch.device("cpu")
     return [
         ("trainer.optimizer", lambda: build_optimizer(trainer.optimizer, nn.Linear(1, 1), cpu)),

@@ -6,15 +6,16 @@ Dhariwal & Nichol 2021 (guidance), Zhang et al. 2024 (RealNet, eq. 4: the varian
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
+from models.sdas.likelihood import discretized_log_likelihood, normal_kl
+from models.sdas.noise import Generators, draw_noise
 from models.sdas.schedule import beta_schedule, kept_timesteps, respaced_betas
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 Strength = float | torch.Tensor
 
 
@@ -29,6 +30,13 @@ class SpacedDiffusion:
         section_counts: which of them are kept, see schedule.kept_timesteps.
         beta_scheduler: see schedule.beta_schedule.
         rescale_timesteps: show the model timesteps scaled to 0 .. 1000.
+
+    Example:
+        >>> process = SpacedDiffusion(1000, "ddim20", "linear")
+        >>> process.num_timesteps, process.timestep_map[:3]
+        (20, [0, 50, 100])
+        >>> process.q_sample(torch.zeros(2, 3, 8, 8), torch.tensor([0, 19])).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -40,36 +48,44 @@ class SpacedDiffusion:
         self.betas = respaced_betas(beta_schedule(beta_scheduler, T), self.timestep_map)
         self.num_timesteps = len(self.betas)
 
+        self._on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        """The tables over t, each (num_timesteps,) float64."""
         alphas = 1.0 - self.betas
+        self.log_betas = np.log(self.betas)
         self.alphas_cumprod = np.cumprod(alphas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
         # The posterior q(x_{t-1} | x_t, x_0), DDPM eq. 7.
         self.posterior_variance = self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
         # The variance at t = 0 is 0; its logarithm borrows the next step's.
         clipped = self.posterior_variance.copy()
         clipped[0] = clipped[1] if self.num_timesteps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = np.log(clipped)
-        self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
-        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+        # Of a network that does not predict the variance: beta, and the posterior's at t = 0.
+        self.fixed_log_variance = np.log(np.append(np.exp(self.posterior_log_variance_clipped[0]), self.betas[1:]))
 
-    # ---- tables on the device ------------------------------------------------------------------------------------
-
-    def _at(self, name: str, t: torch.Tensor) -> torch.Tensor:
-        """Table values at t, float32, shaped (N, 1, 1, 1); each table is moved to a device once."""
-        key = (name, t.device)
-        if key not in self._tables:
-            values = _TABLES[name](self)
-            self._tables[key] = torch.as_tensor(values, dtype=torch.float64).float().to(t.device)
-        return self._tables[key][t][:, None, None, None]
+    def _at(self, table: str, t: torch.Tensor) -> torch.Tensor:
+        """A table's values at t, float32, shaped (N, 1, 1, 1); each table is moved to a device once."""
+        key = (table, t.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.as_tensor(getattr(self, table), dtype=torch.float64).float().to(t.device)
+        return self._on_device[key][t][:, None, None, None]
 
     def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """What the network sees for t: original timesteps (N,), float if rescaled to 0 .. 1000."""
         key = ("timestep_map", t.device)
-        if key not in self._tables:
-            self._tables[key] = torch.tensor(self.timestep_map, device=t.device)
-        original = self._tables[key][t]
+        if key not in self._on_device:
+            self._on_device[key] = torch.tensor(self.timestep_map, device=t.device)
+        original = self._on_device[key][t]
         return original.float() * (1000.0 / self.original_timesteps) if self.rescale_timesteps else original
 
     # ---- forward process -----------------------------------------------------------------------------------------
@@ -214,13 +230,10 @@ class SpacedDiffusion:
         Args:
             generator: source of the steps' noise; a list gives every image its own, so that an image does not
                 depend on its batch.
-            progress: show a progress bar over the steps.
+            progress: show a progress bar over the steps, where there is a terminal.
         """
-        x = noise
-        for t in self._steps(x, progress):
-            z = draw_noise(x, generator)
-            x = self.p_sample(model, x, t, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs, noise=z)["sample"]
-        return x
+        step = partial(self.p_sample, model, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs)
+        return self._loop(step, noise, generator, progress)
 
     def ddim_sample_loop(
         self,
@@ -234,12 +247,15 @@ class SpacedDiffusion:
         progress: bool = False,
     ) -> torch.Tensor:
         """Draw x_0 (N,3,H,W) from x_T = noise by DDIM steps; arguments as in p_sample_loop and ddim_sample."""
-        x = noise
-        for t in self._steps(x, progress):
-            z = draw_noise(x, generator)
-            x = self.ddim_sample(model, x, t, eta=eta, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs, noise=z)[
-                "sample"
-            ]
+        step = partial(self.ddim_sample, model, eta=eta, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs)
+        return self._loop(step, noise, generator, progress)
+
+    def _loop(self, step: Callable, x: torch.Tensor, generator: Generators, progress: bool) -> torch.Tensor:
+        """Take a step at every t, from the last one down to 0, each with new noise."""
+        timesteps = range(self.num_timesteps - 1, -1, -1)
+        for i in tqdm(timesteps, desc="steps", leave=False, disable=None if progress else True):
+            t = torch.full((len(x),), i, device=x.device)
+            x = step(x, t, noise=draw_noise(x, generator))["sample"]
         return x
 
     @torch.no_grad()
@@ -254,10 +270,6 @@ class SpacedDiffusion:
             alpha_bar_next = self._at("alphas_cumprod_next", t)
             x = out["pred_xstart"] * alpha_bar_next.sqrt() + (1 - alpha_bar_next).sqrt() * eps
         return x
-
-    def _steps(self, x: torch.Tensor, progress: bool):
-        for i in tqdm(range(self.num_timesteps - 1, -1, -1), desc="steps", leave=False, disable=not progress):
-            yield torch.full((len(x),), i, device=x.device)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -298,51 +310,9 @@ class SpacedDiffusion:
         true_mean = self._posterior_mean(x_start, x_t, t)
         true_log_variance = self._at("posterior_log_variance_clipped", t)
         learned = self._distribution(output, x_t, t, clip_denoised=False)
-        kl = _normal_kl(true_mean, true_log_variance, learned["mean"], learned["log_variance"])
-        nll = -_discretized_log_likelihood(x_start, learned["mean"], 0.5 * learned["log_variance"])
+        kl = normal_kl(true_mean, true_log_variance, learned["mean"], learned["log_variance"])
+        nll = -discretized_log_likelihood(x_start, learned["mean"], 0.5 * learned["log_variance"])
         return torch.where(t == 0, _image_mean(nll), _image_mean(kl)) / math.log(2.0)
-
-
-_TABLES: dict[str, Callable[[SpacedDiffusion], np.ndarray]] = {
-    "alphas_cumprod": lambda d: d.alphas_cumprod,
-    "alphas_cumprod_prev": lambda d: d.alphas_cumprod_prev,
-    "alphas_cumprod_next": lambda d: d.alphas_cumprod_next,
-    "sqrt_alphas_cumprod": lambda d: np.sqrt(d.alphas_cumprod),
-    "sqrt_one_minus_alphas_cumprod": lambda d: np.sqrt(1.0 - d.alphas_cumprod),
-    "sqrt_recip_alphas_cumprod": lambda d: np.sqrt(1.0 / d.alphas_cumprod),
-    "sqrt_recipm1_alphas_cumprod": lambda d: np.sqrt(1.0 / d.alphas_cumprod - 1.0),
-    "log_betas": lambda d: np.log(d.betas),
-    "fixed_log_variance": lambda d: np.log(np.append(np.exp(d.posterior_log_variance_clipped[0]), d.betas[1:])),
-    "posterior_log_variance_clipped": lambda d: d.posterior_log_variance_clipped,
-    "posterior_mean_coef1": lambda d: d.posterior_mean_coef1,
-    "posterior_mean_coef2": lambda d: d.posterior_mean_coef2,
-}
-
-
-def classifier_guidance(classifier: nn.Module, scale: float) -> Callable:
-    """The guidance function scale * grad_x log p(y | x_t) of a classifier of noisy images, for `cond_fn`."""
-
-    def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
-            log_probs = classifier(x, t).float().log_softmax(dim=-1)
-            chosen = log_probs.gather(1, y[:, None]).sum()
-            return scale * torch.autograd.grad(chosen, x)[0]
-
-    return cond_fn
-
-
-def draw_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Standard normal noise of the shape of `like`; with a list of generators, image i comes from generator i alone.
-
-    Drawn on the generator's device and moved, so that CPU generators give the same noise for every device.
-    """
-    if generator is None:
-        return torch.randn_like(like)
-    if isinstance(generator, torch.Generator):
-        return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
-    images = [torch.randn(like.shape[1:], generator=g, device=g.device) for g in generator]
-    return torch.stack(images).to(like)
 
 
 def _per_image(s: Strength, x: torch.Tensor) -> torch.Tensor:
@@ -355,24 +325,3 @@ def _not_first(t: torch.Tensor) -> torch.Tensor:
 
 def _image_mean(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).mean(dim=1)
-
-
-def _normal_kl(mean1: torch.Tensor, log_var1: torch.Tensor, mean2: torch.Tensor, log_var2: torch.Tensor):
-    """KL(N(mean1, var1) || N(mean2, var2)) per element, in nats."""
-    return 0.5 * (log_var2 - log_var1 + (log_var1 - log_var2).exp() + (mean1 - mean2) ** 2 * (-log_var2).exp() - 1.0)
-
-
-def _discretized_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """Log probability of 8-bit values in [-1, 1] under a Gaussian integrated over each value's bin, in nats.
-
-    The normal CDF is the tanh approximation that the published models were trained with.
-    """
-    centred, inverse = x - mean, (-log_scale).exp()
-    upper = _approximate_cdf(inverse * (centred + 1 / 255))
-    lower = _approximate_cdf(inverse * (centred - 1 / 255))
-    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return probability.clamp(min=1e-12).log()
-
-
-def _approximate_cdf(x: torch.Tensor) -> torch.Tensor:
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,4 +1,4 @@
-"""The noise-predicting U-Net of SDAS and the guidance classifier, its encoder half (method.md sections 1 and 5)."""
+"""The noise-predicting U-Net of SDAS, and the guidance classifier, its encoder half (docs/method.md, section 1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,6 @@ from models.sdas.blocks import (
 )
 from utils.checkpoint import load_pretrained
 from utils.errors import UsageError
-
-CLASSIFIER_POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ class ClassifierUNet(UNetTrunk):
                 nn.Linear(sum(widths) + channels, 2048), GroupNorm32(2048), nn.SiLU(), nn.Linear(2048, class_number)
             )
         else:
-            raise UsageError(f"classifier.classifier_pool: {pool!r} is not one of {', '.join(CLASSIFIER_POOLS)}")
+            raise ValueError(f"pool {pool!r} is not attention, adaptive, spatial or spatial_v2")
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         self.check_size(x)
@@ -258,6 +256,11 @@ def create_diffusion_unet(
 
     Raises:
         UsageError: the file is missing, or next to nothing in it fits.
+
+    Example:
+        >>> unet = create_diffusion_unet(classifier_width=32, classifier_depth=1, channel_mult=[1, 2], class_number=3)
+        >>> unet(torch.zeros(2, 3, 16, 16), torch.tensor([10, 900]), torch.tensor([0, 2])).shape
+        torch.Size([2, 6, 16, 16])
     """
     del image_size, use_fp16
     shape = UNetShape(

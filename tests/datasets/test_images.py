@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.images import SharedCache, flip_and_rotate, normalize, picture_size, read_mask, read_picture
+from datasets.images import Augmentation, SharedCache, normalize, read_image, read_mask, read_size
 from utils.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def gradient(height=40, width=60):
 def test_resize_equals_pillows_antialiased_bilinear(tmp_path, size):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
     expected = np.asarray(Image.fromarray(gradient()).resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=None))
-    got = read_picture(tmp_path / "a.png", size)
+    got = read_image(tmp_path / "a.png", size)
     assert np.abs(got.astype(int) - expected).max() <= 1
 
 
@@ -30,24 +30,24 @@ def test_formats_become_rgb(tmp_path):
     grey.save(tmp_path / "grey.png")
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 256).save(tmp_path / "deep.png")
     for name in ("palette.png", "alpha.png", "cmyk.jpg", "grey.png", "deep.png"):
-        read = read_picture(tmp_path / name)
+        read = read_image(tmp_path / name)
         assert read.shape == (40, 60, 3), name
         assert read.dtype == np.uint8, name
-    np.testing.assert_array_equal(read_picture(tmp_path / "alpha.png"), gradient())
-    np.testing.assert_array_equal(read_picture(tmp_path / "deep.png"), read_picture(tmp_path / "grey.png"))
+    np.testing.assert_array_equal(read_image(tmp_path / "alpha.png"), gradient())
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), read_image(tmp_path / "grey.png"))
 
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(gradient()).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), np.rot90(gradient(), -1))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(gradient(), -1))
 
 
 def test_color_modes(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", color_mode="BGR"), gradient()[..., ::-1])
-    grey = read_picture(tmp_path / "a.png", color_mode="GRAY")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", color_mode="BGR"), gradient()[..., ::-1])
+    grey = read_image(tmp_path / "a.png", color_mode="GRAY")
     assert np.ptp(grey, axis=2).max() == 0
 
 
@@ -82,33 +82,33 @@ def test_masks_in_any_mode(tmp_path):
         assert np.mean(mask == truth) >= (0.97 if path.suffix == ".jpg" else 1), path.name
 
 
-def test_the_size_in_the_header_is_that_of_the_upright_picture(tmp_path):
+def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path):
     Image.fromarray(gradient(40, 60)).save(tmp_path / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(gradient(40, 60)).save(tmp_path / "b.jpg", exif=exif)
-    assert picture_size(tmp_path / "a.png") == read_picture(tmp_path / "a.png").shape[:2] == (40, 60)
-    assert picture_size(tmp_path / "b.jpg") == read_picture(tmp_path / "b.jpg").shape[:2] == (60, 40)
+    assert read_size(tmp_path / "a.png") == read_image(tmp_path / "a.png").shape[:2] == (40, 60)
+    assert read_size(tmp_path / "b.jpg") == read_image(tmp_path / "b.jpg").shape[:2] == (60, 40)
 
 
 def test_sixteen_bit_colour_and_floating_point(tmp_path):
     deep = gradient().astype(np.uint16)[..., ::-1] * 257
     for name in ("a.png", "a.tif"):
         assert cv2.imwrite(str(tmp_path / name), deep)
-        np.testing.assert_array_equal(read_picture(tmp_path / name), gradient())
+        np.testing.assert_array_equal(read_image(tmp_path / name), gradient())
     assert cv2.imwrite(str(tmp_path / "f.tif"), gradient()[..., 0].astype(np.float32))
     with pytest.raises(UsageError, match=r"f\.tif holds floating-point values"):
-        read_picture(tmp_path / "f.tif")
+        read_image(tmp_path / "f.tif")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", None])
-def test_unreadable_pictures_are_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_unreadable_images_are_named(tmp_path, content):
     path = tmp_path / "broken.png"
     if content is None:
         Image.fromarray(gradient()).save(path)
         content = path.read_bytes()[:200]
     path.write_bytes(content)
-    for read in (read_picture, read_mask):
+    for read in (read_image, read_mask):
         with pytest.raises(UsageError, match=r"broken\.png"):
             read(path)
 
@@ -123,7 +123,7 @@ def test_normalize_is_the_formula():
 def test_flips_treat_all_arrays_alike():
     image = gradient(5, 7)
     for seed in range(10):
-        a, b = flip_and_rotate([image, image[..., 0]], np.random.default_rng(seed), True, True, True)
+        a, b = Augmentation(True, True, True)([image, image[..., 0]], np.random.default_rng(seed))
         np.testing.assert_array_equal(a[..., 0], b)
         assert a.shape == image.shape
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.images import SharedCache
-from datasets.lists import Sample, class_names, listed_classes, read_list, write_list
+from datasets.images import Augmentation, Preprocessing, SharedCache
+from datasets.lists import ImageList, Sample, class_names, listed_classes, read_list, write_list
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
-from datasets.realnet import Appearance, RealNetTestSet
+from datasets.realnet import RealNetTestSet
 from datasets.sdas import SDASDataset
 from tests.conftest import REPOSITORY
 from utils.distributed import Run
 from utils.errors import UsageError
 
 CPU = torch.device("cpu")
+HALVED = Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3)
 
 
 def test_lists_survive_a_round_trip(tiny_data):
@@ -24,7 +25,7 @@ def test_lists_survive_a_round_trip(tiny_data):
     write_list(path, samples)
     assert read_list(path, tiny_data / "images") == samples
     assert [sample.label for sample in samples] == [0] * 4 + [1] * 4
-    assert samples[-1].kind == "spot"
+    assert samples[-1].defect_type == "spot"
     assert json.loads(path.read_text().splitlines()[-1])["label_name"] == "defective"
 
 
@@ -102,9 +103,8 @@ def test_any_number_of_workers_gives_the_same_samples(tiny_data):
     samples = read_list(tiny_data / "samples" / "train_uni.json", tiny_data / "images")
     seen = []
     for workers in (0, 1, 2):
-        dataset = SDASDataset(
-            samples, tiny_data / "images", ["dots", "lines"], (16, 16), 3, True, True, True, cache_mb=1
-        )
+        images, augmentation = ImageList(samples, tiny_data / "images"), Augmentation(True, True, True)
+        dataset = SDASDataset(images, ["dots", "lines"], HALVED, augmentation, seed=3, cache_mb=1)
         batches = EpochBatches(len(dataset), 4, Run(0, 1, CPU), seed=1)
         loader = make_loader(dataset, batches, workers, Run(0, 1, CPU))
         epochs = []
@@ -122,7 +122,7 @@ def test_any_number_of_workers_gives_the_same_samples(tiny_data):
 
 def test_test_set_reads_masks(tiny_data):
     samples = read_list(tiny_data / "samples" / "test_dots.json", tiny_data / "images")
-    dataset = RealNetTestSet(samples, tiny_data / "images", Appearance((32, 32), (0.5,) * 3, (0.5,) * 3))
+    dataset = RealNetTestSet(ImageList(samples, tiny_data / "images"), Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3))
     areas = [int(dataset[i]["mask"].sum()) for i in range(len(dataset))]
     assert areas == [0] * 4 + [64] * 4
     assert dataset[5]["index"] == 5
@@ -130,7 +130,7 @@ def test_test_set_reads_masks(tiny_data):
 
 def test_a_mask_of_other_proportions_is_refused_and_a_scaled_one_is_not(tiny_data):
     samples = read_list(tiny_data / "samples" / "test_dots.json", tiny_data / "images")
-    dataset = RealNetTestSet(samples, tiny_data / "images", Appearance((32, 32), (0.5,) * 3, (0.5,) * 3))
+    dataset = RealNetTestSet(ImageList(samples, tiny_data / "images"), Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3))
     path = tiny_data / "images" / samples[-1].maskname
     expected = dataset[len(samples) - 1]["mask"]
     Image.open(path).resize((128, 128), Image.Resampling.NEAREST).save(path)

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from skimage import morphology
 
 from datasets.anomaly import AUGMENTATIONS, augment_texture, blend
+from datasets.build import check_realnet_data
 from datasets.catalog import CATALOG, ForegroundRule
-from datasets.foreground import apply_rule, auto_rule, foreground_mask, foreground_of
-from datasets.images import list_pictures
-from datasets.lists import read_list
+from datasets.foreground import apply_rule, auto_rule, foreground_mask, rule_for
+from datasets.images import Augmentation, Preprocessing, list_images
+from datasets.lists import ImageList, read_list
 from datasets.perlin import perlin_mask, perlin_noise
-from datasets.realnet import Appearance, RealNetTrainSet, Synthesis
+from datasets.realnet import RealNetTrainSet, Synthesis
+from tests.conftest import settings
+from utils.config import checked
 from utils.errors import UsageError
 
 
@@ -50,7 +53,7 @@ def test_perlin_masks_are_binary_for_any_size(height, width, seed):
     assert set(np.unique(mask)) <= {0, 1}
 
 
-def test_perlin_masks_vary_and_usually_cover_some_of_the_picture():
+def test_perlin_masks_vary_and_usually_cover_some_of_the_image():
     areas = [perlin_mask(64, 64, np.random.default_rng(seed)).mean() for seed in range(200)]
     assert 0.02 < np.mean(areas) < 0.4
     assert np.mean(np.array(areas) > 0) > 0.6
@@ -174,16 +177,16 @@ def test_foreground_settings():
     def no_pictures():
         raise AssertionError("not needed")
 
-    assert foreground_of(None, "mvtec", "pill", no_pictures) == CATALOG["MVTec-AD"].foreground["pill"]
-    assert foreground_of("none", "mvtec", "pill", no_pictures) is None
-    assert foreground_of("BTAD/01", "mine", "x", no_pictures) == CATALOG["BTAD"].foreground["01"]
-    assert foreground_of("pcb2", "mine", "x", no_pictures) == CATALOG["VisA"].foreground["pcb2"]
-    assert foreground_of("mvtec/carpet", "mine", "x", no_pictures) is None
-    rule = foreground_of({"channel": "red", "threshold": 90, "invert": True}, "mine", "x", no_pictures)
+    assert rule_for(None, "mvtec", "pill", no_pictures) == CATALOG["MVTec-AD"].foreground["pill"]
+    assert rule_for("none", "mvtec", "pill", no_pictures) is None
+    assert rule_for("BTAD/01", "mine", "x", no_pictures) == CATALOG["BTAD"].foreground["01"]
+    assert rule_for("pcb2", "mine", "x", no_pictures) == CATALOG["VisA"].foreground["pcb2"]
+    assert rule_for("mvtec/carpet", "mine", "x", no_pictures) is None
+    rule = rule_for({"channel": "red", "threshold": 90, "invert": True}, "mine", "x", no_pictures)
     assert rule == ForegroundRule("red", 90, True)
     for bad in ("BTAD/09", "sometimes", {"chanel": "red"}, {"channel": "cyan"}, {"threshold": 300}):
         with pytest.raises(UsageError, match="foreground"):
-            foreground_of(bad, "mine", "x", no_pictures)
+            rule_for(bad, "mine", "x", no_pictures)
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(200, 40), (40, 200)])
@@ -201,16 +204,20 @@ def test_auto_foreground_gives_up_where_it_is_unstable():
 
 # ---- training samples ------------------------------------------------------------------------------------------------
 
-UNIT = Appearance((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+UNIT = Preprocessing((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def train_set(tiny_data, types, cache_mb=4, **kwargs):
+NONE = Augmentation()
+
+
+def train_set(tiny_data, types, cache_mb=4, augmentation=NONE):
     samples = read_list(tiny_data / "samples" / "train_dots.json", tiny_data / "images")
+    images = ImageList(samples, tiny_data / "images")
     synthesis = Synthesis(types, sdas_dir=str(tiny_data / "images/{}/test"), dtd_dir=str(tiny_data / "images/lines"))
-    return RealNetTrainSet(samples, tiny_data / "images", "tiny", None, UNIT, synthesis, 7, cache_mb=cache_mb, **kwargs)
+    return RealNetTrainSet(images, {"dots": None}, UNIT, synthesis, augmentation, 7, cache_mb)
 
 
-def test_samples_differ_from_the_normal_picture_only_under_the_mask(tiny_data):
+def test_samples_differ_from_the_normal_image_only_under_the_mask(tiny_data):
     dataset = train_set(tiny_data, {"normal": 0.2, "sdas": 0.4, "dtd": 0.4})
     changed = 0
     for epoch in range(4):
@@ -241,7 +248,7 @@ def test_anomaly_types_come_with_their_probability(tiny_data):
 
 
 def test_augmentation_turns_image_and_mask_together(tiny_data):
-    dataset = train_set(tiny_data, {"dtd": 1.0}, hflip=True, vflip=True, rotate=True)
+    dataset = train_set(tiny_data, {"dtd": 1.0}, augmentation=Augmentation(hflip=True, vflip=True, rotate=True))
     seen = set()
     for epoch in range(20):
         sample = dataset[epoch, 0]
@@ -253,7 +260,7 @@ def test_augmentation_turns_image_and_mask_together(tiny_data):
 def test_foreground_limits_the_mask(tiny_data):
     dataset = train_set(tiny_data, {"dtd": 1.0})
     dataset.rules["dots"] = ForegroundRule(threshold=140)
-    image, foreground = dataset.picture(0)
+    image, foreground = dataset.read(0)
     np.testing.assert_array_equal(foreground, image[..., 0] > 140)
     for epoch in range(10):
         assert not (dataset[epoch, 0]["mask"][0].numpy() * (1 - foreground)).any()
@@ -264,12 +271,14 @@ def test_foreground_limits_the_mask(tiny_data):
     [
         ({"normal": 0.5, "sdas": 0.6}, "add up"),
         ({"normal": 0.5, "cutpaste": 0.5}, "cutpaste"),
-        ({"normal": 1.5, "dtd": -0.5}, "probability"),
+        ({"normal": 1.5, "dtd": -0.5}, "at least 0"),
     ],
 )
-def test_bad_anomaly_types_are_refused(types, match):
+def test_bad_anomaly_types_are_refused(types, match, tiny_data):
+    config = settings(str(tiny_data), "out")["realnet"]
+    config["dataset"]["train"]["anomaly_types"] = types
     with pytest.raises(UsageError, match=match):
-        Synthesis(types)
+        check_realnet_data(checked(config, "realnet.yaml").dataset, "dots")
 
 
 def test_missing_sources_say_what_to_do(tmp_path):
@@ -279,7 +288,7 @@ def test_missing_sources_say_what_to_do(tmp_path):
         Synthesis({"dtd": 1.0}).open(["bottle"])
 
 
-def test_pictures_are_listed_in_any_letter_case(tmp_path):
+def test_images_are_listed_in_any_letter_case(tmp_path):
     for name in ("b.PNG", "a.jpg", "c.txt", "d.JPeG"):
         (tmp_path / name).write_bytes(b"")
-    assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.PNG", "d.JPeG"]
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "d.JPeG"]

@@ -1,6 +1,7 @@
 """predict.py and export.py on a detector that the scripts have trained."""
 
 import csv
+import doctest
 import json
 import shutil
 import sys
@@ -12,10 +13,11 @@ from PIL import Image
 
 import export
 import predict
-from evaluation.thresholds import sidecar
+from evaluation.detector import Detector
+from evaluation.thresholds import Thresholds, sidecar, write_thresholds
 from tests.conftest import REPOSITORY
 from tests.in_process import run
-from tests.layout_trees import picture
+from tests.layout_trees import image_file
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_a_folder_gives_scores_verdicts_and_pictures(detector, tmp_path, monkeyp
 
 
 def test_scores_are_those_of_the_evaluation(detector, tmp_path, monkeypatch, capsys):
-    """Best F1 is reached by the verdicts on the same pictures."""
+    """Best F1 is reached by the verdicts on the same images."""
     arguments = ["--checkpoint", CLASS_FOLDER, "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
     run(predict.main, [*arguments, "--no-pictures", "--batch-size", "3"], detector.root, monkeypatch, capsys)
     rows = rows_of(tmp_path / "out")
@@ -70,15 +72,15 @@ def test_scores_are_those_of_the_evaluation(detector, tmp_path, monkeypatch, cap
     assert f1 == pytest.approx(expected, abs=1e-9)
 
 
-def test_two_hundred_pictures_with_twenty_broken(detector, tmp_path, monkeypatch, capsys):
+def test_two_hundred_images_with_twenty_broken(detector, tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
-    folder = tmp_path / "new pictures"
+    folder = tmp_path / "new images"
     for i in range(200):
         size = tuple(int(v) for v in rng.integers(20, 120, 2))
         suffix = (".png", ".JPG", ".bmp", ".tif", ".webp")[i % 5]
-        path = picture(folder / f"lot {i % 3}/bild_ü{i:03d}{suffix}", i, size)
+        path = image_file(folder / f"lot {i % 3}/bild_ü{i:03d}{suffix}", i, size)
         if i % 10 == 0:
-            path.write_bytes((b"", b"not a picture", path.read_bytes()[:60])[i // 10 % 3])
+            path.write_bytes((b"", b"not an image", path.read_bytes()[:60])[i // 10 % 3])
     arguments = ["--checkpoint", CLASS_FOLDER, "--input", str(folder), "--output", str(tmp_path / "out")]
     code, out, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
     assert code == 1
@@ -86,18 +88,18 @@ def test_two_hundred_pictures_with_twenty_broken(detector, tmp_path, monkeypatch
     assert len(err.splitlines()) == 20
     assert all(line.startswith(f"unreadable: {folder}") for line in err.splitlines())
     assert len(list((tmp_path / "out/masks").rglob("*.png"))) == 180
-    assert "180 pictures" in out
+    assert "180 images" in out
     assert "20 unreadable" in out
 
 
-def test_lists_names_on_stdin_and_single_pictures(detector, tmp_path, monkeypatch, capsys):
+def test_lists_names_on_stdin_and_single_images(detector, tmp_path, monkeypatch, capsys):
     names = [f"{TEST_FOLDER}/spot/00{i}.png" for i in range(3)]
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
     inputs = {
         "list": str(tmp_path / "list.txt"),
         "image_list": "data/tiny/samples/test_dots.json",
         "stdin": "-",
-        "picture": names[0],
+        "image": names[0],
     }
     found = {}
     for name, argument in inputs.items():
@@ -108,14 +110,14 @@ def test_lists_names_on_stdin_and_single_pictures(detector, tmp_path, monkeypatc
         assert code == 0, err
         found[name] = {row["file"].rpartition("/")[2]: float(row["score"]) for row in rows_of(tmp_path / name)}
     assert len(found["list"]) == len(found["stdin"]) == 3
-    assert len(found["picture"]) == 1
+    assert len(found["image"]) == 1
     assert found["list"] == pytest.approx(found["stdin"], abs=1e-5)
-    assert found["picture"]["000.png"] == pytest.approx(found["list"]["000.png"], abs=1e-5)
+    assert found["image"]["000.png"] == pytest.approx(found["list"]["000.png"], abs=1e-5)
 
 
-def test_pictures_of_one_name_are_both_written(detector, tmp_path, monkeypatch, capsys):
+def test_images_of_one_name_are_both_written(detector, tmp_path, monkeypatch, capsys):
     for name in ("a.png", "a.jpg", "A.bmp"):
-        picture(tmp_path / "in" / name, name)
+        image_file(tmp_path / "in" / name, name)
     arguments = ["--checkpoint", CLASS_FOLDER, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     run(predict.main, arguments, detector.root, monkeypatch, capsys)
     assert len(list((tmp_path / "out/heatmaps").iterdir())) == 3
@@ -187,7 +189,7 @@ def test_spoiled_settings_in_a_checkpoint_are_named(changes, text, detector, tmp
         ({"--checkpoint": "experiments/tiny/realnet.yaml"}, "is not a checkpoint that can be loaded safely"),
         ({"--checkpoint": "broken.onnx"}, "broken.onnx is not a model that export.py wrote"),
         ({"--input": "gone"}, "--input gone does not exist"),
-        ({"--input": "data/tiny/samples"}, "--input data/tiny/samples: holds no picture"),
+        ({"--input": "data/tiny/samples"}, "--input data/tiny/samples: holds no image"),
         ({"--input": "bad.txt"}, "bad.txt, line 1: not a JSON object with a filename"),
         ({"--tile": "8"}, "--tile 8: at least 16"),
         ({"--tile": "32", "--overlap": "32"}, "--overlap 32: has to lie in 0 .. 31"),
@@ -225,7 +227,7 @@ def test_exported_models_give_the_same_verdicts(most_bytes, detector, tmp_path, 
         export.main, ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path)], detector.root, monkeypatch, capsys
     )
     assert code == 0, err
-    assert out.count("largest difference from PyTorch on 8 pictures") == 2
+    assert out.count("largest difference from PyTorch on 8 images") == 2
     assert (tmp_path / "model.onnx.data").exists() == (most_bytes == 1000)
     found = []
     for checkpoint in (CLASS_FOLDER, str(tmp_path / "model.onnx")):
@@ -238,7 +240,7 @@ def test_exported_models_give_the_same_verdicts(most_bytes, detector, tmp_path, 
     np.testing.assert_allclose(*scores, atol=1e-4)
 
 
-def test_metadata_says_how_to_prepare_pictures(detector, tmp_path, monkeypatch, capsys):
+def test_metadata_says_how_to_prepare_images(detector, tmp_path, monkeypatch, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx", "--input", TEST_FOLDER]
     assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
@@ -265,3 +267,40 @@ def test_missing_extras_are_named(missing, detector, tmp_path, monkeypatch, caps
     assert code == 1
     assert f"{missing} is not installed; pip install -r requirements-export.txt" in err
     assert (REPOSITORY / "requirements-export.txt").is_file()
+
+
+def test_the_detector_s_example_holds(detector, monkeypatch):
+    monkeypatch.chdir(detector.root)
+    names = {"Detector": Detector, "checkpoints": CLASS_FOLDER, "image_path": f"{TEST_FOLDER}/spot/000.png"}
+    example = doctest.DocTestFinder().find(Detector, "Detector", globs=names)[0]
+    result = doctest.DocTestRunner().run(example)
+    assert (result.attempted, result.failed) == (3, 0)
+
+
+def test_a_detector_takes_files_and_arrays_of_any_size(detector):
+    loaded = Detector.load(detector.root / CLASS_FOLDER, device="cpu")
+    path = detector.root / TEST_FOLDER / "spot/000.png"
+    from_file, from_array = loaded(path), loaded(np.asarray(Image.open(path).convert("RGB")))
+    assert from_file.score == from_array.score
+    assert from_file.is_anomalous == (from_file.score >= loaded.thresholds.image)
+    np.testing.assert_array_equal(from_file.mask, from_file.map >= loaded.thresholds.pixel)
+    assert loaded(np.zeros((50, 90, 3), np.uint8)).map.shape == (50, 90)
+    unevaluated = loaded.with_thresholds(None)(path)
+    assert (unevaluated.mask, unevaluated.is_anomalous) == (None, None)
+
+
+def test_a_class_of_a_model_for_several_has_its_own_thresholds(detector, tmp_path, monkeypatch, capsys):
+    checkpoint = tmp_path / "ckpt_best.pth.tar"
+    shutil.copy(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", checkpoint)
+    classes = {"strict": Thresholds(0.0, 0.0, "by hand"), "lenient": Thresholds(1.1, 1.1, "by hand")}
+    write_thresholds(checkpoint, Thresholds(0.5, 0.5, "by hand", classes=classes))
+    common = ["--checkpoint", str(checkpoint), "--input", TEST_FOLDER, "--no-pictures", "--overwrite"]
+    for name, verdict in (("strict", "anomalous"), ("lenient", "normal")):
+        arguments = [*common, "--output", str(tmp_path / name), "--class_name", name]
+        code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+        assert code == 0, err
+        assert {row["verdict"] for row in rows_of(tmp_path / name)} == {verdict}
+    arguments = [*common, "--output", str(tmp_path / "none"), "--class_name", "other"]
+    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 2
+    assert "no thresholds for the class 'other'; known are strict, lenient" in err

@@ -1,44 +1,44 @@
 """The report of an evaluation, opened in headless Chromium as a user opens it: from disk."""
 
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from datasets.lists import Sample
 from evaluation.html_report import write_report
 from evaluation.metrics import image_scores
-from evaluation.results import ScoredPictures, Shown, evaluate_class
+from evaluation.results import evaluate_class, gallery_item
+from evaluation.score import ScoredImages
 from evaluation.tables import with_mean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-KINDS = np.array(["good"] * 4 + ["crack"] * 3 + ["<hole> & co"] * 2)
+TYPES = np.array(["good"] * 4 + ["crack"] * 3 + ["<hole> & co"] * 2)
 
 
 def result(name, seed):
     rng = np.random.default_rng(seed)
-    labels = KINDS != "good"
-    masks = np.zeros((len(KINDS), 24, 24), bool)
+    labels = TYPES != "good"
+    samples = [Sample(f"{name}/test/{one}/{i}.png", int(one != "good"), name, "m.png") for i, one in enumerate(TYPES)]
+    masks = np.zeros((len(TYPES), 24, 24), bool)
     masks[labels, 4:12, 6:14] = True
     maps = (rng.random(masks.shape) + 0.5 * masks).astype(np.float32)
-    scores = image_scores(maps, (8, 8))
-    found = evaluate_class(name, ScoredPictures(maps, scores, masks, np.ones(len(KINDS), bool), labels, KINDS))
-    threshold = found.thresholds.image
-    for i, kind in enumerate(KINDS):
-        error = float((threshold - found.scores[i]) * (1 if labels[i] else -1))
-        picture = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-        truth = masks[i].astype(np.uint8) * 255 if i else None
-        shown = (f"{name}/{i}.png", str(kind), int(labels[i]), float(found.scores[i]), error, picture, picture, truth)
-        found.gallery.append(Shown(*shown))
-    return found
+    images = {i: rng.integers(0, 256, (24, 24, 3), dtype=np.uint8) for i in range(len(TYPES))}
+    scored = ScoredImages(samples, maps, image_scores(maps, (8, 8)), masks, images)
+    evaluated = evaluate_class(name, scored)
+    evaluated.gallery = [gallery_item(evaluated, scored, i, images[i]) for i in range(len(TYPES))]
+    evaluated.gallery[0] = replace(evaluated.gallery[0], truth=None)
+    return evaluated
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     results = [result("bolts", 0), result("nuts & washers", 1)]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    table = with_mean({found.name: found.metrics for found in results})
+    table = with_mean({one.name: one.metrics for one in results})
     write_report(path, "RealNet on <parts>", ["a note"], table, results)
     return path, results
 
@@ -84,18 +84,18 @@ def test_filters_work_in_a_browser(report, size):
         page.select_option("#class", "nuts & washers")
         assert shown.count() == 9
         assert page.locator("section:visible").count() == 1
-        page.select_option("#kind", "<hole> & co")
+        page.select_option("#defect", "<hole> & co")
         assert shown.count() == 2
-        assert page.inner_text("#count") == "2 of 18 pictures"
+        assert page.inner_text("#count") == "2 of 18 images"
         page.select_option("#class", "")
-        page.select_option("#kind", "")
+        page.select_option("#defect", "")
         page.check("#wrong")
-        wrong = sum(card.error > 0 for found in results for card in found.gallery)
+        wrong = sum(card.error > 0 for one in results for card in one.gallery)
         assert shown.count() == wrong
         page.uncheck("#wrong")
         # Worst errors first, over all classes.
         scores = [float(text) for text in page.locator("figcaption b").all_inner_texts()]
-        cards = sorted((card for found in results for card in found.gallery), key=lambda card: -card.error)
+        cards = sorted((card for one in results for card in one.gallery), key=lambda card: -card.error)
         assert scores == pytest.approx([card.score for card in cards], abs=1e-4)
         # Nothing is wider than the screen.
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]

@@ -1,12 +1,15 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets.lists import Sample
 from evaluation.metrics import Ranking, image_scores
-from evaluation.results import ScoredPictures, evaluate_class
+from evaluation.results import evaluate_class
+from evaluation.score import ScoredImages
 from evaluation.thresholds import (
     Thresholds,
     best_f1,
@@ -60,13 +63,28 @@ def test_sidecars_lie_beside_and_survive(tmp_path):
     assert sidecar(tmp_path / "model.onnx").name == "model.thresholds.json"
     assert read_thresholds(path) is None
     overall = Thresholds(0.5, None, "rule", 0.1, 0.9)
-    write_thresholds(path, overall, {"a": overall, "b": Thresholds(0.2, 0.3, "rule")})
+    write_thresholds(path, overall)
     assert read_thresholds(path) == overall
-    assert json.loads(sidecar(path).read_text())["classes"]["b"]["image"] == 0.2
+    assert "classes" not in json.loads(sidecar(path).read_text())
+    several = replace(overall, classes={"a": overall, "b": Thresholds(0.2, 0.3, "rule")})
+    write_thresholds(path, several)
+    assert read_thresholds(path) == several
+    assert read_thresholds(path).of_class("b").image == 0.2
+    with pytest.raises(UsageError, match="known are a, b"):
+        read_thresholds(path).of_class("c")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"image": "high"}', '{"image": 0.5, "pixel": NaN, "low": 0, "high": 1}']
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"image": "high"}',
+        '{"image": 0.5, "pixel": NaN, "low": 0, "high": 1}',
+        '{"image": 0.5, "pixel": 0.5, "low": 0, "high": 1, "classes": {"a": 3}}',
+        '{"image": 0.5, "pixel": 0.5, "low": 0, "high": 1, "classes": [3]}',
+    ],
 )
 def test_broken_sidecars_are_named(tmp_path, text):
     sidecar(tmp_path / "ckpt_best.pth.tar").write_text(text)
@@ -77,25 +95,27 @@ def test_broken_sidecars_are_named(tmp_path, text):
 # ---- results of a class ----------------------------------------------------------------------------------------------
 
 
-def scored(labels, kinds, known=None):
+def scored(labels, types, known=None):
     rng = np.random.default_rng(0)
+    known = [True] * len(labels) if known is None else known
+    samples = [
+        Sample(f"x/test/{one}/{i}.png", label, "x", "mask.png" if label and has_mask else None)
+        for i, (label, one, has_mask) in enumerate(zip(labels, types, known, strict=True))
+    ]
     labels = np.array(labels, bool)
     masks = np.zeros((len(labels), 24, 24), bool)
     masks[labels, 4:12, 6:14] = True
     maps = rng.random(masks.shape).astype(np.float32) / 2 + 0.4 * masks
-    known = np.ones(len(labels), bool) if known is None else np.array(known)
-    return ScoredPictures(
-        maps, image_scores(maps, (4, 4)), masks & known[:, None, None], known, labels, np.array(kinds)
-    )
+    return ScoredImages(samples, maps, image_scores(maps, (4, 4)), masks & np.array(known)[:, None, None])
 
 
-def test_each_kind_of_defect_is_held_against_the_good_pictures():
-    pictures = scored([0, 0, 0, 1, 1, 1], ["good"] * 3 + ["crack", "crack", "hole"])
-    result = evaluate_class("x", pictures)
-    assert set(result.kinds) == {"crack", "hole"}
+def test_each_type_of_defect_is_held_against_the_good_images():
+    images = scored([0, 0, 0, 1, 1, 1], ["good"] * 3 + ["crack", "crack", "hole"])
+    result = evaluate_class("x", images)
+    assert set(result.by_defect_type) == {"crack", "hole"}
     assert result.counts == {"crack": 2, "hole": 1}
-    alone = evaluate_class("x", pictures.subset([0, 1, 2, 5]))
-    assert result.kinds["hole"] == alone.metrics
+    alone = evaluate_class("x", images.subset(np.array([0, 1, 2, 5])))
+    assert result.by_defect_type["hole"] == alone.metrics
     assert set(result.curves) == {"roc", "pr", "pixel_roc", "pixel_pr", "pro"}
     for name, (x, y) in result.curves.items():
         assert len(x) == len(y) <= 310, name
@@ -117,7 +137,7 @@ def test_without_masks_or_defects_only_what_is_defined_is_there():
     assert set(unmasked.curves) == {"roc", "pr"}
     good = evaluate_class("x", scored([0, 0, 0, 0], ["good"] * 4))
     assert good.thresholds.image is None
-    assert not good.kinds
+    assert not good.by_defect_type
     # A target needs no defects.
     targeted = evaluate_class("x", scored([0, 0, 0, 0], ["good"] * 4), target_fpr=0.25)
     assert np.mean(targeted.scores >= targeted.thresholds.image) <= 0.25

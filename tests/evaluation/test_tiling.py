@@ -50,7 +50,7 @@ def test_disagreeing_tiles_change_over_gradually():
     assert set(tiles_seen) == {(32, 32, 3)}
 
 
-def test_a_picture_smaller_than_a_tile_is_one_tile():
+def test_a_image_smaller_than_a_tile_is_one_tile():
     seen = []
 
     def score(tiles):

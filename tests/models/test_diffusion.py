@@ -7,7 +7,8 @@ from torch import nn
 
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from models.sdas.blocks import GroupNorm32, attend
-from models.sdas.diffusion import classifier_guidance, draw_noise
+from models.sdas.guidance import classifier_guidance
+from models.sdas.noise import draw_noise
 from tests.rule_filled import fill, randn
 from utils.errors import UsageError
 

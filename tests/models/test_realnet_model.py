@@ -216,7 +216,7 @@ def batch(n=4, size=64):
     return {"image": images, "gt_image": gt, "mask": (randn(2, n, 1, size, size) > 1).float(), "changed": changed}
 
 
-def test_equal_pictures_pass_the_backbone_once():
+def test_equal_images_pass_the_backbone_once():
     network = build_realnet(REALNET).eval()
     seen = []
     network.backbone.feature_extractor.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -229,7 +229,7 @@ def test_equal_pictures_pass_the_backbone_once():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (70, 45)])
-def test_maps_have_the_size_of_the_picture(size):
+def test_maps_have_the_size_of_the_image(size):
     network = build_realnet(REALNET).eval()
     outputs = network({"image": randn(0, 2, 3, *size)})
     assert outputs["logit"].shape == (2, 2, *size)

@@ -17,7 +17,7 @@ import evaluation_realnet
 import prepare_data
 import train_realnet
 from tests.in_process import run
-from tests.layout_trees import official, picture
+from tests.layout_trees import image_file, official
 
 # ---- archives --------------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ ARCHIVES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a zip called tar": ("a.tar", zip_with(), "a.tar is not a readable archive"),
     "a password": ("a.zip", encrypted, "a.zip: File"),
     "a wrong checksum": ("a.zip", wrong_checksum, "a.zip is not a readable archive (Bad CRC-32"),
-    "an archive of nothing": ("a.zip", lambda path: zipfile.ZipFile(path, "w").close(), "no pictures found"),
+    "an archive of nothing": ("a.zip", lambda path: zipfile.ZipFile(path, "w").close(), "no images found"),
 }
 
 
@@ -141,8 +141,8 @@ SPLIT_LINES: dict[str, tuple[str, int, str]] = {
     "an anomaly to train on": (GOOD_LINE.replace("normal", "anomaly"), 1, "is an anomaly, but to be trained on"),
     "a path that climbs": (GOOD_LINE.replace("pcb1/", "../pcb1/"), 1, "leaves the data set's folder"),
     "an absolute path": (GOOD_LINE.replace("pcb1/", "/pcb1/"), 1, "leaves the data set's folder"),
-    "a picture twice": (GOOD_LINE, 1, "is in line 2 already"),
-    "a picture that is not there": (GOOD_LINE.replace("0000", "0777"), 0, "0777.JPG does not exist"),
+    "an image twice": (GOOD_LINE, 1, "is in line 2 already"),
+    "an image that is not there": (GOOD_LINE.replace("0000", "0777"), 0, "0777.JPG does not exist"),
     "a mask that is not there": (
         "pcb1,test,anomaly,pcb1/Data/Images/Anomaly/007.JPG,pcb1/Data/Masks/Anomaly/999.png",
         0,
@@ -155,7 +155,7 @@ SPLIT_LINES: dict[str, tuple[str, int, str]] = {
 def visa(tmp_path_factory):
     root = tmp_path_factory.mktemp("visa")
     official("VisA", root)
-    picture(root / "pcb1/Data/Images/Anomaly/007.JPG", 7)
+    image_file(root / "pcb1/Data/Images/Anomaly/007.JPG", 7)
     lines = list(csv.reader((root / "split_csv/1cls.csv").read_text().splitlines()))
     kept = [line for line in lines if line[0] in ("object", "pcb1")]
     return root, "\n".join(",".join(line) for line in kept) + "\n"
@@ -207,19 +207,19 @@ LISTS: dict[str, tuple[str | bytes, str]] = {
     "a path that climbs backwards": (line(filename="..\\samples\\x.png"), "leaves"),
     "an absolute path": (line(filename="/etc/hostname"), "line 2: /etc/hostname leaves"),
     "a path on a drive": (line(filename="C:/x.png"), "line 2: C:/x.png leaves"),
-    "a picture that is not there": (line(filename="dots/no.png"), "line 2: dots/no.png does not exist under"),
-    "a folder": (line(filename="dots/train/good"), "is a folder, not a picture"),
+    "an image that is not there": (line(filename="dots/no.png"), "line 2: dots/no.png does not exist under"),
+    "a folder": (line(filename="dots/train/good"), "is a folder, not an image"),
     "a name with a zero": (line(filename="dots/a\0.png"), "line 2: "),
-    "a name without end": (line(filename="x" * 5000), "is no name of a file"),
+    "a name without end": (line(filename="x" * 5000), "is not a file name"),
     "half a sign": ('{"filename": "dots/\\ud800.png", "label": 0, "clsname": "dots"}', "line 2: "),
-    "a picture twice": (line(filename=FIRST["filename"]), "line 2: dots/train/good/000.png is in line 1 already"),
+    "an image twice": (line(filename=FIRST["filename"]), "line 2: dots/train/good/000.png is in line 1 already"),
     "no class": (json.dumps({"filename": "lone.png", "label": 0}), "line 2: has no clsname"),
     "a class that climbs": (line(clsname="../../x"), "line 2: clsname '../../x' cannot be"),
     "a class of dots": (line(clsname=".."), "line 2: clsname '..' cannot be"),
     "a mask that is not there": (line(label=1, maskname="dots/m.png"), "line 2: dots/m.png does not exist"),
     "a mask that climbs": (line(label=1, maskname="../m.png"), "line 2: ../m.png leaves"),
     "a number as mask": (line(label=1, maskname=3), "line 2: maskname is 3"),
-    "not UTF-8": (b"\xff\xfe\xfa", "not a UTF-8 text"),
+    "not UTF-8": (b"\xff\xfe\xfa", "not UTF-8 text"),
 }
 
 
@@ -240,7 +240,7 @@ def test_a_bad_line_of_a_list_is_named(case, workspace, tmp_path, monkeypatch, c
 def test_lists_that_are_empty_or_none_are_named(workspace, tmp_path, monkeypatch, capsys):
     (tmp_path / "train_dots.json").write_text("\n")
     (tmp_path / "train_lines.json").mkdir()
-    for name, text in (("dots", "holds no picture"), ("lines", "does not exist")):
+    for name, text in (("dots", "holds no image"), ("lines", "does not exist")):
         arguments = ["--dataset", "tiny", "--class_name", name, "--set", "saver.log_dir=broken_log/"]
         meta = ["--set", f"dataset.train.meta_file={tmp_path}/train_{{}}.json"]
         code, _, err = run(train_realnet.main, [*arguments, *meta], workspace.root, monkeypatch, capsys)
@@ -255,7 +255,7 @@ def test_evaluation_says_that_it_needs_defects(workspace, tmp_path, monkeypatch,
     meta = ["--set", f"dataset.test.meta_file={tmp_path}/test_{{}}.json"]
     code, _, err = run(evaluation_realnet.main, [*arguments, *meta], workspace.root, monkeypatch, capsys)
     assert code == 2
-    assert "test_dots.json: holds no picture; evaluation needs good and defective test pictures" in err
+    assert "test_dots.json: holds no image; evaluation needs good and defective test images" in err
 
 
 def test_there_are_many():

@@ -1,4 +1,4 @@
-"""Broken folders of pictures and wrong use: each gives one clear line that names the file, and nothing is left behind.
+"""Broken folders of images and wrong use: each gives one clear line that names the file, and nothing is left behind.
 
 With test_broken_files.py, more than a hundred broken inputs.
 """
@@ -17,7 +17,7 @@ from PIL import Image
 
 import prepare_data
 from tests.in_process import run
-from tests.layout_trees import mask, mvtec_class, picture
+from tests.layout_trees import image_file, mask, mvtec_class
 
 Break = Callable[[Path], object]
 
@@ -32,7 +32,7 @@ def truncated(path: str, suffix: str = ".png", keep: float = 0.5) -> Break:
         full = root / path
         broken = full.with_suffix(suffix)
         if broken != full:
-            picture(broken, 7)
+            image_file(broken, 7)
             full.unlink()
         broken.write_bytes(broken.read_bytes()[: int(keep * broken.stat().st_size)])
 
@@ -95,7 +95,7 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
         f"truncated {suffix}": (
             truncated(GOOD, suffix),
             1,
-            f"unreadable: train/good/001{suffix}: is not a readable picture",
+            f"unreadable: train/good/001{suffix}: is not a readable image",
         )
         for suffix in (".png", ".jpg", ".bmp", ".tif", ".webp")
     },
@@ -103,35 +103,35 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
         f"{percent} % of a PNG": (truncated(GOOD, keep=percent / 100), 1, "unreadable: train/good/001.png: is not")
         for percent in (0, 1, 20, 80)
     },
-    "truncated test picture": (truncated(BAD), 1, "unreadable: test/cut/001.png: is not"),
-    "text as a picture": (content(GOOD, b"a note"), 1, "unreadable: train/good/001.png: is not"),
-    "a web page as a picture": (content(GOOD, b"<html>404</html>"), 1, "unreadable: train/good/001.png: is not"),
-    "a PDF as a picture": (content(GOOD, b"%PDF-1.7\n"), 1, "unreadable: train/good/001.png: is not"),
-    "zeros as a picture": (content(GOOD, bytes(5000)), 1, "unreadable: train/good/001.png: is not"),
+    "truncated test image": (truncated(BAD), 1, "unreadable: test/cut/001.png: is not"),
+    "text as an image": (content(GOOD, b"a note"), 1, "unreadable: train/good/001.png: is not"),
+    "a web page as an image": (content(GOOD, b"<html>404</html>"), 1, "unreadable: train/good/001.png: is not"),
+    "a PDF as an image": (content(GOOD, b"%PDF-1.7\n"), 1, "unreadable: train/good/001.png: is not"),
+    "zeros as an image": (content(GOOD, bytes(5000)), 1, "unreadable: train/good/001.png: is not"),
     "a JPEG's start alone": (content(GOOD, b"\xff\xd8\xff\xe0"), 1, "unreadable: train/good/001.png: is not"),
     "a bitmap of nothing": (content(GOOD, b"BM" + bytes(60)), 1, "unreadable: train/good/001.png: is not"),
     "a TIFF without pages": (content(GOOD, b"II*\0\0\0\0\0"), 1, "unreadable: train/good/001.png: is not"),
     "damaged bytes": (damaged, 1, "unreadable: train/good/001.png: is not"),
     "a bomb": (huge_header, 1, "unreadable: train/good/001.png: is not"),
     "floating-point values": (floating, 1, "unreadable: train/good/float.tif: holds floating-point values"),
-    "a folder named x.png": (folder_named("shots/train/good/x.png"), 1, "train/good/x.png: is a folder, not a picture"),
+    "a folder named x.png": (folder_named("shots/train/good/x.png"), 1, "train/good/x.png: is a folder, not an image"),
     "a folder in place of a mask": (folder_named(MASK), 1, "ground_truth/cut/001_mask.png: is a folder"),
-    "a link to nothing": (dangling(GOOD), 1, "unreadable: train/good/001.png: is a link to nothing"),
+    "a link to nothing": (dangling(GOOD), 1, "unreadable: train/good/001.png: is a broken link"),
     "a name that is not UTF-8": (not_utf8, 1, "its name is not UTF-8; rename it"),
     "a loop of links": (looped, 0, "surplus: test/cut/again: is a link to a folder above it"),
-    "no ending": (moved(GOOD, "shots/train/good/picture"), 0, "surplus: train/good/picture: is no picture"),
-    "a wrong ending": (moved(GOOD, "shots/train/good/1.dat"), 0, "surplus: train/good/1.dat: is no picture"),
-    "a raw picture": (moved(BAD, "shots/test/cut/1.nef"), 0, "surplus: test/cut/1.nef: is no picture"),
-    "a text beside pictures": (content("shots/test/good/a.txt", b"x"), 0, "surplus: test/good/a.txt: is no picture"),
-    "a picture of no kind": (
-        lambda root: picture(root / "shots/test/x.png", 1),
+    "no ending": (moved(GOOD, "shots/train/good/image"), 0, "surplus: train/good/image: is not an image"),
+    "a wrong ending": (moved(GOOD, "shots/train/good/1.dat"), 0, "surplus: train/good/1.dat: is not an image"),
+    "a raw image": (moved(BAD, "shots/test/cut/1.nef"), 0, "surplus: test/cut/1.nef: is not an image"),
+    "a text beside images": (content("shots/test/good/a.txt", b"x"), 0, "surplus: test/good/a.txt: is not an image"),
+    "an image of no kind": (
+        lambda root: image_file(root / "shots/test/x.png", 1),
         0,
         "surplus: test/x.png: lies in no folder that says",
     ),
     "defects to train on": (
-        lambda root: picture(root / "shots/train/bad/x.png", 1),
+        lambda root: image_file(root / "shots/train/bad/x.png", 1),
         0,
-        "surplus: train/bad: 1 pictures that are not good",
+        "surplus: train/bad: 1 images that are not good",
     ),
     "a truncated mask": (truncated(MASK), 1, "unreadable: ground_truth/cut/001_mask.png: mask is not a readable"),
     "an empty file as a mask": (content(MASK, b""), 1, "unreadable: ground_truth/cut/001_mask.png: mask is not"),
@@ -139,7 +139,7 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
     "a mask of another size": (
         lambda root: mask(root / MASK, (48, 40)),
         0,
-        "ground_truth/cut/001_mask.png: mask of 40x48 pixels for a picture of 48x40",
+        "ground_truth/cut/001_mask.png: mask of 40x48 pixels for an image of 48x40",
     ),
     "a mask of nothing": (
         lambda root: mask(root / MASK, value=0),
@@ -151,18 +151,18 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
         0,
         "without a mask: test/cut/001.png: has no mask",
     ),
-    "a mask without a picture": (
+    "a mask without an image": (
         lambda root: mask(root / "shots/ground_truth/cut/9_mask.png"),
         0,
-        "surplus: ground_truth/cut/9_mask.png: is a mask without a defective picture",
+        "surplus: ground_truth/cut/9_mask.png: is a mask without a defective image",
     ),
     "two masks": (
         lambda root: mask(root / "shots/ground_truth/cut/001.png"),
         0,
         "ambiguous: test/cut/001.png: ground_truth/cut/001.png and ground_truth/cut/001_mask.png could be its mask",
     ),
-    "two pictures of one name": (
-        lambda root: picture(root / "shots/test/cut/001.jpg", 5),
+    "two images of one name": (
+        lambda root: image_file(root / "shots/test/cut/001.jpg", 5),
         0,
         "ambiguous: test/cut/001.jpg: 001.jpg and 001.png would share the mask",
     ),
@@ -193,7 +193,7 @@ def test_one_broken_thing_in_a_folder_is_named(case, tmp_path, monkeypatch, caps
 def only(path: str) -> Break:
     def change(root: Path) -> None:
         shutil.rmtree(root / "shots")
-        picture(root / path, 1)
+        image_file(root / path, 1)
 
     return change
 
@@ -216,8 +216,8 @@ def renamed_class(name: str) -> Break:
     def change(root: Path) -> None:
         shutil.rmtree(root / "shots")
         for i in range(2):
-            picture(root / "shots" / name / f"good/{i}.png", i)
-            picture(root / "shots" / "other" / f"good/{i}.png", -i)
+            image_file(root / "shots" / name / f"good/{i}.png", i)
+            image_file(root / "shots" / "other" / f"good/{i}.png", -i)
 
     return change
 
@@ -226,12 +226,12 @@ OWN = ["--dataset", "parts", "--root", "shots"]
 USES: dict[str, tuple[Break, list[str], str]] = {
     "no folder": (nothing, ["--dataset", "parts", "--root", "gone"], "--root gone does not exist"),
     "no root": (nothing, ["--dataset", "parts"], "--root is missing"),
-    "a picture as root": (nothing, ["--dataset", "parts", "--root", GOOD], "neither a folder nor an archive"),
-    "an empty folder": (emptied, OWN, "shots: no pictures found; expected"),
-    "a folder of texts": (only("shots/a.txt.png/x.gif"), OWN, "shots/a.txt.png: no pictures found"),
-    "defects alone": (only("shots/bad/1.png"), OWN, "shots/bad: there is no folder of good pictures beside it"),
-    "ko alone": (only("shots/KO/1.png"), OWN, "shots/KO: there is no folder of good pictures beside it"),
-    "no good picture can be read": (all_broken, OWN, "no readable picture of a good part"),
+    "an image as root": (nothing, ["--dataset", "parts", "--root", GOOD], "neither a folder nor an archive"),
+    "an empty folder": (emptied, OWN, "shots: no images found; expected"),
+    "a folder of texts": (only("shots/a.txt.png/x.gif"), OWN, "shots/a.txt.png: no images found"),
+    "defects alone": (only("shots/bad/1.png"), OWN, "shots/bad: there is no folder of good images beside it"),
+    "ko alone": (only("shots/KO/1.png"), OWN, "shots/KO: there is no folder of good images beside it"),
+    "no good image can be read": (all_broken, OWN, "no readable image of a good part"),
     "a class called uni": (renamed_class("uni"), OWN, "a class cannot be called 'uni'"),
     "a class called all": (renamed_class("all"), OWN, "a class cannot be called 'all'"),
     "a class with a comma": (renamed_class("a,b"), OWN, "a class cannot be called 'a,b'"),
@@ -241,7 +241,7 @@ USES: dict[str, tuple[Break, list[str], str]] = {
         for name in ("../up", "/tmp/x", "a b", "1st", "a:b", ".hidden", "mvtec", "visa", "demo", "yes", "null")
     },
     "a fraction of two": (nothing, [*OWN, "--test-fraction", "2"], "--test-fraction 2.0"),
-    "a split of a split": (nothing, [*OWN, "--test-fraction", "0.5"], "say already what is trained and tested on"),
+    "a split of a split": (nothing, [*OWN, "--test-fraction", "0.5"], "already say what is trained and tested on"),
     "an input of no size": (nothing, [*OWN, "--input-size", "0", "256"], "--input-size 0 256"),
     "settings for a known data set": (
         nothing,

@@ -18,10 +18,10 @@ import prepare_data
 from datasets.catalog import CATALOG
 from datasets.lists import read_list
 from tests import in_process
-from tests.layout_trees import BAD, GOOD, TRAIN, mask, mvtec_class, official, ok_ko_class, picture
+from tests.conftest import REPOSITORY
+from tests.layout_trees import BAD, GOOD, TRAIN, image_file, mask, mvtec_class, official, ok_ko_class
 from utils.config import load_config
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROOTS = {"VisA reshaped": "VisA"}
 
 
@@ -57,13 +57,13 @@ def test_official_layouts_give_complete_lists(tree, tmp_path, prepare):
     official(tree, tmp_path / "download/some folder")
     done = prepare("--dataset", dataset, "--root", "download")
     info, samples = CATALOG[dataset], tmp_path / "data" / dataset / "samples"
-    pictures = tmp_path / "data" / dataset / info.type
+    images = tmp_path / "data" / dataset / info.type
     assert sorted(path.name for path in samples.iterdir()) == sorted(
         f"{split}_{name}.json" for split in ("train", "test") for name in (*info.classes, "uni")
     )
     kinds = 2 if info.layout.startswith("C/train/good") else 1
     for name in info.classes:
-        train, test = (read_list(samples / f"{split}_{name}.json", pictures) for split in ("train", "test"))
+        train, test = (read_list(samples / f"{split}_{name}.json", images) for split in ("train", "test"))
         assert [sample.label for sample in train] == [0] * TRAIN
         assert sum(sample.label for sample in test) == kinds * BAD
         assert len(test) == GOOD + kinds * BAD
@@ -73,10 +73,10 @@ def test_official_layouts_give_complete_lists(tree, tmp_path, prepare):
             if sample.label:
                 stem = Path(sample.filename).stem
                 assert Path(sample.maskname).stem in (stem, f"{stem}_mask")
-    assert len(read_list(samples / "train_uni.json", pictures)) == TRAIN * len(info.classes)
+    assert len(read_list(samples / "train_uni.json", images)) == TRAIN * len(info.classes)
     # The counts are those of the made-up tree, and it says so for every class.
     first, (published, _) = next(iter(info.counts.items()))
-    assert f"{first}: {TRAIN} training pictures; published are {published}" in done.out
+    assert f"{first}: {TRAIN} training images; published are {published}" in done.out
     assert "unreadable" not in done.out
     assert done.err == ""
 
@@ -127,7 +127,7 @@ def test_findings_of_an_incomplete_download(tmp_path, prepare):
     assert "without a mask: connector/test/crack/000.png: has no mask" in done.out
     assert "surplus: connector/ground_truth/crack/077_mask.png: is a mask without" in done.out
     assert "surplus: gearbox: is no class of the data set" in done.out
-    assert "unreadable: metal_plate/train/good/001.png: is not a readable picture" in done.err
+    assert "unreadable: metal_plate/train/good/001.png: is not a readable image" in done.err
     assert "1 unreadable, 1 without a mask" in done.out
     assert "metal_plate/train/good/001.png" in written
     assert len(lines_of(tmp_path / "data/MPDD/samples/train_metal_plate.json")) == TRAIN - 1
@@ -138,7 +138,7 @@ def test_textures_are_found_and_counted(tmp_path, prepare):
     official("DTD", tmp_path / "tree")
     done = prepare("--dataset", "DTD", "--root", tmp_path / "tree")
     assert "6 textures in 3 folders" in done.out
-    assert "missing: pictures: 6; published are 5640" in done.out
+    assert "missing: images: 6; published are 5640" in done.out
     assert len(list((tmp_path / "data/DTD/images").rglob("*.jpg"))) == 6
     assert not (tmp_path / "data/DTD/samples").exists()
 
@@ -154,7 +154,7 @@ def test_copies_instead_of_links(tmp_path, prepare):
     assert not (target / "01/train/ok/readme.txt").exists()
     read_list(tmp_path / "data/BTAD/samples/test_uni.json", target)
     changed = target / "01/train/ok/0000.bmp"
-    picture(changed, "other")
+    image_file(changed, "other")
     done = prepare("--dataset", "BTAD", "--root", "tree", "--copy", code=2)
     assert str(changed.relative_to(tmp_path)) in done.err
     done = prepare("--dataset", "BTAD", "--root", "tree", code=2)
@@ -183,10 +183,10 @@ def test_archives_are_taken_as_well_as_folders(suffix, tmp_path, prepare):
     assert sorted(target.rglob("*")) == before
 
 
-# ---- one's own pictures ----------------------------------------------------------------------------------------------
+# ---- one's own images ----------------------------------------------------------------------------------------------
 
 
-def test_own_pictures_in_mvtec_s_layout(tmp_path, prepare):
+def test_own_images_in_mvtec_s_layout(tmp_path, prepare):
     mvtec_class(tmp_path / "shots", suffix=".jpg")
     done = prepare("--dataset", "MyParts", "--root", "shots")
     train = lines_of(tmp_path / "data/MyParts/samples/train_MyParts.json")
@@ -211,21 +211,21 @@ def test_own_pictures_in_mvtec_s_layout(tmp_path, prepare):
 def test_a_folder_per_class_in_different_layouts(tmp_path, prepare):
     ok_ko_class(tmp_path / "shots/nuts")
     for i in range(20):
-        picture(tmp_path / f"shots/bolts/good/{i}.PNG", ("bolt", i), format="PNG")
+        image_file(tmp_path / f"shots/bolts/good/{i}.PNG", ("bolt", i), format="PNG")
     for i in range(5):
-        picture(tmp_path / f"shots/bolts/bad/{i}.PNG", ("bad", i), format="PNG")
+        image_file(tmp_path / f"shots/bolts/bad/{i}.PNG", ("bad", i), format="PNG")
         mask(tmp_path / f"shots/bolts/masks/{i}.png")
     for i in range(4):
-        picture(tmp_path / f"shots/washers/{i}.webp", ("washer", i))
+        image_file(tmp_path / f"shots/washers/{i}.webp", ("washer", i))
     prepare("--dataset", "MyParts", "--root", "shots")
-    samples, pictures = tmp_path / "data/MyParts/samples", tmp_path / "data/MyParts/images"
-    bolts = read_list(samples / "test_bolts.json", pictures)
-    assert len(read_list(samples / "train_bolts.json", pictures)) == 16
+    samples, images = tmp_path / "data/MyParts/samples", tmp_path / "data/MyParts/images"
+    bolts = read_list(samples / "test_bolts.json", images)
+    assert len(read_list(samples / "train_bolts.json", images)) == 16
     assert [sample.label for sample in bolts] == [0] * 4 + [1] * 5
     assert [sample.maskname for sample in bolts if sample.label] == [f"bolts/masks/{i}.png" for i in range(5)]
-    assert len(read_list(samples / "train_washers.json", pictures)) == 4
+    assert len(read_list(samples / "train_washers.json", images)) == 4
     assert (samples / "test_washers.json").read_text() == ""
-    assert len(read_list(samples / "train_uni.json", pictures)) == TRAIN + 16 + 4
+    assert len(read_list(samples / "train_uni.json", images)) == TRAIN + 16 + 4
     for name in ("diffusion.yaml", "classifier.yaml"):
         config = yaml.safe_load((tmp_path / "experiments/MyParts" / name).read_text())
         assert (config.get("unet") or config["classifier"])["class_number"] == 3
@@ -236,8 +236,8 @@ def test_a_folder_per_class_in_different_layouts(tmp_path, prepare):
 
 def test_a_split_follows_its_seed_and_fraction(tmp_path, prepare):
     for i in range(20):
-        picture(tmp_path / f"shots/ok/{i:02d}.png", i)
-        picture(tmp_path / f"shots/ko/{i:02d}.png", -i - 1)
+        image_file(tmp_path / f"shots/ok/{i:02d}.png", i)
+        image_file(tmp_path / f"shots/ko/{i:02d}.png", -i - 1)
 
     def split(*arguments: object) -> list[str]:
         prepare("--dataset", "parts", "--root", "shots", "--overwrite", *arguments)
@@ -248,9 +248,9 @@ def test_a_split_follows_its_seed_and_fraction(tmp_path, prepare):
     assert len(split("--test-fraction", 0.5)) == 10
 
 
-def test_good_pictures_alone_are_all_trained_on(tmp_path, prepare):
+def test_good_images_alone_are_all_trained_on(tmp_path, prepare):
     for i in range(6):
-        picture(tmp_path / f"shots/{i}.png", i)
+        image_file(tmp_path / f"shots/{i}.png", i)
     prepare("--dataset", "parts", "--root", "shots")
     assert len(lines_of(tmp_path / "data/parts/samples/train_parts.json")) == 6
     assert lines_of(tmp_path / "data/parts/samples/test_parts.json") == []
@@ -258,11 +258,11 @@ def test_good_pictures_alone_are_all_trained_on(tmp_path, prepare):
     assert len(lines_of(tmp_path / "data/parts/samples/test_parts.json")) == 3
 
 
-def test_masks_beside_their_pictures_and_inside_their_kind(tmp_path, prepare):
-    picture(tmp_path / "shots/good/0.png", 0)
-    picture(tmp_path / "shots/good/1.png", 1)
+def test_masks_beside_their_images_and_inside_their_kind(tmp_path, prepare):
+    image_file(tmp_path / "shots/good/0.png", 0)
+    image_file(tmp_path / "shots/good/1.png", 1)
     for kind in ("a", "b"):
-        picture(tmp_path / f"shots/{kind}/7.jpg", kind)
+        image_file(tmp_path / f"shots/{kind}/7.jpg", kind)
     mask(tmp_path / "shots/a/7_mask.png")
     mask(tmp_path / "shots/b/ground_truth/7.png")
     prepare("--dataset", "parts", "--root", "shots")
@@ -272,8 +272,8 @@ def test_masks_beside_their_pictures_and_inside_their_kind(tmp_path, prepare):
 
 def test_names_with_spaces_and_other_scripts(tmp_path, prepare):
     for i in range(5):
-        picture(tmp_path / f"我的 图片/良品/bild {i} ü.PNG", i, format="PNG")
-    picture(tmp_path / "我的 图片/划痕/é.TIF", "x", format="TIFF")
+        image_file(tmp_path / f"我的 图片/良品/bild {i} ü.PNG", i, format="PNG")
+    image_file(tmp_path / "我的 图片/划痕/é.TIF", "x", format="TIFF")
     prepare("--dataset", "teile", "--root", "我的 图片", "--preview")
     files = [line["filename"] for line in lines_of(tmp_path / "data/teile/samples/test_teile.json")]
     assert "划痕/é.TIF" in files
@@ -283,13 +283,13 @@ def test_names_with_spaces_and_other_scripts(tmp_path, prepare):
 def test_near_duplicates_over_the_split_are_reported(tmp_path, prepare):
     mvtec_class(tmp_path / "shots", kinds=["crack"])
     for i in range(8):
-        picture(tmp_path / f"shots/train/good/1{i}.png", ("more", i))
+        image_file(tmp_path / f"shots/train/good/1{i}.png", ("more", i))
     again = Image.open(tmp_path / "shots/train/good/12.png")
     brighter = np.clip(np.asarray(again).astype(float) * 1.1, 0, 255).astype(np.uint8)
     Image.fromarray(brighter).save(tmp_path / "shots/test/good/again.jpg", quality=80)
     done = prepare("--dataset", "parts", "--root", "shots")
     assert (
-        "on both sides of the split: test/good/again.jpg: is nearly the same as the training picture train/good/12.png"
+        "on both sides of the split: test/good/again.jpg: is nearly the same as the training image train/good/12.png"
         in done.out
     )
     assert "in all: 1 on both sides of the split" in done.out
@@ -297,9 +297,9 @@ def test_near_duplicates_over_the_split_are_reported(tmp_path, prepare):
 
 def test_near_duplicates_stay_on_one_side_of_a_made_split(tmp_path, prepare):
     for i in range(12):
-        path = picture(tmp_path / f"shots/good/{i:02d}_a.png", i)
+        path = image_file(tmp_path / f"shots/good/{i:02d}_a.png", i)
         Image.open(path).save(tmp_path / f"shots/good/{i:02d}_b.jpg", quality=90)
-    picture(tmp_path / "shots/bad/0.png", "bad")
+    image_file(tmp_path / "shots/bad/0.png", "bad")
     done = prepare("--dataset", "parts", "--root", "shots", "--test-fraction", "0.5")
     train = {line["filename"][5:7] for line in lines_of(tmp_path / "data/parts/samples/train_parts.json")}
     test = {line["filename"][5:7] for line in lines_of(tmp_path / "data/parts/samples/test_parts.json")}
@@ -315,8 +315,8 @@ def test_lists_and_settings_that_differ_are_not_lost(tmp_path, prepare):
     own = settings.read_text() + "# mine\n"
     settings.write_text(own)
     done = prepare("--dataset", "parts", "--root", "shots")
-    assert "kept as they were, though not what would be written now: realnet.yaml" in done.out
-    picture(tmp_path / "shots/train/good/new.png", "new")
+    assert "existing files kept; they differ from the current defaults: realnet.yaml" in done.out
+    image_file(tmp_path / "shots/train/good/new.png", "new")
     before = samples.read_text()
     assert "--overwrite" in prepare("--dataset", "parts", "--root", "shots", code=2).err
     assert samples.read_text() == before
@@ -350,22 +350,22 @@ def test_real_photographs(folder, counts, tmp_path, prepare):
     defective = [line for line in test if line["label"]]
     masked = [line for line in defective if "maskname" in line]
     assert (len(train), len(test) - len(defective), len(defective), len(masked)) == counts
-    # Their makers split by physical tile and by place: no test picture nearly equals a training picture.
+    # Their makers split by physical tile and by place: no test image nearly equals a training image.
     assert "both sides" not in done.out
 
 
 def test_preview_shows_what_there_is(tmp_path, prepare):
     mvtec_class(tmp_path / "shots")
     done = prepare("--dataset", "parts", "--root", "shots", "--preview")
-    assert "no sdas pictures in data/parts/sdas/parts yet" in done.out
+    assert "no sdas images in data/parts/sdas/parts yet" in done.out
     sheet = tmp_path / "data/parts/preview/parts.png"
     first = sheet.read_bytes()
     for i in range(3):
-        picture(tmp_path / f"data/parts/sdas/parts/rank0_{i}.jpg", i)
+        image_file(tmp_path / f"data/parts/sdas/parts/rank0_{i}.jpg", i)
     done = prepare("--dataset", "parts", "--preview")
     assert "yet" not in done.out
     assert sheet.read_bytes() != first
-    # Eight columns at most, three rows of pictures and four of anomalies.
+    # Eight columns at most, three rows of images and four of anomalies.
     width, height = Image.open(sheet).size
     assert width > 7 * 192
     assert height > 7 * 140

@@ -15,7 +15,7 @@ import train_classifier
 import train_diffusion
 import train_realnet
 from tests.in_process import run
-from utils.resume import LAST
+from utils.checkpoint import LAST
 
 
 class Command:

@@ -18,12 +18,20 @@ from torch import nn
 
 from tests.conftest import REPOSITORY, Workspace
 from utils import distributed
-from utils.checkpoint import load_checkpoint, save_checkpoint, write_text
+from utils.checkpoint import (
+    LAST,
+    PREVIOUS,
+    clear_leftovers,
+    load_checkpoint,
+    newest_readable,
+    save_checkpoint,
+    save_for_resume,
+)
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
-from utils.lock import exclusive
+from utils.files import write_text
+from utils.lock import folder_lock
 from utils.optim import Stepper
-from utils.resume import LAST, PREVIOUS, clear_leftovers, load_resumable, save_resumable
 from utils.signals import StopRequest
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -205,38 +213,38 @@ def test_sampling_that_is_asked_to_stop_finishes_its_batch(workspace):
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
     for step in (1, 2):
-        save_resumable(tmp_path, {"step": step})
+        save_for_resume(tmp_path, {"step": step})
     newest = tmp_path / LAST
     newest.write_bytes(newest.read_bytes()[:100])
     with caplog.at_level("WARNING", logger="realnet"):
-        assert load_resumable(tmp_path) == {"step": 1}
+        assert newest_readable(tmp_path) == {"step": 1}
     assert LAST in caplog.text
     assert "is used instead" in caplog.text
     # The damaged one does not push the good one out.
-    save_resumable(tmp_path, {"step": 3})
-    assert load_resumable(tmp_path) == {"step": 3}
+    save_for_resume(tmp_path, {"step": 3})
+    assert newest_readable(tmp_path) == {"step": 3}
     assert load_checkpoint(tmp_path / LAST) == {"step": 3}
 
 
 def test_only_damaged_checkpoints_are_an_error(tmp_path):
-    assert load_resumable(tmp_path) is None
+    assert newest_readable(tmp_path) is None
     (tmp_path / LAST).write_bytes(b"nothing")
     with pytest.raises(UsageError, match=LAST):
-        load_resumable(tmp_path)
+        newest_readable(tmp_path)
 
 
 def test_a_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch):
-    save_resumable(tmp_path, {"step": 1})
+    save_for_resume(tmp_path, {"step": 1})
 
     def crash(*args: object) -> None:
         raise KeyboardInterrupt
 
-    for moment in ("utils.resume.save_checkpoint", "pathlib.Path.replace"):
+    for moment in ("utils.checkpoint.save_checkpoint", "pathlib.Path.replace"):
         with monkeypatch.context() as patched:
             patched.setattr(moment, crash)
             with pytest.raises(KeyboardInterrupt):
-                save_resumable(tmp_path, {"step": 2})
-        assert load_resumable(tmp_path)["step"] == 1
+                save_for_resume(tmp_path, {"step": 2})
+        assert newest_readable(tmp_path)["step"] == 1
         clear_leftovers(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [LAST]
 
@@ -281,20 +289,20 @@ def test_a_second_run_is_refused_with_the_first_one_s_process(workspace):
 def test_an_unreadable_lock_that_is_old_does_not_count(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
     os.utime(tmp_path / ".lock", (0, 0))
-    with exclusive(tmp_path, ALONE):
+    with folder_lock(tmp_path, ALONE):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / ".lock").exists()
 
 
 def test_a_lock_of_another_host_counts(tmp_path):
     write_text(tmp_path / ".lock", json.dumps({"pid": 1, "host": "elsewhere", "since": time.time()}))
-    with pytest.raises(UsageError, match="process 1 on elsewhere"), exclusive(tmp_path, ALONE):
+    with pytest.raises(UsageError, match="process 1 on elsewhere"), folder_lock(tmp_path, ALONE):
         pass
 
 
 def test_a_later_process_of_the_same_number_does_not_count(tmp_path):
     write_text(tmp_path / ".lock", json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "since": 1.0}))
-    with exclusive(tmp_path, ALONE):
+    with folder_lock(tmp_path, ALONE):
         pass
 
 

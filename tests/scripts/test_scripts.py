@@ -126,9 +126,9 @@ def test_classifier_reports_accuracy_also_against_t(classifier):
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "launch"])
-def test_classifier_under_two_ranks_counts_every_picture_once(classifier, launcher):
+def test_classifier_under_two_ranks_counts_every_image_once(classifier, launcher):
     done = classifier.run("train_classifier.py", *elsewhere(classifier, "ranks"), launcher=launcher)
-    assert "over 8 pictures" in done.stdout
+    assert "over 8 images" in done.stdout
 
 
 def test_classifier_resumes(classifier):
@@ -152,7 +152,7 @@ def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
     root = diffusion.data / "sdas"
     diffusion.run("sample.py")
     plain = {name: drawn(root / name) for name in CLASSES}
-    assert {name: sorted(pictures) for name, pictures in plain.items()} == {name: list(range(5)) for name in CLASSES}
+    assert {name: sorted(images) for name, images in plain.items()} == {name: list(range(5)) for name in CLASSES}
     assert plain["dots"][0].shape == (16, 16, 3)
     assert not np.array_equal(plain["dots"][0], plain["lines"][0])
 
@@ -170,19 +170,19 @@ def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
         for name in CLASSES:
             assert len(list((root / name).glob("rank*.jpg"))) == 5
             assert any(path.name.startswith("rank1_") for path in (root / name).iterdir())
-            for i, picture in drawn(root / name).items():
-                np.testing.assert_array_equal(picture, plain[name][i])
+            for i, image in drawn(root / name).items():
+                np.testing.assert_array_equal(image, plain[name][i])
 
     diffusion.run("sample.py", "--class_name", "dots", "--overwrite", "--set", "dataset.batch_size=1")
-    for i, picture in drawn(root / "dots").items():
-        assert np.abs(picture.astype(int) - plain["dots"][i]).max() <= 8  # JPEG of values rounded the other way
-        assert np.abs(picture.astype(int) - plain["dots"][i]).mean() < 0.05
+    for i, image in drawn(root / "dots").items():
+        assert np.abs(image.astype(int) - plain["dots"][i]).max() <= 8  # JPEG of values rounded the other way
+        assert np.abs(image.astype(int) - plain["dots"][i]).mean() < 0.05
 
     diffusion.run("sample.py", "--class_name", "dots", "--overwrite", "--seed", "5")
     assert not np.array_equal(drawn(root / "dots")[0], plain["dots"][0])
 
 
-def test_sampling_options_change_the_pictures(diffusion, classifier):
+def test_sampling_options_change_the_images(diffusion, classifier):
     root = diffusion.data / "options"
     seen = set()
     for options in (
@@ -291,9 +291,9 @@ def test_evaluation_prints_the_same_for_any_number_of_ranks(realnet):
     metrics = json.loads(files[0][0])
     assert metrics["mean"]["pixel_auroc"] == pytest.approx(np.mean([metrics[c]["pixel_auroc"] for c in CLASSES]))
     for kind, count in (("good", 4), ("spot", 4)):
-        pictures = list((realnet.out / f"realnet_vis/dots/{kind}").glob("*.png"))
-        assert len(pictures) == count
-        assert np.asarray(Image.open(pictures[0])).shape[1] == 3 * 64 + 2 * 4
+        images = list((realnet.out / f"realnet_vis/dots/{kind}").glob("*.png"))
+        assert len(images) == count
+        assert np.asarray(Image.open(images[0])).shape[1] == 3 * 64 + 2 * 4
 
 
 def test_the_reference_s_checkpoints_evaluate(realnet):
@@ -394,13 +394,13 @@ def test_an_unknown_data_set_offers_the_known(workspace):
     assert "known are tiny" in done.stderr
 
 
-def test_a_broken_picture_found_by_a_worker_is_named(tmp_path):
+def test_a_broken_image_found_by_a_worker_is_named(tmp_path):
     workspace = Workspace(tmp_path)
     (workspace.data / "images/dots/train/good/003.png").write_bytes(b"broken")
     for workers in (0, 1):
         arguments = ["--class_name", "dots", "--set", f"dataset.workers={workers}"]
         done = workspace.run("train_realnet.py", *arguments, code=2)
-        assert "dots/train/good/003.png is not a readable picture" in done.stderr
+        assert "dots/train/good/003.png is not a readable image" in done.stderr
 
 
 def test_wrong_use_is_printed_once_under_ranks(workspace):

@@ -27,12 +27,12 @@ def test_realnet_trains_and_evaluates_at_any_size(size, workspace, monkeypatch, 
     assert code == 0, err
     metrics = json.loads((workspace.out / f"sizes_{name}_results/metrics.json").read_text())["dots"]
     assert all(0 <= metrics[key] <= 1 for key in ("image_auroc", "pixel_auroc", "pro"))
-    picture = Image.open(workspace.out / f"sizes_{name}_vis/dots/spot/000.png")
-    assert picture.width >= 3 * size[1]
-    assert picture.height >= size[0]
+    image = Image.open(workspace.out / f"sizes_{name}_vis/dots/spot/000.png")
+    assert image.width >= 3 * size[1]
+    assert image.height >= size[0]
 
 
-def test_sdas_draws_pictures_that_are_not_square(workspace, monkeypatch, capsys):
+def test_sdas_draws_images_that_are_not_square(workspace, monkeypatch, capsys):
     folders = ["--set", "saver.checkpoints_dir=wide_diffusion/", "--set", "saver.log_dir=wide_log/"]
     sizes = ["--set", "dataset.input_size=[16, 32]"]
     code, _, err = run(train_diffusion.main, [*OWN, *folders, *sizes], workspace.root, monkeypatch, capsys)

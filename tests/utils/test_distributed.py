@@ -130,7 +130,7 @@ def test_ema_warms_up():
     nn.init.ones_(network.weight)
     expected = 0.0
     for k in range(50):
-        ema.update(network)
+        ema.update(network, k)
         decay = min(0.9999, (1 + k) / (10 + k))
         expected = decay * expected + (1 - decay)
     # Without warm-up it would be 0.005.

@@ -1,0 +1,152 @@
+"""From settings to data sets, with the checks that need no image to be opened."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from datasets.catalog import ForegroundRule
+from datasets.foreground import rule_for
+from datasets.images import Augmentation, Preprocessing
+from datasets.lists import ImageList, Sample, class_names, read_list
+from datasets.realnet import RealNetTestSet, RealNetTrainSet, Synthesis
+from datasets.sdas import SDASDataset
+from utils.errors import UsageError
+
+log = logging.getLogger("realnet")
+
+AUTO_IMAGES = 32  # training images that foreground: auto looks at
+
+
+def preprocessing_of(config: dict) -> Preprocessing:
+    """How a realnet.yaml's `dataset` section turns images into tensors."""
+    mode = config.image_reader.kwargs.color_mode
+    return Preprocessing(tuple(config.input_size), tuple(config.pixel_mean), tuple(config.pixel_std), mode)
+
+
+def _augmentation(section: dict) -> Augmentation:
+    return Augmentation(section.hflip, section.vflip, section.rotate)
+
+
+def _image_list(meta_file: str, image_dir: str, may_be_empty: bool = False) -> ImageList:
+    return ImageList(read_list(meta_file, image_dir, may_be_empty), Path(image_dir))
+
+
+# ---- diffusion.yaml, classifier.yaml ---------------------------------------------------------------------------------
+
+
+def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed: int) -> SDASDataset:
+    """The images of a diffusion.yaml or classifier.yaml.
+
+    Args:
+        config: its `dataset` section.
+        split: "train" or "test". Only good images are used; where the test list has none, training images are.
+        classes: class names in the order of their numbers, or None to take them from the list.
+    """
+    section, root = config[split], config.image_reader.kwargs.image_dir
+    samples = _good_samples(section.meta_file, root, classes, may_be_empty=split == "test")
+    if not samples and split == "test":
+        log.info("%s: holds no good image, so training images are shown and tested on", section.meta_file)
+        samples = _good_samples(config.train.meta_file, root, classes)
+    if classes is None:
+        classes = class_names(samples)
+    if not samples:
+        raise UsageError(f"{section.meta_file}: holds no good image" + (f" of {', '.join(classes)}" if classes else ""))
+    half = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing(tuple(config.input_size), half, half, config.image_reader.kwargs.color_mode)
+    augmentation = _augmentation(section) if split == "train" else Augmentation()
+    cache_mb = config.cache_mb if split == "train" else 0
+    return SDASDataset(ImageList(samples, Path(root)), classes, preprocessing, augmentation, seed, cache_mb)
+
+
+def check_sdas_list(config: dict, split: str, network: str) -> None:
+    """Check a list of a diffusion.yaml or classifier.yaml, without opening its images.
+
+    Args:
+        network: the section whose class_number must be large enough, "unet" or "classifier".
+    """
+    path, root = config.dataset[split].meta_file, config.dataset.image_reader.kwargs.image_dir
+    samples = _good_samples(path, root, None, may_be_empty=split == "test")
+    if not samples and split == "train":
+        raise UsageError(f"{path}: holds no good image")
+    classes, most = class_names(samples), config[network].class_number
+    if len(classes) > most:
+        raise UsageError(f"{network}.class_number: {most}, but {path} has {len(classes)} classes")
+
+
+def _good_samples(path: str, image_dir: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
+    samples = read_list(path, image_dir, may_be_empty)
+    return [s for s in samples if s.label == 0 and (classes is None or s.clsname in classes)]
+
+
+# ---- realnet.yaml ----------------------------------------------------------------------------------------------------
+
+
+def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNetTrainSet:
+    """The training images of a class, from a realnet.yaml's `dataset` section."""
+    train, root = config.train, config.image_reader.kwargs.image_dir
+    path = train.meta_file.replace("{}", class_name)
+    images = ImageList(_good_samples(path, root, None), Path(root))
+    if not len(images):
+        raise UsageError(f"{path}: holds no good image")
+    preprocessing, synthesis = preprocessing_of(config), _synthesis(train)
+    rules = foreground_rules(config, images, preprocessing)
+    return RealNetTrainSet(images, rules, preprocessing, synthesis, _augmentation(train), seed, config.cache_mb)
+
+
+def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
+    """The test images of a class, from a realnet.yaml's `dataset` section; there may be none."""
+    meta_file = config.test.meta_file.replace("{}", class_name)
+    images = _image_list(meta_file, config.image_reader.kwargs.image_dir, may_be_empty=True)
+    return RealNetTestSet(images, preprocessing_of(config))
+
+
+def foreground_rules(config: dict, images: ImageList, preprocessing: Preprocessing) -> dict[str, ForegroundRule | None]:
+    """The rule of each class in a list, as `dataset.foreground` asks for it; None: the whole image is foreground."""
+
+    def examples(clsname: str) -> list[np.ndarray]:
+        indices = images.of_class(clsname)
+        step = max(1, len(indices) // AUTO_IMAGES)
+        return [preprocessing.read(images.path(i)) for i in indices[::step][:AUTO_IMAGES]]
+
+    return {
+        name: rule_for(config.foreground, config.type, name, lambda name=name: examples(name))
+        for name in class_names(images.samples)
+    }
+
+
+def check_realnet_data(config: dict, class_name: str) -> None:
+    """Check the lists and folders that a class of a realnet.yaml needs, without opening the images."""
+    train, root = config.train, config.image_reader.kwargs.image_dir
+    samples = read_list(train.meta_file.replace("{}", class_name), root)
+    read_list(config.test.meta_file.replace("{}", class_name), root, may_be_empty=True)
+    classes = class_names(samples)
+    _synthesis(train).open(classes)
+    if config.foreground != "auto":
+        for name in classes:
+            rule_for(config.foreground, config.type, name, list)
+
+
+def _synthesis(train: dict) -> Synthesis:
+    """The `dataset.train` section of a realnet.yaml."""
+    for name in ("sdas_transparency_range", "dtd_transparency_range"):
+        if train[name][0] > train[name][1]:
+            raise UsageError(f"dataset.train.{name}: {train[name]} is not a range [low, high]")
+    if train.min_perlin_scale >= train.perlin_scale:
+        low, high = train.min_perlin_scale, train.perlin_scale
+        raise UsageError(f"dataset.train.min_perlin_scale: {low} has to be below perlin_scale {high}")
+    total = sum(train.anomaly_types.values())
+    if abs(total - 1) > 1e-6:
+        raise UsageError(f"dataset.train.anomaly_types: the probabilities add up to {total}")
+    synthesis = Synthesis(
+        dict(train.anomaly_types),
+        train.sdas_dir,
+        train.dtd_dir,
+        train.sdas_transparency_range,
+        train.dtd_transparency_range,
+        train.min_perlin_scale,
+        train.perlin_scale,
+    )
+    if not any(p > 0 for name, p in synthesis.anomaly_types.items() if name != "normal"):
+        raise UsageError("dataset.train.anomaly_types: without sdas or dtd there is nothing to learn from")
+    return synthesis

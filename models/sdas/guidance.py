@@ -1,0 +1,19 @@
+"""Guidance of the samplers by a classifier of noisy images (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def classifier_guidance(classifier: nn.Module, scale: float) -> Callable:
+    """The guidance function scale * grad_x log p(y | x_t) of a classifier of noisy images, for `cond_fn`."""
+
+    def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            log_probs = classifier(x, t).float().log_softmax(dim=-1)
+            chosen = log_probs.gather(1, y[:, None]).sum()
+            return scale * torch.autograd.grad(chosen, x)[0]
+
+    return cond_fn

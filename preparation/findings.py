@@ -1,0 +1,56 @@
+"""What the owner of some images should know about them: findings, and how they are reported."""
+
+import logging
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.files import write_text
+
+log = logging.getLogger("realnet")
+
+# Kinds of findings, in the order in which they are listed.
+MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK = (
+    "missing",
+    "surplus",
+    "unreadable",
+    "without a mask",
+    "ambiguous",
+    "on both sides of the split",
+)
+KINDS = (MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK)
+SHOWN = 10  # findings of a kind on the terminal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the owner of the images should know.
+
+    Args:
+        kind: one of KINDS.
+        where: file, folder or class.
+        text: what is wrong.
+    """
+
+    kind: str
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+def report(findings: list[Finding], path: Path) -> bool:
+    """Print the first findings of each kind and write all of them to `path`; returns whether any file is unreadable."""
+    write_text(path, "".join(f"{finding.kind}: {finding}\n" for finding in findings))
+    counts = Counter(finding.kind for finding in findings)
+    for kind in KINDS:
+        of_kind = [finding for finding in findings if finding.kind == kind]
+        for finding in of_kind[:SHOWN]:
+            print(f"{kind}: {finding}", file=sys.stderr if kind == UNREADABLE else sys.stdout)
+        if len(of_kind) > SHOWN:
+            print(f"{kind}: and {len(of_kind) - SHOWN} more, see {path}")
+    total = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+    log.info("in all: %s", f"{total} ({path})" if total else "nothing missing, nothing left over")
+    return counts[UNREADABLE] > 0

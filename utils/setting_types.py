@@ -1,0 +1,99 @@
+"""What a table of settings is made of, and the page that documents one. The tables are in utils/settings.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = object()
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "a text",
+    "ints": "a list of whole numbers",
+    "floats": "a list of numbers",
+    "list": "a list",
+    "map": "a mapping",
+    "shares": "a mapping from names to numbers",
+    "any": "a value",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key.
+
+    Args:
+        kind: one of KINDS; a "?" behind it admits null.
+        help: one or two sentences: what it does, and when to change it.
+        default: its value where the key is left out; MISSING where it may not be.
+        low, high: bounds of numbers, also of those in a list or mapping.
+        length: of a list.
+        choices: the only values, or the only names in a mapping.
+        legacy: kept so that the reference program's files load; nobody needs to set it.
+    """
+
+    kind: str
+    help: str
+    default: Any = MISSING
+    low: float | None = None
+    high: float | None = None
+    length: int | None = None
+    choices: tuple[str, ...] = ()
+    legacy: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of keys. An optional one may be null or left out, and is null then."""
+
+    keys: dict[str, Any]
+    optional: bool = False
+
+
+def rows(section: Section, prefix: str = "") -> list[tuple[str, Setting]]:
+    """Every (dotted key, setting) of a section, in order."""
+    table = []
+    for name, entry in section.keys.items():
+        table += rows(entry, f"{prefix}{name}.") if isinstance(entry, Section) else [(f"{prefix}{name}", entry)]
+    return table
+
+
+def constraint(setting: Setting) -> str:
+    """Type and bounds or choices in words."""
+    if setting.choices and setting.kind != "shares":
+        return " or ".join(setting.choices)
+    text = KINDS[setting.kind.rstrip("?")] + (" or null" if setting.kind.endswith("?") else "")
+    if setting.choices:
+        text += f" ({', '.join(setting.choices)})"
+    if setting.length is not None:
+        text += f" ({setting.length})"
+    bounds = [
+        f"{sign} {bound:.10g}" for sign, bound in ((">=", setting.low), ("<=", setting.high)) if bound is not None
+    ]
+    return ", ".join([text, *bounds])
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else str(value).replace("'", "")
+
+
+def settings_page(tables: dict[str, Section]) -> str:
+    """The Markdown page that documents the tables, by file."""
+    lines = [
+        "# Settings",
+        "",
+        "Every key of the YAML files under `experiments/<dataset>/`. Set one for a run with `--set key=value`.",
+        "*Legacy* keys are there so that the reference program's files load; leave them as they are.",
+        "",
+        "This page is written by `python -m utils.settings > docs/settings.md`; edit",
+        "[utils/settings.py](../utils/settings.py) instead.",
+    ]
+    for name, section in tables.items():
+        file = f"{name}.yaml" + (" and realnet_unified.yaml" if name == "realnet" else "")
+        lines += ["", f"## {file}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
+        for key, setting in rows(section):
+            default = "required" if setting.default is MISSING else f"`{_as_yaml(setting.default)}`"
+            meaning = ("*Legacy.* " if setting.legacy else "") + setting.help
+            lines.append(f"| `{key}` | {constraint(setting)} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
