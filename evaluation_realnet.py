@@ -1,4 +1,4 @@
-"""Evaluate trained RealNets: tables of metrics, thresholds, a report, and a picture for every test image.
+"""Evaluate trained RealNets: tables of metrics, thresholds, a report, and a picture of every test image.
 
     python evaluation_realnet.py --dataset MVTec-AD --class_name bottle
     torchrun --nproc_per_node=2 evaluation_realnet.py --dataset MVTec-AD --class_name all
@@ -8,12 +8,12 @@
 Settings: experiments/<dataset>/realnet.yaml. Loads realnet_checkpoints/<class>/ckpt_best.pth.tar and writes its
 thresholds beside it (ckpt_best.thresholds.json, for predict.py). Writes realnet_results/report.html,
 metrics.{csv,json,md} and metrics_by_defect.{csv,json,md}, and [image | ground truth | anomaly map] pictures to
-realnet_vis/<class>/<defect>/. Any number of ranks prints the same figures.
+realnet_vis/<class>/<defect type>/. The figures do not depend on the number of ranks.
 """
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from datasets.loaders import SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet
 from evaluation.html_report import write_report
 from evaluation.metrics import PRO_LIMIT
-from evaluation.results import ClassResult, evaluate_class, gallery_item
+from evaluation.results import ClassResult, draw_images, evaluate_class
 from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
 from evaluation.thresholds import thresholds_of, write_thresholds
@@ -36,8 +36,7 @@ from utils.checkpoint import BEST, load_checkpoint, load_weights, state_dict_of
 from utils.config import collect_errors, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
-from utils.log import log, progress_bar, set_up_logging
-from utils.pictures import heat_overlay, result_picture, write_image
+from utils.log import log, set_up_logging
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--class_name", help="one class, several separated by commas, or all")
     parser.add_argument("--checkpoint", help="checkpoint file instead of the class's ckpt_best.pth.tar")
-    parser.add_argument("--target-fpr", type=float, help="thresholds for this share of false alarms, not the best F1")
-    parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="PRO up to this false positive rate (0.3)")
-    parser.add_argument("--gallery", type=int, default=60, help="test images of each class in report.html (60)")
-    parser.add_argument("--no-pictures", action="store_true", help="write no picture for every test image")
+    parser.add_argument("--target-fpr", type=float, help="choose thresholds by this share of false alarms, not by F1")
+    parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="highest false positive rate in PRO (0.3)")
+    parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
+    parser.add_argument("--no-pictures", action="store_true", help="do not write a picture of each test image")
     return parser.parse_args()
 
 
@@ -108,7 +107,7 @@ def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
 def evaluable_classes(
     config: EasyDict, classes: list[str], args: argparse.Namespace, out: Path
 ) -> list[tuple[str, RealNetTestSet, Path]]:
-    """The classes that have test images and a checkpoint, with both. If `all` is asked for, the others are left out."""
+    """(class, test set, checkpoint) for classes that have both. Other classes are an error, or left out for `all`."""
     evaluable, missing = [], []
     for name in classes:
         default = out / config.saver.checkpoints_dir / name / BEST
@@ -155,20 +154,21 @@ def evaluate(
     names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
     results = []
     for name in sorted(set(names.tolist())):
-        of_class = scored.subset(names == name)
-        result = evaluate_class(name, of_class, options.target_fpr, options.pro_limit)
+        class_images = scored.subset(names == name)
+        result = evaluate_class(name, class_images, options.target_fpr, options.pro_limit)
         log_undefined_metrics(result)
-        draw(result, of_class, options, run, out / config.saver.vis_dir / name)
+        folder = out / config.saver.vis_dir / name if options.pictures else None
+        draw_images(result, class_images, options.gallery, folder, run)
         results.append(result)
     log.info("%s: thresholds in %s", class_name, save_thresholds(checkpoint, scored, results, options))
     return results
 
 
 def save_thresholds(checkpoint: Path, scored: ScoredImages, results: list[ClassResult], options: Options) -> Path:
-    """Write the sidecar: thresholds for all images of the model, and for each class where it serves several."""
+    """Write the sidecar: thresholds for all images, and for each class if the model serves several classes."""
     thresholds = results[0].thresholds
     if len(results) > 1:
-        # For new images whose class is not known.
+        # The thresholds for all images are for new images of unknown class.
         rankings = scored.rankings()
         thresholds = thresholds_of(scored.scores, scored.maps, scored.labels, *rankings, options.target_fpr)
         thresholds = replace(thresholds, classes={result.name: result.thresholds for result in results})
@@ -183,48 +183,29 @@ def log_undefined_metrics(result: ClassResult) -> None:
         log.info("%s: no masks of defects, so no pixel metrics", result.name)
 
 
-def draw(result: ClassResult, scored: ScoredImages, options: Options, run: Run, folder: Path) -> None:
-    """Write [image | ground truth | anomaly map] of every image, and fill the gallery: the worst errors."""
-    thresholds = result.thresholds
-    worst = set(np.argsort(-result.errors(), kind="stable")[: options.gallery].tolist())
-    for index in progress_bar(range(len(scored)), run, f"{result.name} pictures"):
-        if not options.pictures and index not in worst:
-            continue
-        sample, image = scored.samples[index], scored.images[index]
-        heat = heat_overlay(image, scored.maps[index], thresholds.low, thresholds.high, thresholds.pixel)
-        if options.pictures:
-            mask = scored.masks[index] if sample.mask_known else None
-            path = folder / sample.defect_type / f"{PurePosixPath(sample.filename).stem}.png"
-            write_image(path, result_picture(image, mask, heat))
-        if index in worst:
-            result.gallery.append(gallery_item(result, scored, index, heat))
-    if options.pictures:
-        log.info("%s: pictures in %s", result.name, folder)
-
-
 # ---- tables and report -----------------------------------------------------------------------------------------------
 
 
 def report(config: EasyDict, results: list[ClassResult], options: Options, dataset: str, folder: Path) -> None:
-    """Print the tables and write them and the report."""
+    """Print the tables, and write them and the report to a folder."""
     table = with_mean({result.name: result.metrics for result in results})
     info = find(config.dataset.type)
     paper = info.paper if info else {}
     log.info("%s", text_table(with_paper(table, paper)))
-    by_defect = {f"{result.name}/{one}": row for result in results for one, row in result.by_defect_type.items()}
+    by_defect = {f"{result.name}/{defect}": row for result in results for defect, row in result.by_defect_type.items()}
     paths = write_tables(folder, "metrics", table, paper)
     if by_defect:
         log.info("\n%s", text_table(by_defect, "defect"))
         paths += write_tables(folder, "metrics_by_defect", by_defect, {})
     notes = [
         f"{sum(len(result.scores) for result in results)} test images. PRO up to a false positive rate of "
-        f"{options.pro_limit:g}. An image is called anomalous where its score reaches the image threshold.",
-        "The thresholds were chosen on these images, so the verdicts shown are better than those on new ones.",
+        f"{options.pro_limit:g}. An image is called anomalous if its score reaches the image threshold.",
+        "The thresholds were chosen on these images, so verdicts on new images will be less accurate.",
     ]
     path = folder / "report.html"
     write_report(path, f"RealNet on {dataset}", notes, with_paper(table, paper), results)
-    for written in [*paths, path]:
-        log.info("%s", written)
+    for file in [*paths, path]:
+        log.info("%s", file)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python export.py --checkpoint experiments/MyParts/realnet_checkpoints/bolts --output exported
     python export.py --checkpoint FILE --output exported --format onnx --input IMAGES
 
-Writes <output>/model.onnx and <output>/model.pt2. Both take images (N,3,H,W) float32, any N, prepared as their metadata
-says, and give anomaly_map (N,H,W) and score (N,). `predict.py --checkpoint model.onnx` uses the former. ONNX needs
-`pip install -r requirements-export.txt`.
+Writes <output>/model.onnx and <output>/model.pt2. Both take images (N,3,H,W) float32, any N, prepared as the metadata
+of model.onnx says, and return anomaly_map (N,H,W) and score (N,). `predict.py --checkpoint model.onnx` uses the first.
+ONNX needs `pip install -r requirements-export.txt`.
 """
 
 import argparse
@@ -37,16 +37,16 @@ from utils.log import log, log_to_terminal
 IMAGES = 8
 TOLERANCE = 1e-3
 ONNX_OPSET = 20
-MOST_BYTES = 1_900_000_000  # one ONNX file holds 2 GiB
+MOST_BYTES = 1_900_000_000  # of weights in one ONNX file, whose limit is 2 GiB
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, or class folder with one")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, or class folder with a checkpoint")
     parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
     parser.add_argument("--output", required=True, type=Path, help="folder for the models")
     parser.add_argument("--format", choices=["onnx", "torch", "both"], default="both")
-    parser.add_argument("--input", help="images to check with (default: of the settings' test list)")
+    parser.add_argument("--input", help="images for the check (default: from the test list)")
     return parser.parse_args()
 
 
@@ -83,7 +83,7 @@ def require_onnx(wanted: str) -> None:
 
 
 def check_images(args: argparse.Namespace, path: Path, config: EasyDict) -> torch.Tensor:
-    """A few prepared images (N,3,H,W): from --input, else from the class's test list, spread over it."""
+    """A few prepared images (N,3,H,W), spread evenly over --input or, without it, over the class's test list."""
     preprocessing = preprocessing_of(config.dataset)
     root = Path(config.dataset.image_reader.kwargs.image_dir)
     if args.input:
@@ -91,16 +91,16 @@ def check_images(args: argparse.Namespace, path: Path, config: EasyDict) -> torc
     else:
         meta_file, name = config.dataset.test.meta_file, path.parent.name
         if "{}" in meta_file and name not in listed_classes(meta_file):
-            raise UsageError(f"{meta_file}: has no list for {name}; name images to check with as --input")
+            raise UsageError(f"{meta_file}: has no list for {name}; pass images for the check as --input")
         files = [root / sample.filename for sample in build_realnet_test_set(config.dataset, name).samples]
     if len(files) < 2:
-        raise UsageError("at least two images are needed to check with; name them as --input")
+        raise UsageError("the check needs at least two images; pass them as --input")
     chosen = [files[int(k)] for k in np.linspace(0, len(files) - 1, min(IMAGES, len(files)))]
     return torch.stack([preprocessing.tensor(preprocessing.read(file)) for file in chosen])
 
 
 def describe(config: EasyDict, path: Path) -> dict[str, str]:
-    """What someone who deploys the model has to know."""
+    """The metadata for deployment: preprocessing, settings and thresholds."""
     dataset, thresholds = config.dataset, read_thresholds(path)
     preprocessing = {
         "input": "image: float32 (N,3,height,width), channels in the order given",
@@ -125,10 +125,10 @@ def describe(config: EasyDict, path: Path) -> dict[str, str]:
 
 
 def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: dict[str, str]) -> None:
-    """Write an ONNX file; weights that do not fit into it go to <file>.data beside it."""
+    """Write an ONNX file; weights that are too large for it go to <file>.data beside it."""
     import onnx
 
-    # The exporter warns about every operator; what counts is the check afterwards.
+    # Silence the exporter, which warns about every operator; compare() checks the result.
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: di
             written = Path(folder) / file.name
             program.save(str(written), external_data=external)
             onnx.checker.check_model(str(written))
-            # The data before the file that names it.
+            # Move the data first, because the model file refers to it.
             for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name):
                 part.replace(file.parent / part.name)
 
@@ -160,11 +160,11 @@ def run_onnx(file: Path, images: torch.Tensor) -> list[np.ndarray]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return _one_by_one_too(lambda x: session.run(None, {"image": x.numpy()}), images)
+    return _with_batch_of_one(lambda x: session.run(None, {"image": x.numpy()}), images)
 
 
 def export_torch(model: nn.Module, images: torch.Tensor, file: Path) -> None:
-    # Without gradients, or the program would switch them off inside and could not be loaded again.
+    # Under no_grad, or the exported program would switch gradients off itself and could not be loaded again.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
@@ -174,20 +174,20 @@ def export_torch(model: nn.Module, images: torch.Tensor, file: Path) -> None:
 def run_torch(file: Path, images: torch.Tensor) -> list[np.ndarray]:
     module = torch.export.load(file).module()
     with torch.inference_mode():
-        return _one_by_one_too(lambda x: [output.numpy() for output in module(x)], images)
+        return _with_batch_of_one(lambda x: [output.numpy() for output in module(x)], images)
 
 
-def _one_by_one_too(call: Callable[[torch.Tensor], list[np.ndarray]], images: torch.Tensor) -> list[np.ndarray]:
-    """The outputs for a batch, the first image's from a batch of one, which shows that the batch size is dynamic."""
-    outputs, first = call(images), call(images[:1])
-    return [np.concatenate([one, many[1:]]) for one, many in zip(first, outputs, strict=True)]
+def _with_batch_of_one(call: Callable[[torch.Tensor], list[np.ndarray]], images: torch.Tensor) -> list[np.ndarray]:
+    """The outputs for a batch, with the first image run as a batch of one, to check that the batch size is dynamic."""
+    batch_outputs, single_outputs = call(images), call(images[:1])
+    return [np.concatenate([single, batch[1:]]) for single, batch in zip(single_outputs, batch_outputs, strict=True)]
 
 
 def compare(file: Path, expected: list[np.ndarray], got: list[np.ndarray]) -> None:
     """Print the largest difference from PyTorch.
 
     Raises:
-        RunError: it is larger than rounding explains.
+        RunError: the difference is too large to be rounding.
     """
     names = ("anomaly map", "score")
     largest = [float(np.abs(a - b).max()) for a, b in zip(expected, got, strict=True)]

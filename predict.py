@@ -5,9 +5,9 @@
     ls *.png | python predict.py --checkpoint FILE --input - --output results --threshold 0.4
     python predict.py --checkpoint FILE --input large.png --output results --tile 256 --overlap 64
 
-Writes scores.csv and scores.jsonl (a line per image as soon as it is done), heatmaps/ and masks/ (at the images' own
+Writes scores.csv and scores.jsonl (one line per image, as soon as it is done), heatmaps/ and masks/ (at the images' own
 size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside the checkpoint, or --threshold and
---pixel-threshold. Images that cannot be read are named on stderr and skipped; the exit code is then 1.
+--pixel-threshold. Images that cannot be read are reported on stderr and skipped; the exit code is then 1.
 """
 
 import argparse
@@ -37,25 +37,25 @@ COLUMNS = ("file", "score", "verdict", "threshold", "anomalous_share", "width", 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, class folder with one, or exported .onnx")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, class folder with a checkpoint, or .onnx file")
     parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
-    parser.add_argument("--input", required=True, help="image, folder, list of images, or - for names on stdin")
+    parser.add_argument("--input", required=True, help="image, folder, list of images, or - for paths on stdin")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--class_name", help="thresholds of this class, for a model of several classes")
+    parser.add_argument("--class_name", help="use this class's thresholds, if the model serves several")
     parser.add_argument("--threshold", type=float, help="image score from which an image is anomalous")
     parser.add_argument("--pixel-threshold", type=float, help="map value from which a pixel is anomalous")
-    parser.add_argument("--tile", type=int, help="score square tiles of this many pixels, for large images")
+    parser.add_argument("--tile", type=int, help="score large images in square tiles with this side, in pixels")
     parser.add_argument("--overlap", type=int, default=64, help="pixels that neighbouring tiles share (64)")
-    parser.add_argument("--batch-size", type=int, help="images (or tiles) at once (8; 1 for stdin)")
-    parser.add_argument("--no-pictures", action="store_true", help="no heat maps and masks")
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are in the folder")
+    parser.add_argument("--batch-size", type=int, help="images or tiles per batch (8; 1 for stdin)")
+    parser.add_argument("--no-pictures", action="store_true", help="write no heat maps or masks")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results in the folder")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: a GPU if there is one")
     return parser.parse_args()
 
 
 @dataclass(frozen=True)
 class ReadInput:
-    """An input with its image (H,W,3) uint8, or with the reason why it cannot be read."""
+    """An input with its image (H,W,3) uint8, or None and the reason why it cannot be read."""
 
     source: Input
     image: np.ndarray | None
@@ -79,7 +79,7 @@ def main() -> None:
         except UsageError as error:
             return ReadInput(source, None, str(error))
 
-    # Names on stdin may come one by one, and each is to be answered at once.
+    # Paths on stdin may arrive one by one. Reading ahead would delay the results of earlier ones.
     images = map(read, inputs) if args.input == "-" else prefetch(read, inputs, 2 * batch)
     with Results(args.output, detector.thresholds, args.overwrite, not args.no_pictures) as results:
         unreadable = score(detector, images, tiles, batch, count, results)
@@ -98,11 +98,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--overlap {args.overlap}: has to lie in 0 .. {args.tile - 1}, below --tile")
     existing = args.output / "scores.csv"
     if existing.exists() and not args.overwrite:
-        raise UsageError(f"{existing} is there already; name another --output, or pass --overwrite")
+        raise UsageError(f"{existing} already exists; choose another --output, or pass --overwrite")
 
 
 def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) -> Thresholds:
-    """The thresholds of the evaluation, replaced by those of the command line."""
+    """The thresholds of the evaluation, overridden by those of the command line."""
     thresholds = evaluated
     if thresholds is None:
         thresholds = Thresholds(None, None, "")
@@ -127,14 +127,14 @@ def score(
     unreadable = 0
     bar = tqdm(total=count, desc="images", leave=False, disable=None)
     while group := list(islice(images, batch)):
-        for one in group:
-            if one.image is None:
-                print(f"unreadable: {one.problem}", file=sys.stderr)
-        readable = [one for one in group if one.image is not None]
+        for item in group:
+            if item.image is None:
+                print(f"unreadable: {item.problem}", file=sys.stderr)
+        readable = [item for item in group if item.image is not None]
         if readable:
-            detections = detector.detect([one.image for one in readable], tiles)
-            for one, detection in zip(readable, detections, strict=True):
-                results.add(one.source, one.image, detection)
+            detections = detector.detect([item.image for item in readable], tiles)
+            for item, detection in zip(readable, detections, strict=True):
+                results.add(item.source, item.image, detection)
         unreadable += len(group) - len(readable)
         bar.update(len(group))
     bar.close()
@@ -142,7 +142,7 @@ def score(
 
 
 class Results:
-    """The files of results; lines appear as soon as their image is done."""
+    """Writes the result files; each line is flushed as soon as its image is done."""
 
     def __init__(self, folder: Path, thresholds: Thresholds, overwrite: bool, pictures: bool) -> None:
         self.folder, self.thresholds, self.pictures = folder, thresholds, pictures
@@ -187,7 +187,7 @@ class Results:
             self.json_file.flush()
 
     def draw(self, source: Input, image: np.ndarray, detection: Detection) -> None:
-        """The heat map over the image, and the mask of what reaches the pixel threshold."""
+        """Write the heat map over the image, and the mask of the pixels that reach the pixel threshold."""
         name, thresholds = self.names.of(source.name), self.thresholds
         heat = heat_overlay(image, detection.map, thresholds.low, thresholds.high, thresholds.pixel)
         write_image(self.folder / "heatmaps" / f"{name}.png", heat)

@@ -1,13 +1,13 @@
 """Make image lists (and, for images of your own, settings) from a folder or an archive of images.
 
-    python prepare_data.py --dataset MVTec-AD --root ~/mvtec_anomaly_detection.tar.xz    (MPDD, BTAD, VisA, DTD alike)
+    python prepare_data.py --dataset MVTec-AD --root ~/mvtec_anomaly_detection.tar.xz    (or MPDD, BTAD, VisA, DTD)
     python prepare_data.py --dataset MyParts  --root ~/images --preview
-    python prepare_data.py --dataset MyParts  --preview                          (look again, e.g. after sample.py)
+    python prepare_data.py --dataset MyParts  --preview                        (new preview, e.g. after sample.py)
 
-Any name that is not one of the benchmarks' is a data set of your own. Its images may lie in train/good, test/<defect>
-and ground_truth/<defect>; in good and bad (or ok and ko) without a split; or be good ones alone. A folder per class, or
-one class. Writes data/<dataset>/samples/*.json, data/<dataset>/findings.txt, and for data sets of your own
-experiments/<dataset>/*.yaml. Exit code 1 means that some images cannot be read; the lists then lack them.
+Any other name is a data set of your own. Its images may be sorted into train/good, test/<defect type> and
+ground_truth/<defect type>; into good and bad (or ok and ko), without a split; or all be good. The folder holds one
+class, or a folder per class. Writes data/<dataset>/samples/*.json, data/<dataset>/findings.txt, and for data sets of
+your own experiments/<dataset>/*.yaml. Exit code 1 means that some images cannot be read; the lists leave them out.
 """
 
 import argparse
@@ -46,22 +46,22 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(OFFICIAL)}, or a name for your own")
     parser.add_argument("--root", type=Path, help=f"folder of the images, or an archive ({' '.join(SUFFIXES)})")
-    parser.add_argument("--copy", action="store_true", help="copy the images to data/<dataset>/ instead of a link")
+    parser.add_argument("--copy", action="store_true", help="copy the images to data/<dataset>/ instead of linking")
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that differ")
     parser.add_argument("--preview", action="store_true", help="write sheets of masks, foregrounds and anomalies")
     own = parser.add_argument_group("for data sets of your own")
     own.add_argument(
-        "--test-fraction", type=float, help=f"of the good images, where there is no split (default {TEST_FRACTION})"
+        "--test-fraction", type=float, help=f"share of good images to test on, if not split (default {TEST_FRACTION})"
     )
-    own.add_argument("--seed", type=int, default=0, help="of that split (default 0)")
+    own.add_argument("--seed", type=int, default=0, help="seed of that split (default 0)")
     own.add_argument(
         "--input-size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="default: 256x256 pixels in the images' aspect ratio",
+        help="default: the area of 256x256 pixels, in the images' aspect ratio",
     )
-    own.add_argument("--foreground", default="none", help="dataset.foreground of the settings (default none)")
+    own.add_argument("--foreground", default="none", help="value of the setting dataset.foreground (default none)")
     return parser.parse_args()
 
 
@@ -83,18 +83,18 @@ def main() -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     name, own = args.dataset, args.dataset not in OFFICIAL
     if name.lower() == "demo" and (name != "demo" or args.root is not None):
-        raise UsageError(f"--dataset {name}: is the built-in data set; take another name")
+        raise UsageError(f"--dataset {name}: is the built-in data set; choose another name")
     for known in OFFICIAL:
         if own and name.lower() in (known.lower(), CATALOG[known].type if known in CATALOG else ""):
             raise UsageError(f"--dataset {name}: did you mean {known}?")
     if not re.fullmatch(r"[^\W\d_][\w.-]*", name) or yaml.safe_load(name) != name:
         raise UsageError(f"--dataset {name}: a name starts with a letter and holds letters, digits, '_', '-' and '.'")
     if args.root is None and not args.preview:
-        raise UsageError("--root is missing: the folder or archive of the images")
+        raise UsageError("--root is missing: pass the folder or archive of the images")
     if args.preview and name in TEXTURES:
         raise UsageError(f"--preview: {name} has no lists to preview")
     if not own and (args.test_fraction is not None or args.input_size or args.foreground != "none"):
-        raise UsageError(f"--test-fraction, --input-size and --foreground: not for {name}, whose settings are given")
+        raise UsageError(f"--test-fraction, --input-size and --foreground: not for {name}, which has its own settings")
     if args.test_fraction is not None and not 0 <= args.test_fraction < 1:
         raise UsageError(f"--test-fraction {args.test_fraction}: has to lie in 0 .. 1")
     if args.input_size and min(args.input_size) < 32:
@@ -106,7 +106,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 @contextmanager
 def opened(root: Path, target: Path) -> Iterator[Path]:
-    """The folder of the images. An archive is unpacked beside `target`, and deleted in the end unless moved there."""
+    """The folder of the images. An archive is unpacked beside `target`; unless moved there, its files are deleted."""
     if not root.exists():
         raise UsageError(f"--root {root} does not exist")
     if root.is_dir():
@@ -115,7 +115,7 @@ def opened(root: Path, target: Path) -> Iterator[Path]:
     if not is_archive(root):
         raise UsageError(f"--root {root} is neither a folder nor an archive ({' '.join(SUFFIXES)})")
     if target.exists():
-        raise UsageError(f"{target} is there already; use it with --root {target}, or move it away")
+        raise UsageError(f"{target} already exists; use it with --root {target}, or move it away")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=PART, dir=target.parent) as folder:
@@ -126,10 +126,10 @@ def opened(root: Path, target: Path) -> Iterator[Path]:
 
 
 def place(args: argparse.Namespace, root: Path, target: Path, names: list[str]) -> None:
-    """Bring the images to data/<dataset>/."""
+    """Move, copy or link the images to data/<dataset>/."""
     if args.root.is_file():
         shutil.move(root, target)
-        # Folders of mkdtemp are private.
+        # mkdtemp makes private folders.
         target.chmod(0o777 & ~umask())
     elif args.copy:
         placing.copy(root, target, names, args.overwrite)
@@ -140,7 +140,7 @@ def place(args: argparse.Namespace, root: Path, target: Path, names: list[str]) 
 
 
 def prepare_textures(args: argparse.Namespace) -> bool:
-    """Bring a collection of textures to data/<dataset>/; returns whether some are unreadable."""
+    """Put a collection of textures into data/<dataset>/; returns whether some are unreadable."""
     target = Path("data") / args.dataset / TEXTURES[args.dataset].type
     with opened(args.root, target) as folder:
         root, names, differences = recognize_textures(folder, args.dataset)
@@ -151,7 +151,7 @@ def prepare_textures(args: argparse.Namespace) -> bool:
 
 
 def prepare(args: argparse.Namespace) -> bool:
-    """Lists and settings of a data set; returns whether some images are unreadable."""
+    """Write the lists and settings of a data set; returns whether some images are unreadable."""
     own = args.dataset not in CATALOG
     target = Path("data") / args.dataset / (settings_files.IMAGES if own else CATALOG[args.dataset].type)
     with opened(args.root, target) as folder:
@@ -199,42 +199,42 @@ def divide(
     fraction: float | None,
     seed: int,
 ) -> tuple[list[Sample], list[Sample]]:
-    """Training and test lists: as the folders say, or by a seeded split of the good images of each class."""
+    """Training and test samples: split as the folders are, or by a seeded split of each class's good images."""
     by_name = {sample.filename: sample for sample in readable}
-    # Inspection may have taken a mask away, so the samples that it returned are used.
+    # Use the samples that inspection returned, because it may have removed their masks.
     train, test, unsplit = (
         [by_name[s.filename] for s in data.samples[split] if s.filename in by_name] for split in (TRAIN, TEST, UNSPLIT)
     )
     if fraction is not None and test:
         raise UsageError(f"--test-fraction: the folders of {data.root} already say what is trained and tested on")
     if fraction is not None:
-        # Asked for explicitly, a split also takes from images that the folders list for training.
+        # An explicit --test-fraction also splits the images in the training folders.
         train, unsplit = [], unsplit + train
     share = TEST_FRACTION if fraction is None else fraction
     for name in sorted({sample.clsname for sample in unsplit}):
         good = [sample for sample in unsplit if sample.clsname == name and sample.label == 0]
-        trained, tested = split_good(good, fingerprints, share, seed) if good else ([], [])
-        train += trained
-        test += tested + [sample for sample in unsplit if sample.clsname == name and sample.label]
+        good_train, good_test = split_good(good, fingerprints, share, seed) if good else ([], [])
+        train += good_train
+        test += good_test + [sample for sample in unsplit if sample.clsname == name and sample.label]
     return train, test
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def list_texts(folder: Path, train: list[Sample], test: list[Sample]) -> dict[Path, str]:
-    """The image lists by path: of each class, and of all. A class without test images has an empty test list."""
+    """The image lists by path: of each class, and of all classes. Without test images, a test list is empty."""
     texts = {}
     for split, samples in (("train", train), ("test", test)):
         for name in sorted({sample.clsname for sample in train}):
-            of_class = [sample for sample in samples if sample.clsname == name]
-            texts[folder / f"{split}_{name}.json"] = list_text(of_class)
+            class_samples = [sample for sample in samples if sample.clsname == name]
+            texts[folder / f"{split}_{name}.json"] = list_text(class_samples)
         texts[folder / f"{split}_{UNIFIED}.json"] = list_text(samples)
     return texts
 
 
 def write_settings(dataset: str, classes: int, size: tuple[int, int], foreground: str) -> None:
-    """Write the YAML files of a data set of the user's own; existing files are kept."""
+    """Write the YAML files for a data set of the user's own; existing files are kept."""
     folder, kept = Path("experiments") / dataset, []
     for name, text in settings_files.settings_texts(dataset, classes, size, foreground).items():
         if not (folder / name).is_file():
@@ -245,7 +245,7 @@ def write_settings(dataset: str, classes: int, size: tuple[int, int], foreground
     log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
     diffusion = settings_files.diffusion_size(size)
     if diffusion != size:
-        text = "  the diffusion model draws %dx%d, as its sides have to be multiples of %d"
+        text = "  the diffusion model draws %dx%d, because its sides have to be multiples of %d"
         log.info(text, *diffusion, settings_files.STEP)
     if kept:
         log.info("  existing files kept; they differ from the current defaults: %s (delete to renew)", ", ".join(kept))
@@ -258,21 +258,21 @@ def check_existing(texts: dict[Path, str], overwrite: bool) -> None:
     different = [path for path, text in texts.items() if path.is_file() and path.read_bytes() != text.encode()]
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        raise UsageError(f"{different[0]}{more} is there already and differs; move it away, or pass --overwrite")
+        raise UsageError(f"{different[0]}{more} already exists and differs; move it away, or pass --overwrite")
 
 
 def print_counts(train: list[Sample], test: list[Sample]) -> None:
     width = max(len(sample.clsname) for sample in train)
     log.info("%s  train  test: good  defective  with mask", "class".ljust(width))
     for name in sorted({sample.clsname for sample in train}):
-        tested = [sample for sample in test if sample.clsname == name]
-        good, masks = sum(s.label == 0 for s in tested), sum(s.maskname is not None for s in tested)
+        test_samples = [sample for sample in test if sample.clsname == name]
+        good, masks = sum(s.label == 0 for s in test_samples), sum(s.maskname is not None for s in test_samples)
         count = sum(s.clsname == name for s in train)
-        log.info("%s  %5d  %10d  %9d  %9d", name.ljust(width), count, good, len(tested) - good, masks)
+        log.info("%s  %5d  %10d  %9d  %9d", name.ljust(width), count, good, len(test_samples) - good, masks)
 
 
 def write_previews(dataset: str) -> None:
-    """data/<dataset>/preview/<class>.png for every class that has a list."""
+    """Write data/<dataset>/preview/<class>.png for every class that has a list."""
     path = Path("experiments") / dataset / "realnet.yaml"
     if not path.is_file():
         raise UsageError(f"{path} does not exist; pass --root to write it")
@@ -287,7 +287,7 @@ def write_previews(dataset: str) -> None:
 
 
 def print_next(args: argparse.Namespace) -> None:
-    """The commands that train and evaluate."""
+    """Print the commands that train and evaluate."""
     name = args.dataset
     classes = listed_classes(f"data/{name}/samples/train_{{}}.json")
     chosen = "all" if len(classes) > 1 else classes[0]

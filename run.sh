@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# bash run.sh setup                                 environment in .venv (does nothing where it is up to date)
+# bash run.sh setup                                 environment in .venv (does nothing if it is up to date)
 # bash run.sh demo                                  built-in data through all five stages, metrics and pictures
 # bash run.sh test                                  style checks and test suite
-# bash run.sh diffusion|classifier DATASET          train on all classes; GPUS=0,1 uses these together
-# bash run.sh sample|realnet DATASET [CLASS...]     one class after the other; GPUS=0,1 queues them over these
-# bash run.sh evaluate DATASET [CLASS...]           all classes in one report; GPUS=0,1 uses these together
-# bash run.sh tensorboard DATASET                   curves and pictures of the trainings in a browser; PORT=6006
-# SET="trainer.max_epoch=10 dataset.workers=2"      settings to override in the batch verbs
+# bash run.sh diffusion|classifier DATASET          train on all classes; GPUS=0,1 uses both together
+# bash run.sh sample|realnet DATASET [CLASS...]     one class after the other; GPUS=0,1 queues them on both
+# bash run.sh evaluate DATASET [CLASS...]           all classes in one report; GPUS=0,1 uses both together
+# bash run.sh tensorboard DATASET                   training curves and pictures in a browser; PORT=6006
+# SET="trainer.max_epoch=10 dataset.workers=2"      settings to override in training, sampling and evaluation
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -32,7 +32,7 @@ setup() {
         exit 2
     fi
     [[ -x $PYTHON ]] || "$base" -m venv "$VENV"
-    echo "installing into $VENV (PyTorch is large: some minutes)"
+    echo "installing into $VENV (takes some minutes, as PyTorch is large)"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
     echo "$wanted" > "$VENV/installed"
 }
@@ -56,7 +56,7 @@ demo() {
     stage evaluation_realnet.py --dataset demo --class_name all
     echo
     echo "The report is experiments/demo/realnet_results/report.html: open it in a browser. Pictures to look at:"
-    echo "  experiments/demo/sample_vis/<class>.png                     SDAS pictures over the strength s"
+    echo "  experiments/demo/sample_vis/<class>.png                     SDAS images over the strength s"
     echo "  experiments/demo/realnet_vis/<class>/training_samples.png   synthetic anomalies and their masks"
     echo "  experiments/demo/realnet_vis/<class>/<defect>/*.png         test image, ground truth, anomaly map"
     echo "Done in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s."
@@ -66,7 +66,7 @@ run_tests() {
     setup
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
-    # Two at a time, a file each: on more cores the scripts under test use the rest.
+    # Two test files at a time; the scripts under test use further cores.
     OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
 }
 
@@ -84,7 +84,7 @@ overrides() {
     done
 }
 
-# One process per GPU, all at one task; further arguments go to the script.
+# Runs a script with one process per GPU; further arguments go to the script.
 run_together() {
     local stage=$1 dataset=$2 count=1
     shift 2
@@ -102,7 +102,7 @@ run_together() {
     fi
 }
 
-# Takes the next unclaimed class until there is none; mkdir succeeds for one worker only.
+# Runs unclaimed classes until none is left. mkdir claims a class: it succeeds for one worker only.
 work_on_queue() {
     local gpu=$1 stage=$2 dataset=$3 name i
     [[ $gpu == default ]] || export CUDA_VISIBLE_DEVICES=$gpu
@@ -176,5 +176,5 @@ main() {
     esac
 }
 
-# On one line with its end: bash reads a script as it goes, and this one may be edited while it runs.
+# `exit` is on the same line, because bash reads a script as it runs it, and this one may be edited meanwhile.
 main "$@"; exit

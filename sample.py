@@ -5,9 +5,9 @@
     python sample.py --dataset MVTec-AD --no-classifier --preview
     torchrun --nproc_per_node=4 sample.py --dataset MVTec-AD
 
-Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. The image with index i
-depends on the seed, the class and i, not on the number of ranks; one that exists is not drawn again.
---preview only writes a strip per class over s = 0 .. 0.3, to choose the strength by.
+Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. Image i depends on the
+seed, the class and i, but not on the number of ranks. Existing images are not drawn again.
+--preview only writes a strip per class over s = 0 .. 0.3, to help choose the strength.
 """
 
 import argparse
@@ -44,7 +44,7 @@ IMAGE_NAME = re.compile(r"rank\d+_(\d+)\.jpg")
 
 @dataclass
 class Sampler:
-    """Draws images of a class, each from random numbers of its own."""
+    """Draws images of a class, each from its own random numbers."""
 
     process: SpacedDiffusion
     unet: torch.nn.Module
@@ -68,8 +68,8 @@ class Sampler:
         high: float | torch.Tensor,
         progress: bool = False,
     ) -> np.ndarray:
-        """Images (N,H,W,3) uint8 with these indices, each with a strength of its own from [low, high]."""
-        # One generator per image: its noise cannot depend on its batch.
+        """Draw the images (N,H,W,3) uint8 with these indices, each with its own strength from [low, high]."""
+        # One generator per image, so that its noise does not depend on the batch.
         generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
         strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
         noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators]).to(self.device)
@@ -91,12 +91,12 @@ def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--class_name", default="all", help="one class, several separated by commas, or all")
     parser.add_argument("--strength", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the strength s")
-    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="ddim wants s in 0.01 .. 0.03")
+    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="use s of 0.01 .. 0.03 with ddim")
     parser.add_argument("--steps", type=int, help="number of sampling steps, instead of TestSampler.section_counts")
     parser.add_argument("--no-classifier", action="store_true", help="sample without guidance")
-    parser.add_argument("--seed", type=int, help="instead of random_seed")
-    parser.add_argument("--preview", action="store_true", help="write a strip over s per class, and nothing else")
-    parser.add_argument("--overwrite", action="store_true", help="delete and draw anew what exists")
+    parser.add_argument("--seed", type=int, help="seed, instead of random_seed")
+    parser.add_argument("--preview", action="store_true", help="only write a strip over s per class")
+    parser.add_argument("--overwrite", action="store_true", help="delete existing images and draw them again")
     return parser.parse_args()
 
 
@@ -167,7 +167,7 @@ def check(config: EasyDict, path: Path) -> None:
 
 
 def class_list(config: EasyDict, content: dict, dataset: str | None, path: Path) -> list[str]:
-    """The classes in the order of their numbers: from the checkpoint, the settings, or the data set's known ones."""
+    """The classes in the order of their numbers: from the checkpoint, the settings, or the known data sets."""
     if content.get("classes"):
         return list(content["classes"])
     if config.classes:
@@ -184,12 +184,12 @@ def choose_classes(wanted: str, classes: list[str]) -> list[str]:
     chosen = [name.strip() for name in wanted.split(",")]
     for name in chosen:
         if name not in classes:
-            raise UsageError(f"--class_name {name}: the model knows {', '.join(classes)}")
+            raise UsageError(f"--class_name {name}: the classes of the model are {', '.join(classes)}")
     return chosen
 
 
 def set_up_sampler(config: EasyDict, run: Run, content: dict, unet_path: Path) -> Sampler:
-    """Load the networks and fix the process."""
+    """Load the networks and set up the diffusion process."""
     size = (config.dataset.H, config.dataset.W)
     unet = create_diffusion_unet(**model_kwargs(config.unet))
     averaged = "ema_state_dict" in content
@@ -226,10 +226,10 @@ def draw_class(
     overwrite: bool,
     stop: StopRequest,
 ) -> None:
-    """Complete the images 0 .. sample_number - 1 of a class; ranks share the batches.
+    """Draw the missing ones of a class's images 0 .. sample_number - 1; ranks share the batches.
 
     Raises:
-        Stopped: a signal ended it after a batch; the same command continues from there.
+        Stopped: a signal stopped the run after a batch; the same command continues from there.
     """
     low, high = config.strength
     if run.is_main:
@@ -238,14 +238,14 @@ def draw_class(
             path.unlink()
     distributed.barrier()
     existing = {int(match[1]) for path in folder.glob("rank*_*.jpg") if (match := IMAGE_NAME.fullmatch(path.name))}
-    # Every rank has looked before any of them writes.
+    # No rank may write before every rank has listed the folder.
     distributed.barrier()
     batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
     for indices in progress_bar(batches, run, folder.name):
         missing = [i for i in indices if i not in existing]
         if not missing:
             continue
-        # The whole batch is drawn, so that a continued run gives the same images to the last bit.
+        # Draw the whole batch even if few images are missing, so that a continued run gives bit-identical images.
         images = sampler.draw(folder.name, number, indices, low, high)
         for i, image in zip(indices, images, strict=True):
             if i not in existing:
@@ -256,17 +256,17 @@ def draw_class(
     distributed.barrier()
     kept = len(existing & set(range(config.sample_number)))
     log.info(
-        "%s: %d images in %s, %d of them were there before%s",
+        "%s: %d images in %s, %d of them existed already%s",
         folder.name,
         config.sample_number,
         folder,
         kept,
-        " (--overwrite draws them anew)" if kept else "",
+        " (--overwrite draws them again)" if kept else "",
     )
 
 
 def preview(sampler: Sampler, name: str, number: int) -> np.ndarray:
-    """A strip of images: one column per strength, each row from the same random numbers."""
+    """A strip of images: one column per strength; all images in a row have the same random numbers."""
     count = len(PREVIEW_STRENGTHS)
     strengths = torch.tensor(PREVIEW_STRENGTHS).repeat(PREVIEW_ROWS)
     indices = [row for row in range(PREVIEW_ROWS) for _ in range(count)]

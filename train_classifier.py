@@ -35,7 +35,7 @@ T_BINS = 10
 
 
 class TestImages(Dataset):
-    """A validation set keyed by index: the epoch that its samples depend on is always 0."""
+    """A validation set keyed by index alone; it always returns the samples of epoch 0."""
 
     def __init__(self, samples: Dataset) -> None:
         self.samples = samples
@@ -127,7 +127,7 @@ def build_network(config: EasyDict, resumed: bool) -> torch.nn.Module:
 
 
 def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
-    """One pass over the images, or over the rest of them in an epoch that is resumed."""
+    """One pass over the images, or over the remaining ones if the epoch was resumed."""
     config, run, progress = training.config, training.run, training.progress
     training.model.train()
     meter = Meter()
@@ -155,16 +155,16 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
 
 
 def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether the label is the best, and among the best three: two (N,) float tensors."""
+    """Whether the label has the highest logit, and one of the three highest: two (N,) float tensors."""
     best = logits.topk(min(3, logits.shape[1]), dim=1).indices == label[:, None]
     return best[:, 0].float(), best.any(dim=1).float()
 
 
 @torch.no_grad()
 def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any) -> float:
-    """Top-1 and top-3 accuracy on noisy test images of all ranks, also against t; returns top-1.
+    """Log top-1 and top-3 accuracy on the noisy test images of all ranks, overall and by t; returns top-1.
 
-    Each image is classified once in each of T_BINS equal ranges of t, with noise of its own.
+    Each image is classified once in each of T_BINS equal ranges of t, with its own noise.
     """
     run, progress = training.run, training.progress
     model = training.ema.model if training.ema is not None else training.network
@@ -192,7 +192,7 @@ def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, b
 
 
 def draw_for(indices: torch.Tensor, k: int, steps: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A timestep of range k and noise for each image, the same in every validation."""
+    """A timestep in range k and noise for each image, the same in every validation."""
     t, noise = [], []
     for index in indices.tolist():
         generator = torch.Generator().manual_seed(index * T_BINS + k)

@@ -77,7 +77,7 @@ def main() -> None:
             progress.finish_epoch()
             last = progress.epoch == config.trainer.max_epoch
             if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
-                # Saved first: drawing the validation's images takes long, and a run killed meanwhile loses only them.
+                # Save first: validation takes long, and a run killed during it then loses only the validation.
                 if run.is_main:
                     save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
                 saver.save()
@@ -116,7 +116,7 @@ def build_network(config: EasyDict, resumed: bool) -> torch.nn.Module:
 
 
 def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
-    """One pass over the images, or over the rest of them in an epoch that is resumed."""
+    """One pass over the images, or over the remaining ones if the epoch was resumed."""
     config, run, progress = training.config, training.run, training.progress
     training.model.train()
     meter = Meter()
@@ -152,7 +152,7 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
 
 @torch.no_grad()
 def validate(training: Training, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path) -> None:
-    """Per class a sheet of real images, their DDIM reconstructions, and samples at rising strength from one noise.
+    """Write a sheet per class: real images, their DDIM reconstructions, and samples of one noise at rising strength.
 
     Logs the reconstruction error over `val_batch_number` batches of test images; ranks share the classes.
     """
@@ -178,7 +178,7 @@ def validate(training: Training, test_set: SDASDataset, classes: list[str], boar
     gathered = distributed.gather(sheets)
     distributed.all_reduce_sum(totals)
     if run.is_main:
-        for name, sheet in {k: v for part in gathered for k, v in part.items()}.items():
+        for name, sheet in {name: sheet for part in gathered for name, sheet in part.items()}.items():
             write_image(vis_dir / f"epoch_{epoch}" / f"{name}.png", sheet)
             board.add_image(f"validation/{name}", sheet, training.progress.step, dataformats="HWC")
         if totals[1]:
@@ -215,7 +215,7 @@ def sample_rows(
 
 
 def first_images(images: torch.Tensor) -> list[np.ndarray]:
-    """The first few of a batch in [-1, 1] as (H,W,3) uint8."""
+    """The first few images of a batch in [-1, 1], as (H,W,3) uint8."""
     return list(to_uint8(images[:IMAGES_PER_CLASS].float().cpu().numpy(), (0.5,) * 3, (0.5,) * 3))
 
 

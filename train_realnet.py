@@ -1,4 +1,4 @@
-"""Train RealNet on normal images of a class with synthetic anomalies.
+"""Train RealNet on normal images of a class and synthetic anomalies.
 
     python train_realnet.py --dataset MVTec-AD --class_name bottle
     python train_realnet.py --dataset MVTec-AD --class_name all
@@ -109,7 +109,7 @@ def train_class(
     network = build_realnet(config, "checkpoint" if saved else None).to(run.device)
     if not saved:
         prepare_features(network, train_set, config, run, board)
-    # The channels that AFS selected are among the weights, and the settings travel with the detector.
+    # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
     settings = {"arch": plain(config.net), "config": plain(config)}
     training = set_up_training(config, network, run, settings, figures={"best_metric": -1.0})
     if saved:
@@ -131,7 +131,7 @@ def train_class(
 
 
 def prepare_features(network: nn.Module, train_set: RealNetTrainSet, config: EasyDict, run: Run, board: Any) -> None:
-    """Calibrate the backbone where its weights are random, and select channels (AFS)."""
+    """Calibrate the backbone if its weights are random, and select channels (AFS)."""
     init_batches = afs_batches(config)
     batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed + 1)
     batches.epochs = -(-init_batches // len(batches))
@@ -149,7 +149,7 @@ def prepare_features(network: nn.Module, train_set: RealNetTrainSet, config: Eas
 
 
 def afs_batches(config: EasyDict) -> int:
-    """net.afs.kwargs.init_bsn: how many batches AFS looks at."""
+    """The number of batches that AFS looks at, net.afs.kwargs.init_bsn."""
     kwargs = next((part.get("kwargs") or {} for part in config.net if part["name"] == "afs"), {})
     count = kwargs.get("init_bsn", 64)
     if not isinstance(count, int) or count < 1:
@@ -165,7 +165,7 @@ def train_one_epoch(
     saver: Saver,
     sheet_path: Path | None,
 ) -> None:
-    """One pass over the images, or over the rest of them in an epoch that is resumed.
+    """One pass over the images, or over the remaining ones if the epoch was resumed.
 
     Args:
         sheet_path: where to write a sheet of the first batch, or None.
@@ -177,7 +177,7 @@ def train_one_epoch(
         if sheet_path is not None:
             show_samples(batch, training, board, sheet_path)
             sheet_path = None
-        # `changed` stays on the CPU: it becomes an index without waiting for the device.
+        # `changed` stays on the CPU, so that indexing by it does not wait for the device.
         seed_step(training.config.random_seed, progress.step, run.rank)
         batch = {
             name: value if name == "changed" else value.to(run.device, non_blocking=True)
@@ -198,7 +198,7 @@ def train_one_epoch(
 
 
 def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any, path: Path) -> None:
-    """A sheet of images, their anomalous versions and masks."""
+    """Write a sheet of images, their anomalous versions and masks."""
     if not training.run.is_main:
         return
     config = training.config.dataset
@@ -218,9 +218,9 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any,
 
 
 def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Any) -> float | None:
-    """The metric by which checkpoints are compared, on rank 0; None elsewhere.
+    """The metric that selects the best checkpoint, on rank 0; None on other ranks.
 
-    Without test images there is nothing to compare by, and the newest checkpoint counts as the best.
+    Without test images it is always 0, so that the newest checkpoint counts as the best.
     """
     if not len(test_set):
         return 0.0 if training.run.is_main else None
@@ -243,7 +243,7 @@ def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, b
 
 
 def heat_map_sheet(scored: ScoredImages, shown: list[int]) -> np.ndarray:
-    """Some test images with masks and heat maps, coloured from the median to the highest score."""
+    """Some test images with masks and heat maps, coloured from the median to the maximum of all maps."""
     low, high = heat_range(scored.maps)
     images = [scored.images[i] for i in shown]
     heat = [heat_overlay(scored.images[i], scored.maps[i], low, high) for i in shown]
@@ -252,7 +252,7 @@ def heat_map_sheet(scored: ScoredImages, shown: list[int]) -> np.ndarray:
 
 
 def validation_metrics(scored: ScoredImages) -> dict[str, float]:
-    """Image and pixel AUROC, as far as they are defined."""
+    """Image and pixel AUROC, without undefined ones."""
     known = scored.mask_known
     image = Ranking.of(scored.scores, scored.labels)
     pixel = Ranking.of(scored.maps[known].ravel(), scored.masks[known].ravel())
@@ -261,15 +261,15 @@ def validation_metrics(scored: ScoredImages) -> dict[str, float]:
 
 
 def key_metric(metrics: dict[str, float], key: str) -> float:
-    """The metric that evaluator.key_metric names (mean, image, pixel); where it is undefined, the mean of the rest."""
+    """The AUROC that evaluator.key_metric names (mean, image, pixel); if undefined, the mean of the defined ones."""
     if f"{key}_auroc" in metrics:
         return metrics[f"{key}_auroc"]
-    # Without defective images nothing can be compared; then the newest checkpoint counts as the best.
+    # Without defective images, none is defined; 0 makes the newest checkpoint the best.
     return float(np.mean(list(metrics.values()))) if metrics else 0.0
 
 
 def save_best(training: Training, metric: float, checkpoints: Path) -> None:
-    """Write ckpt_best if the metric is at least as good as before."""
+    """Write ckpt_best if the metric is at least as good as the best one so far."""
     figures = training.figures
     best = metric >= figures["best_metric"]
     figures["best_metric"] = max(metric, figures["best_metric"])

@@ -1,10 +1,10 @@
-"""What a training sample costs, as a multiple of just decoding and normalising the same files in the same run.
+"""Cost of a training sample, relative to only decoding and normalising the same files in the same run.
 
     python benchmarks/data.py
     python benchmarks/data.py --size 192 320 --source 1024
 
-Unit: decode one SDAS image of the input size and turn two images into normalised tensors. A cached SDAS-anomaly
-sample may cost 2.5 of these; an uncached one that much plus the decoding and resizing of its source.
+Unit: decode one SDAS image of the input size and turn two images into normalised tensors. A cached sample with an
+SDAS anomaly may cost 2.5 units; an uncached one, that plus decoding and resizing its source image.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from datasets.lists import ImageList, Sample
 from datasets.realnet import RealNetTrainSet, Synthesis
 from preparation.demo import CLASSES, TEXTURES
 
-SOURCES, DRAWN, ROUNDS, PER_ROUND = 12, 48, 15, 48
+GOOD_IMAGES, SDAS_IMAGES, ROUNDS, PER_ROUND = 12, 48, 15, 48
 LIMIT = 2.5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FOREGROUND = {"channel": "gray", "threshold": "otsu", "close": 6, "open": 6}
@@ -48,13 +48,13 @@ def make_images(folder: Path, size: tuple[int, int], source: int) -> list[Sample
     for name in ("good", "sdas", "dtd"):
         (folder / name).mkdir()
     samples = []
-    for i in range(SOURCES):
+    for i in range(GOOD_IMAGES):
         photograph = Image.fromarray(getattr(photographs, CLASSES[i % len(CLASSES)])()).convert("RGB")
         grain = rng.normal(0, 6, (source, source, 3))
         noisy = np.asarray(photograph.resize((source, source))) + grain
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(folder / f"good/{i}.png")
         samples.append(Sample(f"good/{i}.png", 0, "photograph"))
-    for i in range(DRAWN):
+    for i in range(SDAS_IMAGES):
         photograph = Image.fromarray(getattr(photographs, CLASSES[i % len(CLASSES)])()).convert("RGB")
         left, top = rng.integers(0, photograph.width - 256), rng.integers(0, photograph.height - 256)
         crop = photograph.crop((left, top, left + 256, top + 256)).resize(size[::-1])
@@ -65,15 +65,15 @@ def make_images(folder: Path, size: tuple[int, int], source: int) -> list[Sample
 
 
 def make_set(
-    folder: Path, samples: list[Sample], preprocessing: Preprocessing, kind: str, cache_mb: int
+    folder: Path, samples: list[Sample], preprocessing: Preprocessing, anomaly_type: str, cache_mb: int
 ) -> RealNetTrainSet:
-    synthesis = Synthesis({kind: 1.0}, sdas_dir=str(folder / "sdas"), dtd_dir=str(folder / "dtd"))
+    synthesis = Synthesis({anomaly_type: 1.0}, sdas_dir=str(folder / "sdas"), dtd_dir=str(folder / "dtd"))
     rules = {"photograph": ForegroundRule(**FOREGROUND)}
     return RealNetTrainSet(ImageList(samples, folder), rules, preprocessing, synthesis, Augmentation(), 0, cache_mb)
 
 
 def seconds(task: Callable[[int], object], start: int) -> float:
-    """Time of one call of the task, over PER_ROUND of them."""
+    """Mean time of a call of the task, over PER_ROUND calls."""
     begin = time.perf_counter()
     for i in range(start, start + PER_ROUND):
         task(i)
@@ -82,7 +82,7 @@ def seconds(task: Callable[[int], object], start: int) -> float:
 
 def main() -> None:
     args = parse_args()
-    # As in a loader worker.
+    # Limit threads as in a loader worker.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     size = tuple(args.size)
@@ -93,26 +93,26 @@ def main() -> None:
         ready = [read_image(folder / sample.filename, size) for sample in samples]
 
         def unit(i: int) -> None:
-            preprocessing.tensor(read_image(folder / f"sdas/rank0_{i % DRAWN}.jpg"))
-            preprocessing.tensor(ready[i % SOURCES])
+            preprocessing.tensor(read_image(folder / f"sdas/rank0_{i % SDAS_IMAGES}.jpg"))
+            preprocessing.tensor(ready[i % GOOD_IMAGES])
 
         def decode(i: int) -> None:
-            read_image(folder / samples[i % SOURCES].filename, size)
+            read_image(folder / samples[i % GOOD_IMAGES].filename, size)
 
         tasks: dict[str, Callable[[int], object]] = {"unit": unit, "decode": decode}
-        for kind in ("normal", "sdas", "dtd"):
+        for anomaly_type in ("normal", "sdas", "dtd"):
             for cache_mb in (64, 0):
-                dataset = make_set(folder, samples, preprocessing, kind, cache_mb)
-                tasks[f"{kind} {'cached' if cache_mb else 'uncached'}"] = lambda i, d=dataset: d[
-                    i // SOURCES, i % SOURCES
+                dataset = make_set(folder, samples, preprocessing, anomaly_type, cache_mb)
+                tasks[f"{anomaly_type} {'cached' if cache_mb else 'uncached'}"] = lambda i, d=dataset: d[
+                    i // GOOD_IMAGES, i % GOOD_IMAGES
                 ]
         times: dict[str, list[float]] = {name: [] for name in tasks}
         for round_number in range(ROUNDS + 1):
             for name, task in tasks.items():
-                taken = seconds(task, round_number * PER_ROUND)
-                # The first round fills caches.
+                elapsed = seconds(task, round_number * PER_ROUND)
+                # The first round only fills caches.
                 if round_number:
-                    times[name].append(taken)
+                    times[name].append(elapsed)
     report({name: statistics.median(values) for name, values in times.items()}, size, args.source)
 
 

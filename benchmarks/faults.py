@@ -3,8 +3,8 @@
     python benchmarks/faults.py                  all points (about half an hour on two cores)
     python benchmarks/faults.py --only kills --kills 10
 
-Works on copies of the demo data in a temporary folder, with the networks made small. Prints a table; exit code 1 where
-a point does not hold.
+Works on copies of the demo data in a temporary folder, with small networks. Prints a table; the exit code is 1 if a
+point does not hold.
 """
 
 import argparse
@@ -37,46 +37,46 @@ LEAK_WARM_UP = 200  # steps
 
 
 def kills(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """SIGKILL at random moments, resumed until done, against undisturbed runs."""
+    """Kill runs at random moments and resume them until done; the results must equal those of undisturbed runs."""
     rng = random.Random(0)
     jobs = [(script, ranks) for script in args.scripts for ranks in (1, 2)]
     for i, (script, ranks) in enumerate(jobs):
         if script == "sample.py":
             train_for_sampling(work)
         wanted = args.kills // len(jobs) + (i < args.kills % len(jobs))
-        whole, killed = (Job(script, ranks, f"{what}{ranks}_{script[:-3]}") for what in ("whole", "killed"))
+        whole, killed = (Job(script, ranks, f"{name}{ranks}_{script[:-3]}") for name in ("whole", "killed"))
         began = time.monotonic()
         done = run(whole, work)
         took = time.monotonic() - began
         if done.returncode:
             yield f"{script}, {ranks} rank(s)", False, done.stderr.strip()[-200:]
             continue
-        hit, different = 0, 0
-        while hit < wanted:
+        kill_count, different = 0, 0
+        while kill_count < wanted:
             process = start(killed, work, *killed.resume)
             try:
                 process.communicate(timeout=rng.uniform(0.5, took))
             except subprocess.TimeoutExpired:
                 kill_tree(process.pid)
                 process.communicate()
-                hit += 1
+                kill_count += 1
                 continue
-            # Done before it was killed: compared, and begun anew.
+            # The run ended before it was killed: compare its results, and start again.
             different += not same(result_of(whole, work), result_of(killed, work))
             shutil.rmtree(killed.folder(work))
         done = run(killed, work, *killed.resume)
         different += done.returncode != 0 or not same(result_of(whole, work), result_of(killed, work))
         clean = not leftovers(work)
-        text = f"{hit} kills, then {'DIFFERENT' if different else 'identical'}{'' if clean else ', LEFTOVERS'}"
+        text = f"{kill_count} kills, then {'DIFFERENT' if different else 'identical'}{'' if clean else ', LEFTOVERS'}"
         yield f"{script}, {ranks} rank(s)", clean and not different, text
 
 
 def sigterm(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """SIGTERM to torchrun with two ranks: saved, ended, resumed."""
+    """Send SIGTERM to torchrun with two ranks: the run must save its state, end, and resume."""
     del args
     for script in ("train_diffusion.py", "train_classifier.py", "train_realnet.py"):
         job = Job(script, 2, f"term_{script[:-3]}")
-        # Long enough not to be done when the signal comes.
+        # Long enough to be still running when the signal comes.
         process = start(job, work, "--set", "trainer.max_epoch=400")
         wait(lambda job=job: (job.folder(work) / LAST).is_file(), process)
         process.send_signal(signal.SIGTERM)
@@ -90,7 +90,7 @@ def sigterm(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, s
 
 
 def dead_rank(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """One of two ranks killed: the job ends within a minute with a message."""
+    """Kill one of two ranks: the job must end within a minute with a message."""
     del args
     for victim in (0, 1):
         job = Job("train_realnet.py", 2, f"dead{victim}")
@@ -108,7 +108,7 @@ def dead_rank(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool,
 
 
 def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """A small tmpfs under checkpoints and under images: a message, the state before intact, resumed with space."""
+    """Fill the disk under checkpoints or images: the run must say so, damage nothing, and resume given space."""
     del args
     train_for_sampling(work)
     for script in ("train_classifier.py", "sample.py"):
@@ -116,7 +116,7 @@ def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool,
         place = job.folder(work) if script == "sample.py" else work / "experiments/demo" / job.stage
         with small_disk(place) as fill:
             if fill is None:
-                yield f"disk full, {script}", True, "not tried: this machine mounts no file system"
+                yield f"disk full, {script}", True, "not tried: cannot mount a file system here"
                 continue
             process = start(job, work)
             pattern = "rank*.jpg" if script == "sample.py" else LAST
@@ -161,15 +161,15 @@ def small_disk(place: Path) -> Iterator[Path | None]:
 
 
 def leak(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """Resident memory over 2000 steps of the small detector, by a line fitted to it.
+    """Fit a line to resident memory over 2000 steps of the small detector: it must grow by at most 2 %.
 
-    glibc keeps some percent more or less of what is freed, as threads and sizes happen to fall: here it gives all back.
+    By default glibc keeps a varying part of the freed memory, some percent; here it is set to return all of it.
     """
     del args
     job = Job("train_realnet.py", 1, "leak")
-    more = ["trainer.max_epoch=140", "trainer.val_freq_epoch=140", "trainer.print_freq_step=20", "dataset.workers=0"]
-    frugal = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    process = start(job, work, *(part for setting in more for part in ("--set", setting)), **frugal)
+    extra = ["trainer.max_epoch=140", "trainer.val_freq_epoch=140", "trainer.print_freq_step=20", "dataset.workers=0"]
+    glibc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    process = start(job, work, *(part for setting in extra for part in ("--set", setting)), **glibc)
     sizes: dict[int, int] = {}
     for line in process.stdout:
         if "  step " in line:
@@ -182,9 +182,9 @@ def leak(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]
         return
     values = np.array([sizes[step] for step in steps]) / 2**20
     slope, start_size = np.polyfit(steps - steps[0], values, 1)
-    grown = 2000 * slope / start_size
-    text = f"{values.min():.0f} .. {values.max():.0f} MiB in steps {steps[0]} .. {steps[-1]}: {100 * grown:+.2f} %"
-    yield "memory over 2000 steps", grown <= 0.02 and steps[-1] >= 2000, text
+    growth = 2000 * slope / start_size
+    text = f"{values.min():.0f} .. {values.max():.0f} MiB in steps {steps[0]} .. {steps[-1]}: {100 * growth:+.2f} %"
+    yield "memory over 2000 steps", growth <= 0.02 and steps[-1] >= 2000, text
 
 
 def resident(pid: int) -> int:
@@ -193,7 +193,7 @@ def resident(pid: int) -> int:
 
 
 def suites(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """Hostile files and two hundred bad settings and lists, as the tests have them."""
+    """Run the tests with hostile files, and with two hundred bad settings and lists."""
     del work, args
     for what, files in {
         "pickles that run a command": ["tests/scripts/test_hostile_files.py"],
@@ -216,8 +216,8 @@ POINTS = {"kills": kills, "sigterm": sigterm, "rank": dead_rank, "disk": disk_fu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(POINTS), nargs="+", default=list(POINTS))
-    parser.add_argument("--scripts", nargs="+", choices=list(SMALL), default=list(SMALL), help="to kill")
-    parser.add_argument("--kills", type=int, default=50, help="in all (default 50)")
+    parser.add_argument("--scripts", nargs="+", choices=list(SMALL), default=list(SMALL), help="scripts to kill")
+    parser.add_argument("--kills", type=int, default=50, help="total number of kills (default 50)")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     failed = 0

@@ -1,4 +1,4 @@
-"""The scripts with small settings, as benchmarks/faults.py starts, kills and compares them."""
+"""Runs of the scripts with small settings, which benchmarks/faults.py starts, kills and compares."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ SMALL = {
 
 @dataclass
 class Job:
-    """A script with small settings, on one or two ranks, whose outputs go to a folder of its own."""
+    """A script with small settings, on one or two ranks, with its own output folder."""
 
     script: str
     ranks: int
@@ -48,9 +48,9 @@ class Job:
 
     def command(self, *arguments: str) -> list[str]:
         launcher = TORCHRUN if self.ranks == 2 else []
-        own = [f"saver.checkpoints_dir={self.stage}/", f"saver.log_dir={self.stage}_log/"]
-        own += [f"workspace.root={self.stage}"] if self.script == "sample.py" else [f"saver.vis_dir={self.stage}_vis/"]
-        settings = [part for setting in [*SMALL[self.script], *own] for part in ("--set", setting)]
+        dirs = [f"saver.checkpoints_dir={self.stage}/", f"saver.log_dir={self.stage}_log/"]
+        dirs += [f"workspace.root={self.stage}"] if self.script == "sample.py" else [f"saver.vis_dir={self.stage}_vis/"]
+        settings = [part for setting in [*SMALL[self.script], *dirs] for part in ("--set", setting)]
         one_class = ["--class_name", "brick"] if self.script in ("sample.py", "train_realnet.py") else []
         return [
             sys.executable,
@@ -83,7 +83,7 @@ def start(job: Job, work: Path, *arguments: str, **environment: str) -> subproce
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all below it: a launcher puts its ranks into process groups of their own."""
+    """SIGKILL a process and its descendants: a launcher's ranks are in other process groups than the launcher."""
     listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = dict(map(int, line.split()) for line in listing.splitlines())
     doomed, children = {pid}, {pid}
@@ -96,7 +96,7 @@ def kill_tree(pid: int) -> None:
 
 
 def result_of(job: Job, work: Path) -> dict[str, object]:
-    """What has to be the same: weights and optimiser of a training, images of a sampling."""
+    """The results to compare: weights and optimiser state of a training run, images of a sampling run."""
     folder = job.folder(work)
     if job.script == "sample.py":
         return {path.name.partition("_")[2]: path.read_bytes() for path in folder.glob("rank*.jpg")}
@@ -116,7 +116,7 @@ def same(first: dict[str, object], second: dict[str, object]) -> bool:
 
 
 def train_for_sampling(work: Path) -> None:
-    """The diffusion model that sample.py draws with; trained where a point needs it first."""
+    """Train the diffusion model for sample.py, unless an earlier point has trained it."""
     if not (work / "trained").exists():
         job = Job("train_diffusion.py", 1, "sampled_from")
         assert run(job, work).returncode == 0

@@ -1,10 +1,10 @@
-"""A 12-pixel defect in a 1280x1024 image: found in tiles, not in the image resized to the input size.
+"""Finds a 12-pixel defect in the tiles of a 1280x1024 image, but not in the image resized to the input size.
 
     python benchmarks/tiled.py --work tiled
 
-Makes images of brushed metal (drawn, so that they have no seams at any size), trains a detector on 128x128 ones
-with the demo's settings, and scores large ones with and without a defect, whole and in tiles. A large image has over
-a hundred tiles and is called anomalous for any of them: the threshold admits no false alarm on 240 good images.
+Generates images of brushed metal (generated images have no seams at any size), trains a detector on 128x128 images
+with the demo's settings, and scores large images with and without a defect, whole and in tiles. A large image has over
+a hundred tiles, and one anomalous tile makes it anomalous, so the threshold allows no false alarm on 240 good images.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from utils.pictures import contact_sheet, write_image
 
 SIDE, TRAIN, GOOD, BAD = 128, 160, 240, 30
 LARGE = (1024, 1280)
-DIAMETER, PLACE = 12, (803, 611)
+DIAMETER, CENTRE = 12, (803, 611)
 TILE, OVERLAP = 128, 32
 
 
@@ -57,7 +57,7 @@ def make_images(work: Path) -> None:
         write_image(work / f"metal/ground_truth/pit/{i:03d}_mask.png", mask)
     large = brushed_metal(*LARGE, rng)
     write_image(work / "large/good.png", large)
-    write_image(work / "large/pit.png", pit(large, PLACE, DIAMETER)[0])
+    write_image(work / "large/pit.png", pit(large, CENTRE, DIAMETER)[0])
 
 
 def run(*arguments: str, folder: Path) -> None:
@@ -66,7 +66,7 @@ def run(*arguments: str, folder: Path) -> None:
 
 
 def settings(work: Path) -> list[str]:
-    """The demo's settings for these images."""
+    """The arguments that adapt the demo's settings to these images."""
     values = {
         "dataset.train.meta_file": "data/metal/samples/train_{}.json",
         "dataset.test.meta_file": "data/metal/samples/test_{}.json",
@@ -91,12 +91,12 @@ def main() -> None:
     make_images(work)
     make_textures(work / "textures", 0)
     run("prepare_data.py", "--dataset", "metal", "--root", "metal", folder=work)
-    trained = ["--config", str(ROOT / "experiments/demo/realnet.yaml"), "--class_name", "metal", *settings(work)]
-    run("train_realnet.py", *trained, folder=work)
-    run("evaluation_realnet.py", *trained, "--no-pictures", "--target-fpr", "0", folder=work)
-    whole = ["predict.py", "--checkpoint", "checkpoints/metal", "--input", "large", "--overwrite"]
-    run(*whole, "--output", "whole", folder=work)
-    run(*whole, "--output", "tiles", "--tile", str(TILE), "--overlap", str(OVERLAP), folder=work)
+    detector = ["--config", str(ROOT / "experiments/demo/realnet.yaml"), "--class_name", "metal", *settings(work)]
+    run("train_realnet.py", *detector, folder=work)
+    run("evaluation_realnet.py", *detector, "--no-pictures", "--target-fpr", "0", folder=work)
+    predict = ["predict.py", "--checkpoint", "checkpoints/metal", "--input", "large", "--overwrite"]
+    run(*predict, "--output", "whole", folder=work)
+    run(*predict, "--output", "tiles", "--tile", str(TILE), "--overlap", str(OVERLAP), folder=work)
     threshold = float(row_of(work / "whole", "pit.png")["threshold"])
     print(f"image threshold {threshold:.4f}")
     for name in ("whole", "tiles"):
@@ -104,7 +104,7 @@ def main() -> None:
             row = row_of(work / name, file)
             print(f"{name}, {file:8}  score {float(row['score']):.4f}  {row['verdict']}")
     write_image(work / "tiled.png", sheet(work))
-    print(f"images: {work / 'tiled.png'}")
+    print(f"sheet: {work / 'tiled.png'}")
 
 
 def sheet(work: Path) -> np.ndarray:
@@ -112,9 +112,9 @@ def sheet(work: Path) -> np.ndarray:
     names = {"image": "large", "resized to 128x128": "whole/heatmaps", "tiles of 128, overlap 32": "tiles/heatmaps"}
     images = [cv2.cvtColor(cv2.imread(str(work / folder / "pit.png")), cv2.COLOR_BGR2RGB) for folder in names.values()]
     half = 80
-    x, y = PLACE
+    x, y = CENTRE
     details = [cv2.resize(p[y - half : y + half, x - half : x + half], (320, 320)) for p in images]
-    cv2.circle(images[0], PLACE, 40, (255, 40, 40), 3)
+    cv2.circle(images[0], CENTRE, 40, (255, 40, 40), 3)
     small = [cv2.resize(p, (320, 256), interpolation=cv2.INTER_AREA) for p in images]
     return contact_sheet([("", small), (f"around the {DIAMETER}-pixel pit", details)], list(names))
 

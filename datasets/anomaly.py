@@ -1,4 +1,4 @@
-"""Synthetic local anomalies: a source image blended into a normal one under a mask (RealNet, eq. 5)."""
+"""Synthetic local anomalies: a source image blended into a normal image inside a mask (RealNet, eq. 5)."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as tv
 
 
 def blend(image: np.ndarray, source: np.ndarray, mask: np.ndarray, delta: float) -> np.ndarray:
-    """A = (1-M) I + M (delta P + (1-delta) I).
+    """Blend source P into image I inside mask M: A = (1-M) I + M (delta P + (1-delta) I).
 
     Args:
         image, source: (H,W,3) uint8.
@@ -54,7 +54,7 @@ def brightness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def sharpness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sharpness factor in [0, 2]: 0 blurs, 1 leaves, 2 sharpens."""
+    """Sharpness factor in [0, 2]: 0 blurs, 1 changes nothing, 2 sharpens."""
     return _on_tensor(tv.adjust_sharpness, image, float(rng.uniform(0, 2)))
 
 
@@ -68,17 +68,17 @@ def hue_saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def solarize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Invert what is at or above a threshold in [32, 128]."""
+    """Invert values at or above a random threshold in [32, 128]."""
     return _on_tensor(tv.solarize, image, float(rng.integers(32, 129)))
 
 
 def posterize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Keep 4 .. 7 bits."""
+    """Keep the upper 4 .. 7 bits of each value."""
     return _on_tensor(tv.posterize, image, int(rng.integers(4, 8)))
 
 
 def invert(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """255 - x."""
+    """Invert: 255 - x."""
     del rng
     return 255 - image
 

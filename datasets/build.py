@@ -1,4 +1,4 @@
-"""From settings to data sets, with the checks that need no image to be opened."""
+"""Builds data sets from settings, and checks the settings without opening images."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
 
-AUTO_IMAGES = 32  # training images that foreground: auto looks at
+AUTO_IMAGES = 32  # training images that `foreground: auto` examines
 
 
 def preprocessing_of(config: dict) -> Preprocessing:
@@ -36,17 +36,17 @@ def _image_list(meta_file: str, image_dir: str, may_be_empty: bool = False) -> I
 
 
 def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed: int) -> SDASDataset:
-    """The images of a diffusion.yaml or classifier.yaml.
+    """Build the data set of a diffusion.yaml or classifier.yaml.
 
     Args:
         config: its `dataset` section.
-        split: "train" or "test". Only good images are used; where the test list has none, training images are.
-        classes: class names in the order of their numbers, or None to take them from the list.
+        split: "train" or "test". Uses good images only; if the test list has none, it uses the training images.
+        classes: class names in the order of the class numbers, or None to take them from the list.
     """
     section, root = config[split], config.image_reader.kwargs.image_dir
     samples = _good_samples(section.meta_file, root, classes, may_be_empty=split == "test")
     if not samples and split == "test":
-        log.info("%s: holds no good image, so training images are shown and tested on", section.meta_file)
+        log.info("%s: holds no good image; the training images are used instead", section.meta_file)
         samples = _good_samples(config.train.meta_file, root, classes)
     if classes is None:
         classes = class_names(samples)
@@ -60,7 +60,7 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
 
 
 def check_sdas_list(config: dict, split: str, network: str) -> None:
-    """Check a list of a diffusion.yaml or classifier.yaml, without opening its images.
+    """Check an image list of a diffusion.yaml or classifier.yaml, without opening the images.
 
     Args:
         network: the section whose class_number must be large enough, "unet" or "classifier".
@@ -69,9 +69,9 @@ def check_sdas_list(config: dict, split: str, network: str) -> None:
     samples = _good_samples(path, root, None, may_be_empty=split == "test")
     if not samples and split == "train":
         raise UsageError(f"{path}: holds no good image")
-    classes, most = class_names(samples), config[network].class_number
-    if len(classes) > most:
-        raise UsageError(f"{network}.class_number: {most}, but {path} has {len(classes)} classes")
+    classes, class_number = class_names(samples), config[network].class_number
+    if len(classes) > class_number:
+        raise UsageError(f"{network}.class_number: {class_number}, but {path} has {len(classes)} classes")
 
 
 def _good_samples(path: str, image_dir: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
@@ -83,7 +83,7 @@ def _good_samples(path: str, image_dir: str, classes: list[str] | None, may_be_e
 
 
 def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNetTrainSet:
-    """The training images of a class, from a realnet.yaml's `dataset` section."""
+    """Build the training set of a class from a realnet.yaml's `dataset` section."""
     train, root = config.train, config.image_reader.kwargs.image_dir
     path = train.meta_file.replace("{}", class_name)
     images = ImageList(_good_samples(path, root, None), Path(root))
@@ -95,14 +95,14 @@ def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNet
 
 
 def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
-    """The test images of a class, from a realnet.yaml's `dataset` section; there may be none."""
+    """Build the test set of a class from a realnet.yaml's `dataset` section; it may be empty."""
     meta_file = config.test.meta_file.replace("{}", class_name)
     images = _image_list(meta_file, config.image_reader.kwargs.image_dir, may_be_empty=True)
     return RealNetTestSet(images, preprocessing_of(config))
 
 
 def foreground_rules(config: dict, images: ImageList, preprocessing: Preprocessing) -> dict[str, ForegroundRule | None]:
-    """The rule of each class in a list, as `dataset.foreground` asks for it; None: the whole image is foreground."""
+    """The foreground rule of each class, as `dataset.foreground` says; None: the whole image is foreground."""
 
     def examples(clsname: str) -> list[np.ndarray]:
         indices = images.of_class(clsname)
@@ -128,16 +128,16 @@ def check_realnet_data(config: dict, class_name: str) -> None:
 
 
 def _synthesis(train: dict) -> Synthesis:
-    """The `dataset.train` section of a realnet.yaml."""
+    """Check a realnet.yaml's `dataset.train` section and convert it to a Synthesis."""
     for name in ("sdas_transparency_range", "dtd_transparency_range"):
         if train[name][0] > train[name][1]:
             raise UsageError(f"dataset.train.{name}: {train[name]} is not a range [low, high]")
     if train.min_perlin_scale >= train.perlin_scale:
         low, high = train.min_perlin_scale, train.perlin_scale
-        raise UsageError(f"dataset.train.min_perlin_scale: {low} has to be below perlin_scale {high}")
+        raise UsageError(f"dataset.train.min_perlin_scale: {low} must be below perlin_scale {high}")
     total = sum(train.anomaly_types.values())
     if abs(total - 1) > 1e-6:
-        raise UsageError(f"dataset.train.anomaly_types: the probabilities add up to {total}")
+        raise UsageError(f"dataset.train.anomaly_types: the probabilities add up to {total}, not 1")
     synthesis = Synthesis(
         dict(train.anomaly_types),
         train.sdas_dir,

@@ -1,4 +1,4 @@
-"""The four benchmarks and DTD: classes, counts, layouts, foreground rules. The only place that knows their names."""
+"""The four benchmarks and DTD: names, classes, image counts, folder layouts, foreground rules."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ class ForegroundRule:
         channel: "gray", "red", "green" or "blue".
         threshold: "otsu", "triangle" or a value 0 .. 255.
         invert: the object is at or below the threshold instead of above it.
-        close, open: sides of the squares of the two morphological steps, close first; 0 leaves a step out.
+        close, open: sides in pixels of the squares for morphological closing, then opening; 0 skips the step.
     """
 
     channel: str = "gray"
@@ -23,14 +23,14 @@ class ForegroundRule:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One data set of the field.
+    """One benchmark data set.
 
     Args:
-        type: its name in a YAML's dataset.type, and of its image folder under data/<name>/.
-        counts: (training, test) images of each class, in the order of the class numbers.
-        foreground: rule of each class; a class without one is all foreground.
+        type: its name in a YAML's dataset.type, and the name of its image folder under data/<name>/.
+        counts: number of (training, test) images by class, in the order of the class numbers.
+        foreground: rule by class; without one, the whole image is foreground.
         layout: the official folders, in words.
-        paper: the mean figures that the paper reports, by metric.
+        paper: the paper's mean results, by metric.
     """
 
     type: str
@@ -41,7 +41,7 @@ class DatasetInfo:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """In the order of the class numbers."""
+        """Class names in the order of the class numbers."""
         return tuple(self.counts)
 
 
@@ -51,7 +51,7 @@ class TexturesInfo:
 
     Args:
         type: name of its image folder under data/<name>/.
-        folders, images: how many of each there are.
+        folders, images: number of each.
     """
 
     type: str
@@ -143,7 +143,7 @@ TEXTURES = {"DTD": TexturesInfo("images", 47, 5640)}
 
 
 def find(dataset: str) -> DatasetInfo | None:
-    """A data set by its name ("MVTec-AD") or type ("mvtec"); None for others."""
+    """Look up a data set by name ("MVTec-AD") or type ("mvtec"); None if unknown."""
     for name, info in CATALOG.items():
         if dataset in (name, info.type):
             return info

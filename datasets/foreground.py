@@ -1,4 +1,4 @@
-"""Foreground masks: where on an image a synthetic anomaly may lie."""
+"""Foreground masks: where in an image a synthetic anomaly may lie."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -17,12 +17,12 @@ _CHANNELS = {"red": 0, "green": 1, "blue": 2}
 
 
 def foreground_mask(image: np.ndarray, dataset: str, class_name: str) -> np.ndarray:
-    """The object on an image, by the rule of its data set's class (docs/method.md, section 2).
+    """Mask of the object in an image, by the rule of its data set and class (docs/method.md, section 2.3).
 
     Args:
         image: (H,W,3) uint8 RGB, already resized.
-        dataset: name or type of one of the four data sets; others are all foreground.
-        class_name: its class.
+        dataset: name or type of a benchmark; for any other, the whole image is foreground.
+        class_name: class of the image.
 
     Returns:
         (H,W) uint8 in {0, 1}.
@@ -38,7 +38,7 @@ def foreground_mask(image: np.ndarray, dataset: str, class_name: str) -> np.ndar
 
 
 def apply_rule(image: np.ndarray, rule: ForegroundRule | None) -> np.ndarray:
-    """(H,W) uint8 in {0, 1} of an (H,W,3) uint8 RGB image; all ones without a rule."""
+    """Foreground mask of an (H,W,3) uint8 RGB image: (H,W) uint8 in {0, 1}, all ones without a rule."""
     if rule is None:
         return np.ones(image.shape[:2], np.uint8)
     if rule.channel == "gray":
@@ -51,7 +51,7 @@ def apply_rule(image: np.ndarray, rule: ForegroundRule | None) -> np.ndarray:
     mask = cv2.threshold(channel, value, 1, direction | method)[1]
     for steps, side in (((cv2.dilate, cv2.erode), rule.close), ((cv2.erode, cv2.dilate), rule.open)):
         if side:
-            # The second step uses the mirrored square: with an even side, morphologyEx would shift the mask.
+            # Mirror the square in the second step: with an even side, morphologyEx would shift the mask.
             square, anchor = np.ones((side, side), np.uint8), side // 2
             mask = steps[0](mask, square, anchor=(anchor, anchor))
             mask = steps[1](mask, square, anchor=(side - 1 - anchor, side - 1 - anchor))
@@ -61,12 +61,12 @@ def apply_rule(image: np.ndarray, rule: ForegroundRule | None) -> np.ndarray:
 def rule_for(
     setting: str | dict | None, dataset_type: str, class_name: str, images: Callable[[], Iterable[np.ndarray]]
 ) -> ForegroundRule | None:
-    """The rule that `dataset.foreground` asks for.
+    """The foreground rule that the setting `dataset.foreground` selects.
 
     Args:
-        setting: None for the rule of dataset.type's class; "none"; "auto"; a rule of the table as "<data set>/<class>"
-            or "<class>"; or a mapping {channel, threshold, invert, close, open}.
-        images: some training images (H,W,3) uint8, for "auto".
+        setting: None for the catalog's rule of dataset.type's class; "none"; "auto"; any rule of the catalog as
+            "<data set>/<class>" or "<class>"; or a mapping {channel, threshold, invert, close, open}.
+        images: returns some training images (H,W,3) uint8; called for "auto" only.
 
     Raises:
         UsageError: no such rule.
@@ -100,10 +100,10 @@ def _rule_from(setting: dict) -> ForegroundRule:
 
 
 def auto_rule(images: Iterable[np.ndarray], class_name: str) -> ForegroundRule | None:
-    """Otsu's threshold with the polarity of the images' borders, or None where that is unstable over the images.
+    """The side of Otsu's threshold that the image borders are not on, or None if that is unstable.
 
-    The border counts as background. Unstable means that the polarity differs between images, that borders are not
-    clearly on one side of the threshold, or that the object's area is nearly nothing, nearly all, or varies widely.
+    Unstable means that the side differs between images, that borders are not clearly on one side, or that the object
+    covers almost nothing or almost everything, or varies widely in area.
     """
     bright_border, mixed_border, areas = [], [], []
     for image in images:
@@ -120,5 +120,5 @@ def auto_rule(images: Iterable[np.ndarray], class_name: str) -> ForegroundRule |
         return None
     invert = bool(np.mean(bright_border) > 0.5)
     side = "darker" if invert else "brighter"
-    log.info("%s: foreground auto takes what is %s than the border (%.0f%% of the image)", class_name, side, 100 * area)
+    log.info("%s: foreground auto takes pixels %s than the border (%.0f%% of the image)", class_name, side, 100 * area)
     return ForegroundRule(invert=invert, close=6, open=6)

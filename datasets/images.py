@@ -1,4 +1,4 @@
-"""Images: decode, resize, normalise, augment, and keep the resized ones in memory."""
+"""Decoding, resizing, normalising, augmenting and caching of images."""
 
 import logging
 import os
@@ -21,10 +21,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def read_image(path: str | Path, size: Sequence[int] | None = None, color_mode: str = "RGB") -> np.ndarray:
-    """Decode an image, upright by its EXIF orientation, and resize it with Pillow's antialiased bilinear filter.
+    """Decode an image, turn it upright by its EXIF data, and resize it with Pillow's antialiased bilinear filter.
 
     Args:
-        size: (height, width), or None for the image's own.
+        size: (height, width), or None to keep the image's own.
         color_mode: "RGB", "BGR", or "GRAY" (three equal channels).
 
     Returns:
@@ -55,18 +55,18 @@ def read_image(path: str | Path, size: Sequence[int] | None = None, color_mode: 
 
 
 def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """An (H,W,3) uint8 image at another (height, width), resized as read_image does it."""
+    """Resize an (H,W,3) uint8 image to (height, width), with the filter of read_image."""
     if image.shape[:2] == tuple(size):
         return image
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), RESAMPLING))
 
 
 def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray:
-    """Decode a mask and resize it to the nearest pixel.
+    """Decode a mask and resize it by nearest neighbour.
 
     Returns:
-        (H,W) uint8 in {0, 1}: 1 where any channel is > 0 (in JPEG > 127, as compression leaves small values) and the
-        pixel is not transparent.
+        (H,W) uint8 in {0, 1}: 1 where any channel is > 0 (> 127 in a JPEG, because compression leaves small values)
+        and the pixel is not transparent.
     """
     opened = _open(path)
     opaque = None
@@ -83,7 +83,7 @@ def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image, upright, from its header alone."""
+    """(height, width) of the upright image, read from the file's header only."""
     with _reporting(path), Image.open(path) as opened:
         width, height = opened.size
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -91,7 +91,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 
 def same_aspect_ratio(first: Sequence[int], second: Sequence[int]) -> bool:
-    """Whether two (height, width) differ in scale only, within rounding."""
+    """Whether two (height, width) have the same aspect ratio, within rounding (1 %)."""
     cross = first[0] * second[1], first[1] * second[0]
     return abs(cross[0] - cross[1]) <= 0.01 * max(cross)
 
@@ -104,14 +104,14 @@ def _open(path: str | Path) -> Image.Image:
 
 @contextmanager
 def _reporting(path: str | Path) -> Iterator[None]:
-    """Turn what Pillow raises on broken files into one line."""
+    """Turn any exception that Pillow raises on a broken file into a one-line UsageError."""
     try:
         yield
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except Image.UnidentifiedImageError:
         raise UsageError(f"{path} is not a readable image (empty, or of an unknown format)") from None
-    # Pillow's decoders raise many kinds on broken input, struct.error and zlib.error among them.
+    # Pillow's decoders raise many exception types on broken input, struct.error and zlib.error among them.
     except Exception as error:
         raise UsageError(f"{path} is not a readable image ({error or type(error).__name__})") from None
 
@@ -122,7 +122,7 @@ class Preprocessing:
 
     Args:
         size: (height, width).
-        mean, std: per channel, of RGB in [0, 1].
+        mean, std: per channel, for values in [0, 1].
         color_mode: see read_image.
 
     Example:
@@ -155,7 +155,7 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 def list_images(folder: str | Path) -> list[Path]:
     """All images under a folder, sorted by path."""
     paths = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    # Hidden files may be what a killed run left half-written.
+    # Skip hidden files: a killed run may have left them half-written.
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
@@ -165,7 +165,7 @@ class Augmentation:
 
     Args:
         hflip, vflip: mirror left and right, or top and bottom, with probability 1/2.
-        rotate: turn by a multiple of 90 degrees; a non-square image by 0 or 180 degrees only, so that its size stays.
+        rotate: turn by a random multiple of 90 degrees; non-square images only by 0 or 180, to keep their size.
 
     Example:
         >>> image, mask = np.zeros((8, 12, 3), np.uint8), np.zeros((8, 12), np.uint8)
@@ -178,7 +178,7 @@ class Augmentation:
     rotate: bool = False
 
     def __call__(self, arrays: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """All arrays (H,W,...) flipped and turned alike."""
+        """Apply the same random flips and turn to all arrays (H,W,...)."""
         arrays = list(arrays)
         if self.hflip and rng.random() < 0.5:
             arrays = [a[:, ::-1] for a in arrays]
@@ -192,12 +192,12 @@ class Augmentation:
 
 
 class SharedCache:
-    """Fixed-size arrays kept in memory that loader workers share, up to a budget; what does not fit is not kept.
+    """Cache of equally sized arrays, in memory that loader workers share; items beyond the budget are not kept.
 
     Args:
         count: number of items.
-        shape: shape of each, uint8.
-        budget_mb: most memory to use, in MiB.
+        shape: shape of each item; items are uint8.
+        budget_mb: memory limit in MiB.
     """
 
     def __init__(self, count: int, shape: Sequence[int], budget_mb: int) -> None:
@@ -206,16 +206,16 @@ class SharedCache:
         self.kept = min(count, budget // item)
         if self.kept < count and budget_mb:
             log.info("cache: room for %d of %d images (dataset.cache_mb, shared memory)", self.kept, count)
-        # Shared memory is handed out page by page as workers write to it.
+        # The system allocates shared memory only when a worker writes to it, page by page.
         self.items = torch.empty((self.kept, *shape), dtype=torch.uint8).share_memory_()
         self.filled = torch.zeros(self.kept, dtype=torch.bool).share_memory_()
 
     def get(self, index: int) -> np.ndarray | None:
-        """The item, or None where it is not kept. Do not write to it."""
+        """The item, or None if it is not cached. Do not write to it."""
         return self.items[index].numpy() if index < self.kept and self.filled[index] else None
 
     def has_room(self, index: int) -> bool:
-        """Whether the item of this index is among those that are kept."""
+        """Whether the cache has a place for this index."""
         return index < self.kept
 
     def put(self, index: int, item: np.ndarray) -> None:
@@ -225,7 +225,7 @@ class SharedCache:
 
 
 def _shared_memory_left() -> int:
-    """Bytes free where shared tensors live; containers often have little."""
+    """Free bytes in /dev/shm, where shared tensors live; containers often have little."""
     try:
         stat = os.statvfs("/dev/shm")
     except (AttributeError, OSError):

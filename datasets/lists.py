@@ -23,7 +23,7 @@ class Sample:
     Args:
         filename: relative to the image folder, forward slashes.
         label: 0 good, 1 defective.
-        clsname: class.
+        clsname: class name.
         maskname: mask of a defective image, or None.
 
     Example:
@@ -39,12 +39,12 @@ class Sample:
 
     @property
     def mask_known(self) -> bool:
-        """Good images have an empty mask; the mask of a defective one without a file is unknown."""
+        """Whether the mask is known. A good image has an empty mask; a defective image needs a mask file."""
         return self.label == 0 or self.maskname is not None
 
     @property
     def defect_type(self) -> str:
-        """The folder that the image lies in: "good", or the type of its defect."""
+        """Name of the image's folder: "good" or the defect type."""
         return PurePosixPath(self.filename).parent.name or "good"
 
 
@@ -52,8 +52,8 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
     """Read and check an image list.
 
     Raises:
-        UsageError: the list is missing or (unless it may be) empty, or one of its lines is not JSON, lacks a key, or
-            names an image twice or a file that is absent or outside of image_dir. The line is named.
+        UsageError: the list is missing or (unless may_be_empty) empty, or a line is not JSON, lacks a key, repeats an
+            image, or names a file that is missing or outside image_dir. The message names the line.
     """
     path, root = Path(path), Path(image_dir)
     if not path.is_file():
@@ -70,7 +70,7 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
             sample = _parse(line, f"{path}, line {number}", root)
             if sample.filename in lines_of:
                 earlier = lines_of[sample.filename]
-                raise UsageError(f"{path}, line {number}: {sample.filename} is in line {earlier} already")
+                raise UsageError(f"{path}, line {number}: {sample.filename} is already in line {earlier}")
             lines_of[sample.filename] = number
             samples.append(sample)
     if not samples and not may_be_empty:
@@ -82,7 +82,7 @@ def _parse(line: str, where: str, root: Path) -> Sample:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deep")
+        reason = getattr(error, "msg", "nested too deeply")
         raise UsageError(f"{where}: not a JSON object ({reason})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
         raise UsageError(f"{where}: has to be a JSON object with a filename")
@@ -93,7 +93,7 @@ def _parse(line: str, where: str, root: Path) -> Sample:
     clsname = entry.get("clsname") or (parts[-4] if len(parts) >= 4 else None)
     if clsname is None:
         raise UsageError(f"{where}: has no clsname, and {filename} is not of the form class/split/type/name")
-    # Results are written to a folder of that name.
+    # Results go to a folder with the class's name.
     if not str(clsname).strip(". ") or any(character in str(clsname) for character in "/\\\0"):
         raise UsageError(f"{where}: clsname {clsname!r} cannot be the name of a folder")
     maskname = entry.get("maskname") if label else None
@@ -105,11 +105,11 @@ def _parse(line: str, where: str, root: Path) -> Sample:
 
 def _check_file(key: str, name: object, where: str, root: Path) -> None:
     if not isinstance(name, str):
-        raise UsageError(f"{where}: {key} is {name!r}, not a text")
+        raise UsageError(f"{where}: {key} is {name!r}, not a string")
     parts = PurePosixPath(name)
-    # Both slashes: on Windows either separates folders.
+    # Check both slashes: Windows accepts either.
     if parts.is_absolute() or ".." in name.replace("\\", "/").split("/") or PureWindowsPath(name).drive:
-        raise UsageError(f"{where}: {name} leaves {root}")
+        raise UsageError(f"{where}: {name} lies outside {root}")
     try:
         exists, folder = (root / name).is_file(), (root / name).is_dir()
     except (OSError, ValueError) as error:
@@ -122,11 +122,11 @@ def _check_file(key: str, name: object, where: str, root: Path) -> None:
 
 @dataclass(frozen=True)
 class ImageList:
-    """The images of a list, and where they are.
+    """An image list and its image folder.
 
     Args:
         samples: the lines of the list.
-        image_dir: the folder that their names are relative to.
+        image_dir: folder that their file names are relative to.
     """
 
     samples: list[Sample]
@@ -136,16 +136,16 @@ class ImageList:
         return len(self.samples)
 
     def path(self, index: int) -> Path:
-        """The file of an image."""
+        """Path of an image."""
         return self.image_dir / self.samples[index].filename
 
     def of_class(self, clsname: str) -> list[int]:
-        """The indices of the images of a class."""
+        """Indices of the images of a class."""
         return [i for i, sample in enumerate(self.samples) if sample.clsname == clsname]
 
 
 def list_text(samples: list[Sample]) -> str:
-    """An image list as text."""
+    """Format an image list as text."""
     lines = []
     for sample in samples:
         entry = {
@@ -166,7 +166,7 @@ def write_list(path: str | Path, samples: list[Sample]) -> None:
 
 
 def listed_classes(meta_file: str) -> list[str]:
-    """The classes for which a list exists, from a path with {} in the place of the class; sorted, without `uni`."""
+    """Sorted classes whose list exists, except `uni`; meta_file has {} in place of the class."""
     folder, pattern = Path(meta_file).parent, Path(meta_file).name
     before, placeholder, after = pattern.partition("{}")
     if not placeholder:
@@ -176,12 +176,12 @@ def listed_classes(meta_file: str) -> list[str]:
 
 
 def class_names(samples: list[Sample]) -> list[str]:
-    """The classes of a list, sorted: the order of the class numbers."""
+    """Class names of a list, sorted: this order gives the class numbers."""
     return sorted({sample.clsname for sample in samples})
 
 
 def main() -> None:
-    """Print the classes that the image lists of a settings file cover, one a line."""
+    """Print the classes in the image lists of a settings file, one per line."""
     if len(sys.argv) != 2:
         raise UsageError("usage: python -m datasets.lists SETTINGS.yaml")
     config = load_config(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Batch samplers and DataLoaders: the same batches for any number of workers, shared over ranks."""
+"""Batch samplers and DataLoaders: the same batches for any number of workers, divided among ranks."""
 
 import os
 from collections.abc import Iterator
@@ -13,15 +13,16 @@ from utils.signals import outlive_signals
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), shuffled by (seed, epoch), shared over ranks.
+    """Batches of (epoch, index), shuffled by (seed, epoch) and divided among ranks.
 
-    The epoch's first indices are appended so that every rank has equally many, also where there are fewer samples than
-    ranks. The epoch travels with the index, because loader workers outlive an epoch and have to draw anew in each.
+    The first indices of the shuffled order are repeated at its end, so that every rank gets the same number, even with
+    fewer samples than ranks. Indices carry their epoch because loader workers live through several epochs and need new
+    random numbers in each.
 
     Args:
         length: number of samples.
         batch_size: per rank.
-        seed: of the shuffling.
+        seed: seeds the shuffling.
         epochs: how many epochs one iteration covers.
 
     Example:
@@ -37,7 +38,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch, self.skip = 0, 0
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch, and how many of its first batches to leave out (those that a resumed run has had)."""
+        """Set the epoch, and how many of its first batches to skip because a resumed run has already used them."""
         self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
@@ -49,10 +50,10 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(self.length, generator=generator).tolist()
             order = list(islice(cycle(order), -(-self.length // self.world_size) * self.world_size))
-            own = order[self.rank :: self.world_size]
+            rank_order = order[self.rank :: self.world_size]
             first = self.skip * self.batch_size if epoch == self.epoch else 0
-            for start in range(first, len(own), self.batch_size):
-                yield [(epoch, index) for index in own[start : start + self.batch_size]]
+            for start in range(first, len(rank_order), self.batch_size):
+                yield [(epoch, index) for index in rank_order[start : start + self.batch_size]]
 
 
 class SharedBatches(Sampler[list[int]]):
@@ -72,7 +73,7 @@ class SharedBatches(Sampler[list[int]]):
 
 def make_loader(dataset: Dataset, batches: Sampler, workers: int, run: Run) -> DataLoader:
     """A DataLoader whose workers stay alive between epochs."""
-    # More workers than cores slow each other down; no setting of results depends on their number.
+    # More workers than cores slow each other down; results do not depend on the number of workers.
     workers = min(workers, os.cpu_count() or 1)
     return DataLoader(
         dataset,
@@ -81,7 +82,7 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, run: Run) -> D
         pin_memory=run.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
-        # The loader draws one seed per worker; from torch's own generator they would shift every later draw.
+        # The loader draws worker seeds from this generator; using torch's global one would change later draws.
         generator=torch.Generator(),
     )
 

@@ -16,7 +16,7 @@ def perlin_mask(
 
     Args:
         min_scale, max_scale: the lattice has 2^a x 2^b cells, a and b uniform integers in [min_scale, max_scale).
-        threshold: noise above it is 1.
+        threshold: noise above it becomes 1.
 
     Returns:
         (height, width) uint8 in {0, 1}.
@@ -55,7 +55,7 @@ def perlin_noise(height: int, width: int, rows: int, columns: int, rng: np.rando
 
 
 def _cells(length: int, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each pixel its cell, its offset in it in [0, 1), and the fade 6t^5 - 15t^4 + 10t^3 of that offset."""
+    """For each pixel: its cell, its offset t within the cell in [0, 1), and the fade 6t^5 - 15t^4 + 10t^3."""
     position = np.arange(length) * (cells / length)
     index = position.astype(np.int64)
     t = (position - index).astype(np.float32)

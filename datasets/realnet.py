@@ -36,7 +36,7 @@ class Synthesis:
         anomaly_types: probability of each of normal, sdas, dtd.
         sdas_dir: folder of SDAS images; {} stands for the class.
         dtd_dir: folder of textures.
-        sdas_transparency_range, dtd_transparency_range: of the opacity delta.
+        sdas_transparency_range, dtd_transparency_range: (low, high) of the opacity delta.
         min_perlin_scale, perlin_scale: see perlin.perlin_mask.
     """
 
@@ -50,7 +50,7 @@ class Synthesis:
     sources: dict[str, list[Path]] = field(default_factory=dict, init=False, compare=False)
 
     def open(self, classes: Sequence[str]) -> None:
-        """Find the source images of these classes.
+        """Find the source images for these classes.
 
         Raises:
             UsageError: a folder that an anomaly type needs is missing or empty.
@@ -67,7 +67,7 @@ class Synthesis:
     def draw(
         self, types: dict[str, float], clsname: str, preprocessing: Preprocessing, rng: np.random.Generator
     ) -> tuple[np.ndarray, float] | None:
-        """(source image (H,W,3) uint8, opacity), or None for a normal sample."""
+        """Draw (source image (H,W,3) uint8, opacity), or None for a normal sample."""
         names = list(types)
         chosen = names[int(rng.choice(len(names), p=list(types.values())))]
         if chosen == "normal":
@@ -83,7 +83,8 @@ class Synthesis:
 def _source_images(folder: str | None, setting: str, hint: str) -> list[Path]:
     paths = list_images(folder) if folder else []
     if not paths:
-        raise UsageError(f"dataset.train.{setting}: {folder or 'not set'} holds no image; {hint}")
+        problem = f"{folder} holds no image" if folder else "not set"
+        raise UsageError(f"dataset.train.{setting}: {problem}; {hint}")
     return paths
 
 
@@ -91,10 +92,10 @@ class RealNetTrainSet(Dataset):
     """Normal images with synthetic anomalies. Keys are (epoch, index); a sample depends on (seed, epoch, index) only.
 
     Args:
-        images: the image list, good images.
-        rules: the foreground rule of each class; None where the whole image is foreground.
-        preprocessing, synthesis, augmentation: see there.
-        seed: of every draw.
+        images: list of good images.
+        rules: the foreground rule of each class; None if the whole image is foreground.
+        preprocessing, synthesis, augmentation: see their classes.
+        seed: seeds every random draw.
         cache_mb: memory for resized images and their foregrounds, in MiB.
 
     Yields:
@@ -127,7 +128,7 @@ class RealNetTrainSet(Dataset):
         return len(self.images)
 
     def anomalous_only(self) -> "RealNetTrainSet":
-        """The same images, all with an anomaly, the configured types equally likely (for AFS). Shares the cache."""
+        """For AFS: the same images without the type normal, the other types equally likely. Shares the cache."""
         other = copy.copy(self)
         other.always_anomalous = True
         return other
@@ -160,7 +161,7 @@ class RealNetTrainSet(Dataset):
     def _synthesize(
         self, image: np.ndarray, foreground: np.ndarray, clsname: str, rng: np.random.Generator
     ) -> tuple[np.ndarray | None, np.ndarray]:
-        """The anomalous image (None where it stays normal) and its mask."""
+        """The anomalous image (None if it stays normal) and its mask."""
         types = self.synthesis.anomaly_types
         if self.always_anomalous:
             others = [name for name, probability in types.items() if name != "normal" and probability > 0]
@@ -180,10 +181,10 @@ class RealNetTestSet(Dataset):
 
     Args:
         images: the image list.
-        preprocessing: see there.
+        preprocessing: see Preprocessing.
 
     Yields:
-        image: (3,H,W) float32; mask: (H,W) uint8 in {0, 1} (zeros where unknown); index.
+        image: (3,H,W) float32; mask: (H,W) uint8 in {0, 1} (all zeros if unknown); index.
     """
 
     def __init__(self, images: ImageList, preprocessing: Preprocessing) -> None:
@@ -201,10 +202,10 @@ class RealNetTestSet(Dataset):
         return self.preprocessing.read(self.images.path(index))
 
     def mask(self, index: int) -> np.ndarray:
-        """The resized mask (H,W) uint8 in {0, 1}, zeros where it is not known.
+        """The resized mask (H,W) uint8 in {0, 1}, all zeros if it is unknown.
 
         Raises:
-            UsageError: it is unreadable, or its aspect ratio differs from the image's.
+            UsageError: the mask is unreadable, or its aspect ratio differs from the image's.
         """
         size, maskname = self.preprocessing.size, self.samples[index].maskname
         if maskname is None:
@@ -213,7 +214,7 @@ class RealNetTestSet(Dataset):
         mask_size, image_size = read_size(path), read_size(image_path)
         if not same_aspect_ratio(mask_size, image_size):
             (h, w), (height, width) = mask_size, image_size
-            raise UsageError(f"{path}: mask of {w}x{h} pixels for {image_path}, which is {width}x{height}")
+            raise UsageError(f"{path}: mask is {w}x{h} pixels, but {image_path} is {width}x{height}")
         return read_mask(path, size).copy()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:

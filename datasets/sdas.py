@@ -11,14 +11,14 @@ from datasets.lists import ImageList, Sample
 
 
 class SDASDataset(Dataset):
-    """Keys are (epoch, index); a sample depends on (seed, epoch, index) only.
+    """Images with their class. Keys are (epoch, index); a sample depends on (seed, epoch, index) only.
 
     Args:
         images: the image list.
-        classes: class names in the order of their numbers.
-        preprocessing: to [-1, 1].
+        classes: class names in the order of the class numbers.
+        preprocessing: scales images to [-1, 1].
         augmentation: random flips and turns.
-        seed: of the augmentation.
+        seed: seeds the augmentation.
         cache_mb: memory for resized images, in MiB.
 
     Yields:

@@ -1,4 +1,4 @@
-"""A trained detector ready for use: a RealNet checkpoint, or an ONNX model that export.py wrote."""
+"""Load a trained detector (a RealNet checkpoint, or an ONNX model that export.py wrote) and score images with it."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,13 @@ from utils.errors import RunError, UsageError
 
 @dataclass(frozen=True)
 class Detection:
-    """What a detector says about an image.
+    """The result of a detector for one image.
 
     Args:
         score: image score in [0, 1].
         map: (H,W) float32 anomaly map in [0, 1], at the image's own size.
-        mask: (H,W) bool, where the map reaches the pixel threshold; None without one.
-        is_anomalous: whether the score reaches the image threshold; None without one.
+        mask: (H,W) bool, True where the map reaches the pixel threshold; None without a threshold.
+        is_anomalous: whether the score reaches the image threshold; None without a threshold.
     """
 
     score: float
@@ -41,7 +41,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How large images are cut up.
+    """How to cut large images into tiles.
 
     Args:
         size: side of the square tiles, in pixels of the image.
@@ -60,10 +60,10 @@ class Detector:
 
     Args:
         config: the settings of realnet.yaml that it was trained with.
-        thresholds: as evaluation_realnet.py wrote them; without it, there are scores but no verdicts.
+        thresholds: those that evaluation_realnet.py wrote; without them, there are scores but no verdicts.
         infer: (N,3,H,W) float32 normalised images -> (N,H,W) float32 anomaly maps in [0, 1], both on the CPU.
 
-    Example, with the path of a class's checkpoints and that of an image:
+    Example, with the path of a class's checkpoint folder and the path of an image:
         >>> detector = Detector.load(checkpoints)
         >>> result = detector(image_path)
         >>> result.map.shape, 0 <= result.score <= 1, result.is_anomalous in (True, False)
@@ -79,13 +79,13 @@ class Detector:
         """Load a detector.
 
         Args:
-            path: a checkpoint, a class folder with one, or an exported .onnx file.
+            path: a checkpoint, a class folder with a checkpoint, or an exported .onnx file.
             config: a realnet.yaml, for checkpoints that hold no settings (those of the reference program).
-            device: "cpu", "cuda", "mps", or None for the best there is.
+            device: "cpu", "cuda", "mps", or None for the best available.
 
         Raises:
             UsageError: the file is missing, is not a model, or does not fit its settings.
-            RunError: onnxruntime is needed and not installed.
+            RunError: onnxruntime is needed but not installed.
         """
         path = checkpoint_path(path)
         if path.suffix == ".onnx":
@@ -111,21 +111,21 @@ class Detector:
         return next(self.detect([image]))
 
     def detect(self, images: Sequence[np.ndarray], tiles: Tiles | None = None) -> Iterator[Detection]:
-        """Score images (H,W,3) uint8 of any sizes, in one batch; or each of them in tiles."""
+        """Score images (H,W,3) uint8 of any sizes: all in one batch, or each one in tiles."""
         height, width = preprocessing_of(self.config.dataset).size
         window = pooling_window(self.config.evaluator)
         if tiles is None:
             for image, values in zip(images, self.maps(images), strict=True):
                 yield self._detection(values, window, image.shape[:2])
             return
-        # The window covers as much of a tile as it does of an image.
+        # Scale the pooling window to cover the same share of a tile as of an untiled image.
         window = tuple(max(1, round(k * tiles.size / side)) for k, side in zip(window, (height, width), strict=True))
         for image in images:
             values = tiled_map(image, tiles.size, tiles.overlap, tiles.batch, self.maps)
             yield self._detection(values, window, image.shape[:2])
 
     def maps(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """(N,h,w) anomaly maps at the input size, of images (H,W,3) uint8 of any sizes."""
+        """Anomaly maps (N,h,w), at the model's input size, of images (H,W,3) uint8 of any sizes."""
         preprocessing = preprocessing_of(self.config.dataset)
         return self.infer(torch.stack([preprocessing.tensor(resize(image, preprocessing.size)) for image in images]))
 
@@ -140,10 +140,10 @@ class Detector:
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """A checkpoint by file, or the best of a class folder.
+    """The path itself if it is a file; for a class folder, the path of its best checkpoint.
 
     Raises:
-        UsageError: neither is there.
+        UsageError: there is no such file.
     """
     path = Path(path)
     file = path / BEST if path.is_dir() else path
@@ -153,13 +153,13 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def load_realnet(path: Path, config_path: str | Path | None) -> tuple[RealNet, EasyDict]:
-    """A trained network in eval mode and its settings, which our checkpoints hold.
+    """Load a trained network in eval mode, and its settings, which our checkpoints hold.
 
     Args:
         config_path: a realnet.yaml to use instead; checkpoints of the reference program need it.
 
     Raises:
-        UsageError: the file is not a checkpoint, does not fit its settings, or holds none.
+        UsageError: the file is not a checkpoint, does not fit its settings, or holds no settings.
     """
     content = load_checkpoint(path)
     if config_path is not None:
@@ -167,7 +167,7 @@ def load_realnet(path: Path, config_path: str | Path | None) -> tuple[RealNet, E
     elif isinstance(content.get("config"), dict):
         config = checked(content["config"], path)
     else:
-        raise UsageError(f"{path} holds no settings; name the realnet.yaml that it was trained with as --config")
+        raise UsageError(f"{path} holds no settings; pass the realnet.yaml that it was trained with as --config")
     collect_errors(config_path or path, [("structure, net", lambda: check_realnet(config))])
     model = build_realnet(config, "checkpoint")
     load_weights(model, state_dict_of(content), path, "structure and net in the settings")
@@ -185,10 +185,10 @@ def _from_onnx(path: Path) -> Detector:
         config = checked(json.loads(metadata["config"]), path)
         exported = json.loads(metadata["thresholds"])
     except Exception as error:
-        # onnxruntime raises a dozen types of errors, all meaning: not a model that export.py wrote.
+        # onnxruntime raises a dozen types of errors on files that export.py did not write.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} is not a model that export.py wrote ({reason})") from None
-    # A sidecar beside the file overrides the thresholds that it was exported with.
+    # A thresholds file beside the model overrides the thresholds exported with it.
     thresholds = read_thresholds(path) or (thresholds_from(exported, str(path)) if exported else None)
 
     def infer(images: torch.Tensor) -> np.ndarray:

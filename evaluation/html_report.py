@@ -1,4 +1,4 @@
-"""The evaluation as one HTML file that needs nothing else: tables, curves, histograms, and a gallery with filters."""
+"""The evaluation as one self-contained HTML file: tables, curves, histograms, and a gallery with filters."""
 
 import base64
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ def write_report(
 
     Args:
         title: heading.
-        notes: lines under it.
+        notes: lines below the heading.
         table: rows of the summary.
-        results: of each class.
+        results: results of each class.
     """
     cards = [(result.name, item) for result in results for item in result.gallery]
     cards.sort(key=lambda card: -card[1].error)
@@ -60,10 +60,10 @@ def _jpeg(image: np.ndarray) -> str:
 
 
 def _section(result: ClassResult) -> dict:
-    """What the template shows of a class."""
+    """The template's variables for one class."""
     thresholds = result.thresholds
     values = (("image", thresholds.image), ("pixel", thresholds.pixel))
-    texts = [f"{what} threshold {value:.4g}" for what, value in values if value is not None]
+    texts = [f"{name} threshold {value:.4g}" for name, value in values if value is not None]
     curves = result.curves
     rates = ("false positive rate", "true positive rate")
     plots = [
@@ -88,7 +88,10 @@ def _section(result: ClassResult) -> dict:
         if texts
         else "no thresholds: good and defective images are needed",
         "plots": plots,
-        "rows": [(cells(f"{one} ({result.counts[one]})", row), False) for one, row in result.by_defect_type.items()],
+        "rows": [
+            (cells(f"{defect_type} ({result.counts[defect_type]})", row), False)
+            for defect_type, row in result.by_defect_type.items()
+        ],
     }
 
 
@@ -101,8 +104,11 @@ class Plot:
 
     Args:
         legend: (name, colour), right of the title.
-        ticks: (x, anchor, label) below, and (y, label) on the left with a grid line.
-        lines: (points, colour). bars: (x, y, width, height, colour). marker: x of a dashed vertical line.
+        x_ticks: (x, anchor, label), below the plot.
+        y_ticks: (y, label), on the left, each with a grid line.
+        lines: (points, colour).
+        bars: (x, y, width, height, colour).
+        marker: x of a dashed vertical line.
     """
 
     title: str
@@ -129,14 +135,14 @@ def _y(fraction: float) -> float:
 
 
 def _ticks(low: float, high: float, top: float) -> tuple[list[tuple[float, str, str]], list[tuple[float, str]]]:
-    """At both ends and in the middle of the axes."""
+    """Ticks at both ends and in the middle of each axis."""
     anchors = ((0, "start"), (0.5, "middle"), (1, "end"))
     x_ticks = [(_x(f), anchor, f"{low + f * (high - low):.3g}") for f, anchor in anchors]
     return x_ticks, [(_y(f), f"{f * top:.3g}") for f, _ in anchors]
 
 
 def _plot(title: str, curves: dict[str, tuple[np.ndarray, np.ndarray] | None], x_label: str, y_label: str) -> Plot:
-    """Curves in the unit square; those that are None are left out."""
+    """A plot of curves in the unit square; undefined curves (None) are left out."""
     defined = {name: points for name, points in curves.items() if points is not None}
     lines = []
     for (x, y), colour in zip(defined.values(), COLOURS, strict=False):
@@ -145,7 +151,7 @@ def _plot(title: str, curves: dict[str, tuple[np.ndarray, np.ndarray] | None], x
 
 
 def _histogram(result: ClassResult) -> Plot:
-    """Image scores of good and defective images, with the threshold."""
+    """A histogram of the scores of good and defective images, with the threshold."""
     low, high = float(result.scores.min()), float(result.scores.max())
     high = max(high, low + 1e-6)
     groups = (("good", result.scores[~result.labels], GOOD), ("defective", result.scores[result.labels], DEFECTIVE))

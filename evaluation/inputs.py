@@ -1,4 +1,4 @@
-"""The images that predict.py is asked about: an image, a folder, a list, or names on standard input."""
+"""The images that predict.py scores: one image, a folder, a list, or paths on standard input."""
 
 import json
 import os
@@ -17,11 +17,11 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 @dataclass(frozen=True)
 class Input:
-    """An image to be scored.
+    """An image to score.
 
     Args:
-        path: where it is.
-        name: its name in the results: its path below the folder, or as the list gives it.
+        path: path of the file.
+        name: its name in the results: the path below the input folder, or the path in the list.
     """
 
     path: Path
@@ -29,7 +29,7 @@ class Input:
 
 
 def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str]) -> tuple[Iterable[Input], int | None]:
-    """The images that --input names, and how many there are (None where that is not known yet).
+    """The images that --input names, and how many there are (None if not known in advance).
 
     Args:
         argument: an image, a folder, a text file with a path per line (relative to the working directory or to the
@@ -37,7 +37,7 @@ def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str]) -> t
         image_dir: image folder of the settings that the model was trained with.
 
     Raises:
-        UsageError: there is nothing of that name, or nothing in it.
+        UsageError: the input does not exist, or holds no image.
     """
     if argument == "-":
         return (Input(Path(line.strip()), line.strip()) for line in stdin if line.strip()), None
@@ -78,13 +78,13 @@ def _listed(path: Path, image_dir: str | None) -> list[Input]:
 
 
 class ResultNames:
-    """Distinct names for the pictures of each input, in the folders of the inputs."""
+    """Gives each input a distinct name for its pictures, in the same subfolder as the input."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
 
     def of(self, name: str) -> str:
-        """A relative path without an ending, which no other input has."""
+        """A relative path without suffix that no other input has."""
         parts = [part for part in Path(os.path.splitext(name)[0]).parts if part not in ("/", "..", os.sep)]
         base = "/".join(part.replace(":", "") for part in parts) or "image"
         chosen, number = base, 2
@@ -95,7 +95,7 @@ class ResultNames:
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """function(item) of every item, in order, computed by threads for up to `ahead` items before they are asked for."""
+    """Yield function(item) for every item, in order. Threads compute up to `ahead` results in advance."""
     items = iter(items)
     with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:
         waiting = [pool.submit(function, item) for item in islice(items, ahead)]

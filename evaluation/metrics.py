@@ -1,6 +1,6 @@
-"""Detection and localisation metrics, exact: every distinct score is a threshold.
+"""Detection and localisation metrics. They are exact: every distinct score is a threshold.
 
-AUROC and average precision follow scikit-learn's definitions, PRO that of MVTec-AD's own evaluation
+AUROC and average precision follow scikit-learn's definitions, PRO follows MVTec-AD's own evaluation
 (Bergmann et al., IJCV 2021).
 """
 
@@ -16,9 +16,9 @@ PRO_LIMIT = 0.3
 
 @dataclass(frozen=True)
 class Ranking:
-    """Positives ranked among negatives: one entry per distinct score of a positive, in descending order.
+    """Counts at every distinct score of a positive, in descending order. All metrics follow from them.
 
-    The metrics need no more: between the scores of two positives, a threshold changes only the false positives. The
+    Other thresholds are not needed: between the scores of two positives, only the false positives change. The
     negatives, which are nearly all pixels, are sorted once.
 
     Example:
@@ -27,11 +27,11 @@ class Ranking:
         0.75
 
     Args:
-        thresholds: (K,) the scores.
-        true_positives: (K,) positives at score >= threshold.
-        false_positives, above: (K,) negatives at score >= threshold, and > threshold.
-        positives, negatives: how many there are.
-        weights: (K,) sum of the weights of the positives at score >= threshold.
+        thresholds: (K,) the distinct scores.
+        true_positives: (K,) number of positives with score >= threshold.
+        false_positives, above: (K,) number of negatives with score >= threshold, and with score > threshold.
+        positives, negatives: total numbers.
+        weights: (K,) sum of the weights of the positives with score >= threshold.
     """
 
     thresholds: np.ndarray
@@ -48,11 +48,11 @@ class Ranking:
 
         Args:
             scores: float, any shape.
-            labels: bool, of that shape.
-            weights: (P,) of the positives in the order of scores[labels]; equal where absent.
+            labels: bool, same shape.
+            weights: (P,) weights of the positives, in the order of scores[labels]; None weighs them equally.
 
         Raises:
-            ValueError: a score is not a number.
+            ValueError: a score is NaN.
         """
         labels = np.asarray(labels, dtype=bool)
         positive, negative = scores[labels], scores[~labels]
@@ -92,7 +92,7 @@ class Ranking:
         return float(np.diff(self.true_positives, prepend=0) @ precision / self.positives)
 
     def best_f1(self) -> tuple[float | None, float | None]:
-        """The best F1 and its threshold (score >= threshold is positive); the highest of equally good ones."""
+        """The best F1 and its threshold (score >= threshold is positive); the highest of equally good thresholds."""
         if not self.defined:
             return None, None
         f1 = 2 * self.true_positives / (self.true_positives + self.false_positives + self.positives)
@@ -103,10 +103,10 @@ class Ranking:
         """The corners of the ROC curve: false positive rate and true positive rate, from (0, 0) to (1, 1).
 
         Args:
-            heights: (K,) what to draw over the false positive rate instead of the true positive rate.
+            heights: (K,) values to plot over the false positive rate instead of the true positive rate.
         """
         heights = self.true_positives / self.positives if heights is None else heights
-        # Between two positives only negatives are added; then the next positive, with the negatives that tie with it.
+        # Two corners per threshold: first only the negatives above it are added, then its positives and tied negatives.
         x = np.stack([self.above, self.false_positives], axis=1).ravel() / self.negatives
         y = np.stack([np.append(0.0, heights[:-1]), heights], axis=1).ravel()
         return np.concatenate([[0.0], x, [1.0]]), np.concatenate([[0.0], y, [1.0]])
@@ -116,7 +116,7 @@ class Ranking:
         return self.true_positives / self.positives, self.true_positives / (self.true_positives + self.false_positives)
 
     def pro_curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """The corners of the PRO curve, for a ranking whose weights add up to 1 in each region."""
+        """The corners of the PRO curve; the weights must add up to 1 in each region."""
         return self.curve(self.weights / self.weights[-1])
 
     def pro(self, limit: float = PRO_LIMIT) -> float | None:
@@ -145,7 +145,7 @@ def image_scores(maps: np.ndarray, avgpool_size: tuple[int, int] = (16, 16)) -> 
 
 
 def pixel_ranking(scores: np.ndarray, masks: np.ndarray) -> Ranking:
-    """The pixels of maps (N,H,W) ranked, with weights that add up to 1 in each 8-connected region of the masks."""
+    """Rank the pixels of maps (N,H,W), with weights that add up to 1 in each 8-connected region of the masks."""
     weights = [np.zeros(0)]
     for mask in masks:
         if mask.any():
@@ -156,16 +156,16 @@ def pixel_ranking(scores: np.ndarray, masks: np.ndarray) -> Ranking:
 
 
 def pro(scores: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT) -> float | None:
-    """Per-region overlap, integrated over the false positive rate up to `limit` and divided by it.
+    """Per-region overlap, integrated over the false positive rate up to `limit` and divided by `limit`.
 
-    Regions are 8-connected, holes in them are not filled; the false positive rate is over all pixels outside regions.
+    Regions are 8-connected, and their holes are not filled. The false positive rate counts all pixels outside regions.
 
     Args:
         scores: (N,H,W) float.
         masks: (N,H,W) bool.
 
     Returns:
-        The PRO score in [0, 1]; None where there is no region or nothing outside.
+        The PRO score in [0, 1]; None if there is no region, or no pixel outside of one.
     """
     return pixel_ranking(scores, masks).pro(limit)
 
@@ -182,11 +182,11 @@ def _area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
 
 
 def summarize(image: Ranking, pixel: Ranking | None, pro_limit: float = PRO_LIMIT) -> dict[str, float | None]:
-    """The metrics of rankings of images and of pixels (see pixel_ranking; None where no mask is known).
+    """The metrics of a ranking of images and a ranking of pixels (see pixel_ranking; None if no mask is known).
 
     Returns:
         image_auroc, pixel_auroc, pro, image_ap, pixel_ap, image_f1, pixel_f1, and the thresholds of the two F1s,
-        image_threshold and pixel_threshold. None where a metric is undefined (one of the labels does not occur).
+        image_threshold and pixel_threshold. A metric is None if one of the labels does not occur.
     """
     image_f1, image_threshold = image.best_f1()
     pixel_f1, pixel_threshold = pixel.best_f1() if pixel else (None, None)
@@ -214,9 +214,9 @@ def anomaly_metrics(
 
     Args:
         scores: (N,H,W) float anomaly maps.
-        masks: (N,H,W) bool ground truth, or None where it is not known: pixel metrics are then None.
+        masks: (N,H,W) bool ground truth, or None if unknown; pixel metrics are then None.
         avgpool_size: window of the image score.
-        labels: (N,) bool image labels; from the masks where absent.
+        labels: (N,) bool image labels; None takes them from the masks.
         pro_limit: false positive rate up to which PRO is integrated.
 
     Returns:
@@ -232,7 +232,7 @@ def anomaly_metrics(
     """
     if labels is None:
         if masks is None:
-            raise ValueError("labels are needed where there are no masks")
+            raise ValueError("labels are needed if there are no masks")
         labels = masks.any(axis=(1, 2))
     image = Ranking.of(image_scores(scores, avgpool_size), labels)
     return summarize(image, pixel_ranking(scores, masks) if masks is not None else None, pro_limit)

@@ -1,17 +1,21 @@
-"""What an evaluation finds out about one class: metrics, curves, thresholds, and the images worth looking at."""
+"""The evaluation of one class: metrics, curves, thresholds, and images for the report's gallery."""
 
 from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from datasets.lists import Sample
 from evaluation.metrics import PRO_LIMIT, Ranking, summarize
 from evaluation.score import ScoredImages
 from evaluation.tables import Row
 from evaluation.thresholds import Thresholds, thresholds_of
-from utils.pictures import thumbnail
+from utils.distributed import Run
+from utils.log import log, progress_bar
+from utils.pictures import heat_overlay, result_picture, thumbnail, write_image
 
 CURVE_POINTS = 300
-THUMBNAIL = 200  # pixels, longer side, in the report's gallery
+THUMBNAIL = 200  # longer side of the gallery's images, in pixels
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,13 @@ class GalleryItem:
 
     Args:
         name: file name.
-        defect_type: of the defect, or "good".
+        defect_type: its defect type, or "good".
         label: 0 good, 1 defective.
         score: image score.
-        error: how far the score lies on the wrong side of the threshold, negative on the right side, as a share of
-            the range of the class's scores.
-        image, heat: (H,W,3) uint8 thumbnails. truth: (H,W) uint8, or None where it is not known.
+        error: distance of the score from the threshold, as a share of the range of the class's scores; positive if
+            the verdict is wrong, else negative.
+        image, heat: (H,W,3) uint8 thumbnails.
+        truth: (H,W) uint8 thumbnail of the mask, or None if unknown.
     """
 
     name: str
@@ -43,13 +48,13 @@ class ClassResult:
     """The evaluation of one class, without its maps.
 
     Args:
-        name: of the class.
-        metrics: of all its images.
-        by_defect_type: metrics of each type of defect against the good images.
-        counts: images of each type of defect.
+        name: name of the class.
+        metrics: metrics of all its images.
+        by_defect_type: metrics of each defect type against the good images.
+        counts: number of images of each defect type.
         thresholds: for verdicts.
         scores, labels: (N,) image scores and labels.
-        curves: points (x, y) of the curves that are defined: roc and pr of images, pixel_roc, pixel_pr and pro.
+        curves: points (x, y) of the defined curves, by name: roc and pr of images, pixel_roc, pixel_pr and pro.
         gallery: images to show.
     """
 
@@ -64,9 +69,9 @@ class ClassResult:
     gallery: list[GalleryItem] = field(default_factory=list)
 
     def errors(self) -> np.ndarray:
-        """(N,) how far each image score lies on the wrong side of the threshold, as a share of the range of scores.
+        """(N,) distance of each image score from the threshold, positive if the verdict is wrong (see GalleryItem).
 
-        Without a threshold, normal images with high scores come first.
+        Without a threshold, higher scores are larger errors, none of them positive.
         """
         scale = max(float(np.ptp(self.scores)), 1e-12)
         if self.thresholds.image is None:
@@ -78,20 +83,23 @@ class ClassResult:
 def evaluate_class(
     name: str, scored: ScoredImages, target_fpr: float | None = None, pro_limit: float = PRO_LIMIT
 ) -> ClassResult:
-    """Metrics, overall and per type of defect, curves, and thresholds.
+    """Compute the metrics of a class, overall and per defect type, its curves and its thresholds.
 
     Args:
         target_fpr: see thresholds_of.
         pro_limit: false positive rate up to which PRO is integrated.
     """
     image, pixel = scored.rankings()
-    labels, types = scored.labels, scored.defect_types
-    defects = sorted(set(types[labels]))
+    labels, defect_types = scored.labels, scored.defect_types
+    defects = sorted(set(defect_types[labels]))
     return ClassResult(
         name,
         summarize(image, pixel, pro_limit),
-        {one: summarize(*scored.subset(~labels | (types == one)).rankings(), pro_limit) for one in defects},
-        {one: int(np.sum(types == one)) for one in defects},
+        {
+            defect: summarize(*scored.subset(~labels | (defect_types == defect)).rankings(), pro_limit)
+            for defect in defects
+        },
+        {defect: int(np.sum(defect_types == defect)) for defect in defects},
         thresholds_of(scored.scores, scored.maps, labels, image, pixel, target_fpr),
         scored.scores,
         labels,
@@ -99,20 +107,38 @@ def evaluate_class(
     )
 
 
-def gallery_item(result: ClassResult, scored: ScoredImages, index: int, heat: np.ndarray) -> GalleryItem:
-    """The gallery's thumbnails of a class's image, whose heat map is drawn already."""
-    sample = scored.samples[index]
-    truth = thumbnail(scored.masks[index].astype(np.uint8) * 255, THUMBNAIL) if sample.mask_known else None
-    return GalleryItem(
-        sample.filename,
-        sample.defect_type,
-        sample.label,
-        float(result.scores[index]),
-        float(result.errors()[index]),
-        thumbnail(scored.images[index], THUMBNAIL),
-        thumbnail(heat, THUMBNAIL),
-        truth,
-    )
+def draw_images(result: ClassResult, scored: ScoredImages, gallery: int, folder: Path | None, run: Run) -> None:
+    """Put the images with the worst errors into the gallery, and write a result picture of every image.
+
+    Args:
+        scored: the images of the class, kept for pictures (see score.predict_maps).
+        gallery: number of images in the gallery.
+        folder: where to write <defect type>/<name>.png, or None to write none.
+    """
+    thresholds, errors = result.thresholds, result.errors()
+    worst = set(np.argsort(-errors, kind="stable")[:gallery].tolist())
+    for index in progress_bar(range(len(scored)), run, f"{result.name} pictures"):
+        if folder is None and index not in worst:
+            continue
+        sample, image = scored.samples[index], scored.images[index]
+        mask = scored.masks[index] if sample.mask_known else None
+        heat = heat_overlay(image, scored.maps[index], thresholds.low, thresholds.high, thresholds.pixel)
+        if folder is not None:
+            path = folder / sample.defect_type / f"{PurePosixPath(sample.filename).stem}.png"
+            write_image(path, result_picture(image, mask, heat))
+        if index in worst:
+            score, error = float(result.scores[index]), float(errors[index])
+            result.gallery.append(_gallery_item(sample, score, error, image, heat, mask))
+    if folder is not None:
+        log.info("%s: pictures in %s", result.name, folder)
+
+
+def _gallery_item(
+    sample: Sample, score: float, error: float, image: np.ndarray, heat: np.ndarray, mask: np.ndarray | None
+) -> GalleryItem:
+    truth = None if mask is None else thumbnail(mask.astype(np.uint8) * 255, THUMBNAIL)
+    small = (thumbnail(image, THUMBNAIL), thumbnail(heat, THUMBNAIL), truth)
+    return GalleryItem(sample.filename, sample.defect_type, sample.label, score, error, *small)
 
 
 def _curves(image: Ranking, pixel: Ranking | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -125,7 +151,7 @@ def _curves(image: Ranking, pixel: Ranking | None) -> dict[str, tuple[np.ndarray
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most some hundred points, evenly along x and y together."""
+    """About CURVE_POINTS points of a curve, spaced evenly along its length."""
     if len(x) <= CURVE_POINTS:
         return x, y
     length = np.cumsum(np.hypot(np.diff(x, prepend=x[0]), np.diff(y, prepend=y[0])))

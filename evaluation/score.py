@@ -1,4 +1,4 @@
-"""The anomaly maps of a whole test set, computed by all ranks and gathered once."""
+"""Score a whole test set: all ranks compute anomaly maps, and rank 0 gathers them once."""
 
 import time
 from collections.abc import Collection, Iterable
@@ -22,15 +22,15 @@ from utils.precision import autocast
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """The images of a test set with all that is known about them, in the order of the test list.
+    """A test set with its anomaly maps, scores and masks, in the order of the test list.
 
     Args:
         samples: the lines of the list: names, labels, classes, defect types.
         maps: (N,H,W) float32 anomaly maps in [0, 1].
         scores: (N,) image scores.
-        masks: (N,H,W) bool ground truth, all False where it is not known.
-        images: (H,W,3) uint8 by index, of those images that are to be shown.
-        images_per_second: of the forward pass, all ranks together.
+        masks: (N,H,W) bool ground truth, all False if unknown.
+        images: the images to show, (H,W,3) uint8 by index.
+        images_per_second: speed of the forward pass, all ranks together.
     """
 
     samples: list[Sample]
@@ -65,7 +65,7 @@ class ScoredImages:
 
     @property
     def finite(self) -> bool:
-        """Whether every anomaly map holds numbers only."""
+        """Whether all values of the anomaly maps are finite."""
         return bool(np.isfinite(self.maps).all())
 
     def subset(self, chosen: np.ndarray) -> "ScoredImages":
@@ -81,7 +81,7 @@ class ScoredImages:
         )
 
     def rankings(self) -> tuple[Ranking, Ranking | None]:
-        """Of the images; and of the pixels of images with a known mask, None where no defect has one."""
+        """Rankings of the images, and of the pixels of images with a known mask (None if no defect has a mask)."""
         image, known = Ranking.of(self.scores, self.labels), self.mask_known
         if not (self.masks.any(axis=(1, 2)) & known).any():
             return image, None
@@ -101,8 +101,8 @@ def predict_maps(
     """Score a test set: the result on rank 0, None on the other ranks.
 
     Args:
-        loader: batches of the test set. They have to be the same for any number of ranks (loaders.SharedBatches): then
-            so are the maps, to the last bit.
+        loader: batches of the test set. If they are the same for any number of ranks (loaders.SharedBatches), the maps
+            are too, bit for bit.
         window: (height, width) of the pooling that gives image scores.
         precision: "off", "bf16" or "fp16".
         show: indices of the images to keep for pictures, so that they need not be decoded again.
@@ -120,13 +120,13 @@ def predict_maps(
         start = time.perf_counter()
         with autocast(run.device, precision):
             outputs = model({"image": inputs})
-        # The copy waits for the device.
+        # The copy waits for the device, so the time below includes the whole forward pass.
         maps.append(outputs["anomaly_score"][:, 0].float().cpu().numpy())
         seconds.append((time.perf_counter() - start) / len(inputs))
         indices.append(batch["index"].numpy())
         masks.append(batch["mask"].numpy().astype(bool))
     model.train(was_training)
-    # The median batch: the first one warms up.
+    # The median, because the first batch is slow.
     rate = 1 / float(np.median(seconds)) if seconds else 0.0
     parts = distributed.gather((indices, maps, masks, images, rate))
     if parts is None:

@@ -1,4 +1,4 @@
-"""Tables of metrics: on the terminal, as CSV, JSON and Markdown."""
+"""Tables of metrics: for the terminal, and as CSV, JSON and Markdown files."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ Row = dict[str, float | None]
 
 
 def with_mean(results: dict[str, Row]) -> dict[str, Row]:
-    """The classes' metrics and their mean, taken over the classes in which a metric is defined."""
+    """Add a row with the mean of each metric over the classes in which it is defined."""
     mean: Row = {}
     for metric in COLUMNS:
         values = [row[metric] for row in results.values() if row[metric] is not None]
@@ -31,17 +31,17 @@ def with_mean(results: dict[str, Row]) -> dict[str, Row]:
 
 
 def with_paper(table: dict[str, Row], paper: dict[str, float]) -> dict[str, Row]:
-    """The table with the paper's mean figures, where there are any."""
+    """Add a row with the paper's mean figures, if there are any."""
     return {**table, PAPER: {metric: paper.get(metric) for metric in COLUMNS}} if paper else table
 
 
 def cells(name: str, row: Row) -> list[str]:
-    """A row in percent with two digits; n/a where a metric is undefined."""
+    """The cells of a row, in percent with two decimals; n/a if a metric is undefined."""
     return [name, *("n/a" if row[metric] is None else f"{100 * row[metric]:.2f}" for metric in COLUMNS)]
 
 
 def text_table(table: dict[str, Row], first: str = "class") -> str:
-    """Aligned columns, in percent; `first` heads the column of names."""
+    """A table with aligned columns, in percent; `first` is the heading of the first column."""
     lines = [[first, *COLUMNS.values()], *(cells(name, row) for name, row in table.items())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rendered = [
@@ -60,7 +60,7 @@ def markdown_table(table: dict[str, Row], first: str = "class") -> str:
 
 
 def write_tables(folder: str | Path, name: str, table: dict[str, Row], paper: dict[str, float]) -> list[Path]:
-    """Write <name>.csv and <name>.json (fractions) and <name>.md (percent, with the paper's); returns their paths."""
+    """Write <name>.csv and .json (fractions) and <name>.md (percent, with the paper's row); returns their paths."""
     folder = Path(folder)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Thresholds of image scores and anomaly maps: how they are chosen, and the JSON file beside the checkpoint."""
+"""Thresholds for image scores and anomaly maps: choosing them, and the JSON file (sidecar) beside the checkpoint."""
 
 import json
 import math
@@ -20,10 +20,10 @@ class Thresholds:
     """A score at or above its threshold is anomalous.
 
     Args:
-        image, pixel: of image scores and of anomaly maps; None where undefined.
+        image, pixel: thresholds for image scores and for anomaly maps; None if undefined.
         rule: how they were chosen.
-        low, high: values between which heat maps are coloured.
-        classes: of each class, where one model serves several.
+        low, high: values of the first and the last colour of heat maps.
+        classes: thresholds of each class, if one model serves several classes.
 
     Example:
         >>> thresholds = Thresholds(0.5, 0.4, "by hand", classes={"bolts": Thresholds(0.6, 0.5, "by hand")})
@@ -39,13 +39,13 @@ class Thresholds:
     classes: dict[str, "Thresholds"] = field(default_factory=dict)
 
     def of_class(self, name: str) -> "Thresholds":
-        """Those of one class.
+        """The thresholds of one class.
 
         Raises:
-            UsageError: there are none for that class.
+            UsageError: there are no thresholds for this class.
         """
         if name not in self.classes:
-            known = ", ".join(self.classes) or "none; the model was evaluated as a whole"
+            known = ", ".join(self.classes) or "none (the model was evaluated as a whole)"
             raise UsageError(f"no thresholds for the class {name!r}; known are {known}")
         return self.classes[name]
 
@@ -64,24 +64,24 @@ def thresholds_of(
         scores, labels: (N,) image scores, and whether the images are defective.
         maps: (N,H,W) anomaly maps.
         image, pixel: their rankings (see score.ScoredImages.rankings).
-        target_fpr: share of normal images (and of normal images' pixels) that may be flagged; None takes the best F1.
+        target_fpr: share of normal images, and of their pixels, that may be flagged; None maximises F1.
     """
     low, high = heat_range(maps)
     if target_fpr is None:
         return Thresholds(best_f1(image, scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
-    rule = f"at most {100 * target_fpr:g}% of the normal images (of their pixels) flagged on the evaluation set"
+    rule = f"at most {100 * target_fpr:g}% of the normal images, and of their pixels, flagged on the evaluation set"
     image_threshold = for_target_fpr(scores[~labels], target_fpr)
     return Thresholds(image_threshold, for_target_fpr(maps[~labels], target_fpr), rule, low, high)
 
 
 def heat_range(maps: np.ndarray) -> tuple[float, float]:
-    """The values between which heat maps are coloured: the median (blue) and the maximum (red) of all maps."""
+    """The colour range of heat maps: the median of all maps is blue, their maximum red."""
     low, high = float(np.median(maps)), float(maps.max())
     return low, max(high, low + 1e-6)
 
 
 def midway_below(scores: np.ndarray, threshold: float | None) -> float | None:
-    """A threshold with the same verdicts, halfway to the next lower score: rounding elsewhere does not change them."""
+    """The threshold moved halfway to the next lower score: same verdicts, and rounding elsewhere keeps them."""
     if threshold is None:
         return None
     lower = scores[scores < threshold]
@@ -96,15 +96,15 @@ def _margin(spread: float, score: float) -> float:
 
 
 def best_f1(ranking: Ranking, scores: np.ndarray) -> float | None:
-    """The threshold of the best F1; None where it is undefined."""
+    """The threshold of the best F1; None if F1 is undefined."""
     return midway_below(scores, ranking.best_f1()[1])
 
 
 def for_target_fpr(normal: np.ndarray, target: float) -> float | None:
-    """The lowest threshold at which at most the share `target` of normal scores is flagged; None without any.
+    """The lowest threshold that flags at most the share `target` of normal scores; None without normal scores.
 
     Args:
-        normal: float, any shape.
+        normal: scores, float, any shape.
         target: in [0, 1).
     """
     normal = normal.ravel()
@@ -116,12 +116,12 @@ def for_target_fpr(normal: np.ndarray, target: float) -> float | None:
     flagged = normal[normal > highest_below]
     if flagged.size:
         return (highest_below + float(flagged.min())) / 2
-    # No score above it: a small margin, so that rounding elsewhere does not flag it.
+    # No score is above it: add a small margin, so that rounding on another device does not flag it.
     return highest_below + _margin(highest_below - float(np.median(normal)), highest_below)
 
 
 def sidecar(checkpoint: str | Path) -> Path:
-    """The JSON file beside a checkpoint or an exported model."""
+    """The path of the JSON file beside a checkpoint or an exported model."""
     path = Path(checkpoint)
     stem = path.name.removesuffix(".pth.tar") if path.name.endswith(".pth.tar") else path.stem
     return path.with_name(f"{stem}.thresholds.json")
@@ -135,11 +135,11 @@ def write_thresholds(checkpoint: str | Path, thresholds: Thresholds) -> Path:
 
 
 def as_content(thresholds: Thresholds) -> dict[str, Any]:
-    """Thresholds as plain values for JSON; `classes` only where there are some."""
+    """Thresholds as plain values for JSON, without `classes` if there are none."""
     content = asdict(thresholds)
     classes = content.pop("classes")
-    for own in classes.values():
-        del own["classes"]
+    for class_content in classes.values():
+        del class_content["classes"]
     return {**content, "classes": classes} if classes else content
 
 
@@ -150,26 +150,26 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
         UsageError: a value is missing or not a number.
     """
     if not isinstance(content, dict):
-        raise UsageError(f"{where}: has to hold a JSON object; evaluate the model to write it anew")
+        raise UsageError(f"{where}: has to hold a JSON object; evaluate the model again")
     values = {}
     for name in ("image", "pixel", "low", "high"):
         value = content.get(name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number and not (value is None and name in ("image", "pixel")):
-            raise UsageError(f"{where}: {name} is {value!r}, not a number; evaluate the model to write it anew")
+            raise UsageError(f"{where}: {name} is {value!r}, not a number; evaluate the model again")
         values[name] = value
     classes = content.get("classes") or {}
     if not isinstance(classes, dict):
-        raise UsageError(f"{where}: classes is not a JSON object; evaluate the model to write it anew")
-    own = {str(name): thresholds_from(value, f"{where}, class {name}") for name, value in classes.items()}
-    return Thresholds(**values, rule=str(content.get("rule", "")), classes=own)
+        raise UsageError(f"{where}: classes is not a JSON object; evaluate the model again")
+    of_classes = {str(name): thresholds_from(value, f"{where}, class {name}") for name, value in classes.items()}
+    return Thresholds(**values, rule=str(content.get("rule", "")), classes=of_classes)
 
 
 def read_thresholds(checkpoint: str | Path) -> Thresholds | None:
-    """The sidecar's thresholds, or None where there is none.
+    """The thresholds in a checkpoint's sidecar, or None if it has no sidecar.
 
     Raises:
-        UsageError: it is not a readable sidecar.
+        UsageError: the sidecar is not readable.
     """
     path = sidecar(checkpoint)
     if not path.is_file():
@@ -177,5 +177,5 @@ def read_thresholds(checkpoint: str | Path) -> Thresholds | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise UsageError(f"{path}: not readable as JSON; evaluate the model to write it anew") from None
+        raise UsageError(f"{path}: not readable as JSON; evaluate the model again") from None
     return thresholds_from(content, str(path))

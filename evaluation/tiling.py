@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles: scored one by one, and their maps blended without seams."""
+"""Score large images in overlapping tiles, and blend the maps of the tiles without seams."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,14 @@ import numpy as np
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles start so that they cover a side; each overlaps the one before by at least `overlap` pixels."""
+    """The starts of tiles that cover a side of `length` pixels; neighbours overlap by at least `overlap` pixels."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
 def ramp(tile: int, overlap: int) -> np.ndarray:
-    """(tile,) weights that rise over the overlap, from the border inwards, and are 1 inside."""
+    """(tile,) weights that rise from the border over the overlap, and are 1 further inside."""
     distance = np.minimum(np.arange(tile), np.arange(tile)[::-1]) + 1.0
     return np.minimum(1.0, distance / (overlap + 1)).astype(np.float32)
 
@@ -22,7 +22,7 @@ def ramp(tile: int, overlap: int) -> np.ndarray:
 def tiled_map(
     image: np.ndarray, tile: int, overlap: int, batch: int, score: Callable[[list[np.ndarray]], np.ndarray]
 ) -> np.ndarray:
-    """The anomaly map of an image at its own size, from tiles that are each scored like an image.
+    """The anomaly map of an image, at its own size, from tiles that are scored like separate images.
 
     Args:
         image: (H,W,3) uint8.
@@ -42,11 +42,11 @@ def tiled_map(
     """
     height, width = image.shape[:2]
     sides = min(tile, height), min(tile, width)
-    places = [(y, x) for y in starts(height, tile, overlap) for x in starts(width, tile, overlap)]
+    corners = [(y, x) for y in starts(height, tile, overlap) for x in starts(width, tile, overlap)]
     weight = ramp(sides[0], overlap)[:, None] * ramp(sides[1], overlap)
     total, weights = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
-    for start in range(0, len(places), batch):
-        group = places[start : start + batch]
+    for start in range(0, len(corners), batch):
+        group = corners[start : start + batch]
         maps = score([image[y : y + sides[0], x : x + sides[1]] for y, x in group])
         for (y, x), values in zip(group, maps, strict=True):
             area = np.s_[y : y + sides[0], x : x + sides[1]]
@@ -56,7 +56,7 @@ def tiled_map(
 
 
 def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (h,w) float32 at another (height, width), bilinearly."""
+    """Resize a map (h,w) float32 bilinearly to (height, width)."""
     if values.shape == tuple(size):
         return values
     return cv2.resize(values, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)

@@ -14,7 +14,7 @@ from utils import distributed
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the `structure`: layers with the channels to keep of each, all brought to one stride."""
+    """One block of the `structure`: layers, how many channels to keep of each, and their common stride."""
 
     name: str
     layers: tuple[tuple[str, int], ...]
@@ -22,7 +22,7 @@ class Block:
 
     @property
     def planes(self) -> int:
-        """Channels of the block."""
+        """Number of channels of the block."""
         return sum(planes for _, planes in self.layers)
 
 
@@ -32,18 +32,18 @@ def grid_size(image_size: Sequence[int], stride: int) -> tuple[int, int]:
 
 
 def resize(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, corners aligned; the input itself where it has that size."""
+    """Resize bilinearly with aligned corners; return the input itself if it has that size."""
     if features.shape[-2:] == tuple(size):
         return features
     return F.interpolate(features, size, mode="bilinear", align_corners=True)
 
 
 class AFS(nn.Module):
-    """Keeps the channels of each layer that show synthetic anomalies best, and joins layers into blocks.
+    """Keeps each layer's channels that show synthetic anomalies best, and joins layers into blocks.
 
     Args:
         structure: the blocks.
-        channels: channels of each layer of the backbone.
+        channels: number of channels of each backbone layer.
 
     Shape:
         {layer: (N, C, h, w)}, image size (H, W) -> {block: (N, planes, ceil(H / stride), ceil(W / stride))}
@@ -68,7 +68,7 @@ class AFS(nn.Module):
         blocks = {}
         for block in self.structure:
             size = grid_size(image_size, block.stride)
-            # Selected before resized: fewer channels to interpolate.
+            # Select before resizing: fewer channels to interpolate.
             parts = [
                 resize(features[layer].index_select(1, self._kept(block, layer)), size) for layer, _ in block.layers
             ]
@@ -82,12 +82,12 @@ class AFS(nn.Module):
     def init_indexes(self, backbone: Backbone, loader: Iterable[dict], batches: int) -> dict[str, torch.Tensor]:
         """Choose the channels to keep, in one pass that also measures the backbone's standardisation.
 
-        Per channel, the squared difference of the features of A and I at the block's stride is scaled to [0, 1] over
-        the batch and compared with the mask; the channels with the smallest mean squared error are kept.
+        For each channel, the squared difference between the features of image and gt_image, at the block's stride, is
+        scaled to [0, 1] over the batch and compared with the mask. Channels with the smallest mean squared error stay.
 
         Args:
             loader: batches with image, gt_image (N,3,H,W) and mask (N,1,H,W).
-            batches: how many of them to use.
+            batches: number of batches to use.
 
         Returns:
             {"<block>_<layer>": (C,) summed loss of every channel}, averaged over ranks.
@@ -103,7 +103,7 @@ class AFS(nn.Module):
                 deviation = deviation or statistics.result(across_ranks=False)[1]
             for layer, feature in features.items():
                 difference = feature - gt_features[layer]
-                # The mean cancels; the scale matters, since the loss's denominator has an absolute part.
+                # The mean cancels, but the scale matters: channel_losses adds an absolute 1e-4 to its denominator.
                 difference = difference / deviation[layer].to(device) if deviation else difference
                 for block in self.structure:
                     if layer in dict(block.layers):
@@ -123,15 +123,15 @@ class AFS(nn.Module):
 
 
 def channel_losses(difference: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """How badly each channel's squared difference, scaled to [0, 1] over the batch, matches the masks.
+    """Mean squared error between each channel's squared difference, scaled to [0, 1] over the batch, and the masks.
 
     Args:
-        difference: (N, C, h, w) features of A less those of I.
+        difference: (N, C, h, w) features of the anomalous images minus those of the normal ones.
         masks: (N, 1, H, W).
-        size: the block's grid.
+        size: (height, width) of the block's grid.
 
     Returns:
-        (C,) mean squared errors.
+        (C,) errors.
     """
     squared = resize(difference, size) ** 2
     low, high = squared.amin(dim=(0, 2, 3), keepdim=True), squared.amax(dim=(0, 2, 3), keepdim=True)

@@ -21,7 +21,7 @@ from utils.errors import RunError, UsageError
 log = logging.getLogger("realnet")
 
 PRETRAIN_DIR = "pretrain"
-# Files that users of timm 0.5.4 have; their tensor names are torchvision's.
+# Weights files of timm 0.5.4; their tensor names are the same as torchvision's.
 TIMM_FILES = {
     "resnet18": "resnet18-5c106cde.pth",
     "resnet34": "resnet34-43635321.pth",
@@ -39,11 +39,11 @@ class Backbone(nn.Module):
         outlayers: names of the layers to tap, e.g. ["layer1", "layer2"] or ["features.4"].
         weights: "auto" (pretrain/, then torchvision's download), a file, "random" (calibrate before use), or
             "checkpoint" (left as they are, since a RealNet checkpoint will fill them).
-        standardize: subtract each channel's mean and divide by the layer's deviation, both measured by `measure`;
-            None means on for everything but ResNets, whose features are of unit scale.
+        standardize: subtract each channel's mean and divide by the layer's deviation, as measured by AFS.init_indexes;
+            None means on for all networks but ResNets, whose features have unit scale.
 
     Attributes:
-        channels, strides: measured channels and stride of each layer.
+        channels, strides: number of channels and stride of each layer, both measured.
 
     Shape:
         (N, 3, H, W) ImageNet-normalised RGB -> {layer: (N, channels[layer], h, w)}
@@ -55,7 +55,7 @@ class Backbone(nn.Module):
 
     Raises:
         UsageError: unknown network or layer, or a weights file that does not fit.
-        RunError: the weights are not at hand and cannot be downloaded.
+        RunError: the weights are missing and cannot be downloaded.
     """
 
     def __init__(
@@ -90,32 +90,32 @@ class Backbone(nn.Module):
 
     def _load(self, path: Path) -> None:
         state = state_dict_of(load_checkpoint(path))
-        # Files older than num_batches_tracked lack it, and nothing in eval mode reads it.
-        own = {k: v for k, v in self.feature_extractor.state_dict().items() if not k.endswith("num_batches_tracked")}
-        missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        # Old files lack num_batches_tracked, which nothing reads in eval mode.
+        need = {k: v for k, v in self.feature_extractor.state_dict().items() if not k.endswith("num_batches_tracked")}
+        missing = [name for name in need if name not in state or state[name].shape != need[name].shape]
         if missing:
-            fit = len(own) - len(missing)
+            fit = len(need) - len(missing)
             raise UsageError(
-                f"{path}: {fit} of {len(own)} tensors fit {self.name} (not {missing[0]}); check net.backbone"
+                f"{path}: {fit} of {len(need)} tensors fit {self.name}, {missing[0]} does not; check net.backbone"
             )
-        self.feature_extractor.load_state_dict({name: state[name] for name in own}, strict=False)
-        log.info("%s: weights of %s", path, self.name)
+        self.feature_extractor.load_state_dict({name: state[name] for name in need}, strict=False)
+        log.info("%s: loaded the weights of %s", path, self.name)
 
     @torch.no_grad()
     def _probe(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Channels and strides of the layers, from one 256x256 image."""
+        """Measure the channels and strides of the layers with one 256x256 image."""
         device = next(self.feature_extractor.parameters()).device
         features = self.feature_extractor(torch.zeros(1, 3, 256, 256, device=device))
         for layer, feature in features.items():
             if feature.dim() != 4:
                 raise UsageError(
-                    f"structure: {self.name}'s {layer} puts out {feature.dim()} dimensions, not a feature map"
+                    f"structure: {self.name}'s {layer} outputs a {feature.dim()}-dimensional tensor, not a feature map"
                 )
         channels = {layer: feature.shape[1] for layer, feature in features.items()}
         return channels, {layer: round(256 / feature.shape[2]) for layer, feature in features.items()}
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stays in eval mode: a frozen network keeps its statistics."""
+        """Stay in eval mode, so that the frozen network keeps its BatchNorm statistics."""
         return super().train(False)
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         log.warning("%s: RANDOM weights, features are not pretrained (net.backbone.kwargs.weights: random)", self.name)
 
     def set_standardization(self, mean: dict[str, torch.Tensor], std: dict[str, torch.Tensor]) -> None:
-        """Use these statistics from now on: mean[layer] (C,), std[layer] scalar."""
+        """Set the statistics that forward uses: mean[layer] (C,), std[layer] scalar."""
         for layer in self.channels:
             getattr(self.mean, key(layer)).copy_(mean[layer])
             getattr(self.std, key(layer)).copy_(std[layer])
@@ -168,12 +168,12 @@ class FeatureStatistics:
         for layer, feature in features.items():
             flat = feature.float().transpose(0, 1).flatten(1)
             count = torch.full_like(flat[:, 0], flat.shape[1])
-            # Summed over batches in float64, which not every device has.
+            # Sum over batches on the CPU: not every device has float64.
             new = torch.stack([flat.sum(1), (flat**2).sum(1), count]).cpu().double()
             self.sums[layer] = self.sums[layer] + new if layer in self.sums else new
 
     def result(self, across_ranks: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(mean (C,), deviation scalar) of each layer on the CPU; the deviation is about the channels' own means."""
+        """Means (C,) and scalar deviation of each layer, on the CPU; the deviation is around the channels' means."""
         mean, std = {}, {}
         for layer, sums in self.sums.items():
             total = distributed.all_reduce_mean(sums.clone()) if across_ranks else sums
@@ -200,13 +200,13 @@ def _build_network(name: str) -> nn.Module:
 
 
 def find_weights(name: str) -> Path:
-    """The weights file of a network: in pretrain/ under timm's or torchvision's name, else downloaded to there.
+    """Find a network's weights file in pretrain/, under timm's or torchvision's name, or download it to there.
 
     Raises:
-        RunError: it is not there and cannot be fetched.
+        RunError: the file is missing and cannot be downloaded.
     """
     choices = list(torchvision.models.get_model_weights(name))
-    # The first generation of ImageNet weights is what the field's tables are measured with.
+    # Published results were measured with the first generation of ImageNet weights.
     first = choices[0]
     files = [TIMM_FILES[name]] if name in TIMM_FILES else []
     files += [Path(urllib.parse.urlparse(choice.url).path).name for choice in choices]
@@ -224,7 +224,6 @@ def find_weights(name: str) -> Path:
     problem = distributed.broadcast(problem)
     if problem:
         raise RunError(
-            f"{path} is not there and cannot be downloaded ({problem}). "
-            f"Fetch {first.url} and put it into {PRETRAIN_DIR}/"
+            f"{path} is missing and cannot be downloaded ({problem}). Fetch {first.url} and put it into {PRETRAIN_DIR}/"
         )
     return path

@@ -1,4 +1,4 @@
-"""Losses over a model's outputs, built from the YAML's `criterion` list."""
+"""Losses on a model's outputs, built from the YAML's `criterion` list."""
 
 from collections.abc import Sequence
 
@@ -41,12 +41,12 @@ class FeatureMSELoss(nn.Module):
 class SegmentFocalLoss(nn.Module):
     """Focal loss (Lin et al. 2017): the mean of -a (1-p)^gamma log p.
 
-    p is the probability of the true class, its one-hot target clamped to [1e-5, 1 - 1e-5], plus 1e-5.
+    p is the probability of the true class, from one-hot targets clamped to [1e-5, 1 - 1e-5], plus 1e-5.
 
     Args:
-        alpha: a of class balance_index, 1 - alpha of the other; a = 1 for both where None.
+        alpha: the weight a of class balance_index; that of the other class is 1 - alpha. None: a = 1 for both.
         gamma: focusing exponent >= 0.
-        balance_index: class that alpha belongs to.
+        balance_index: the class that alpha weights.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ LOSSES = {loss.__name__: loss for loss in (SegmentCrossEntropyLoss, FeatureMSELo
 
 
 def build_criterion(criterion: Sequence[dict]) -> dict[str, nn.Module]:
-    """The losses of the YAML's `criterion` list by name; each maps a model's outputs to a scalar.
+    """Build the losses of the YAML's `criterion` list, by name; each maps a model's outputs to a scalar.
 
     Raises:
         UsageError: unknown type or argument.

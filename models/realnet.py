@@ -24,7 +24,7 @@ PARTS = {
     "recon": tuple(RECONSTRUCTIONS),
     "rrs": ("models.rrs.RRS",),
 }
-# The reference stores what it measured in its checkpoints' settings; here it is measured again.
+# The reference stores these measured values in its checkpoints' settings; here they are measured again.
 MEASURED = ("outlayers", "structure", "inplanes", "instrides", "init_bsn")
 
 
@@ -32,9 +32,9 @@ class RealNet(nn.Module):
     """The whole detector.
 
     Shape of the batch:
-        image (N,3,H,W) ImageNet-normalised RGB, anomalous where mask (N,1,H,W) is 1. In training gt_image (N,3,H,W),
-        its normal version, and optionally changed (N,) bool on the CPU: where the two differ; equal images pass the
-        backbone once.
+        image (N,3,H,W) ImageNet-normalised RGB, anomalous where mask (N,1,H,W) is 1. In training also gt_image
+        (N,3,H,W), its normal version, and optionally changed (N,) bool on the CPU: whether the two differ; if they do
+        not, they pass the backbone as one image.
 
     Returns:
         block_feats, feats_recon, residual: {block: (N,C,h,w)}; logit (N,2,H,W); anomaly_score (N,1,H,W) in [0,1].
@@ -71,7 +71,7 @@ class RealNet(nn.Module):
         image, gt_image = batch["image"], batch["gt_image"]
         n, size = len(image), tuple(image.shape[-2:])
         if "changed" in batch:
-            # The index is made on the CPU: taking it from the device would wait for the device.
+            # Make the index on the CPU: nonzero() on the device would wait for the device.
             index = batch["changed"].cpu().nonzero().flatten().to(image.device, non_blocking=True)
             gt_image = gt_image.index_select(0, index)
         else:
@@ -82,11 +82,11 @@ class RealNet(nn.Module):
 
 
 class ExportedRealNet(nn.Module):
-    """A trained RealNet with the plain inputs and outputs that other runtimes take.
+    """A trained RealNet with plain tensors as inputs and outputs, for other runtimes.
 
     Args:
-        network: in eval mode.
-        window: (height, width) of the average pooling before the maximum that is the image score.
+        network: a RealNet in eval mode.
+        window: (height, width) of the average pooling whose maximum is the image score.
 
     Shape:
         image (N,3,H,W) -> anomaly map (N,H,W) in [0,1], score (N,)
@@ -105,13 +105,13 @@ class ExportedRealNet(nn.Module):
 
 
 def parse_structure(structure: Sequence[dict], channels: dict[str, int] | None = None) -> list[Block]:
-    """The YAML's `structure` as Blocks.
+    """Convert the YAML's `structure` to Blocks.
 
     Args:
         channels: channels of each layer, to check `planes` against.
 
     Raises:
-        UsageError: a key is missing or a layer lacks that many channels.
+        UsageError: a key is missing, a layer has fewer channels, or the strides do not fit.
     """
     blocks = []
     for i, block in enumerate(structure):
@@ -120,7 +120,7 @@ def parse_structure(structure: Sequence[dict], channels: dict[str, int] | None =
             blocks.append(Block(str(block["name"]), layers, int(block["stride"])))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
-                f"structure: block {i} has to read {{name, layers: [{{idx, planes}}, ...], stride}} ({error})"
+                f"structure: block {i} must have the form {{name, layers: [{{idx, planes}}, ...], stride}} ({error})"
             ) from None
         for layer, planes in layers:
             if planes < 1:
@@ -141,7 +141,7 @@ def parse_structure(structure: Sequence[dict], channels: dict[str, int] | None =
 
 
 def check_realnet(config: dict) -> None:
-    """Raise what build_realnet does where the settings make no network, in no time and memory."""
+    """Raise the errors of build_realnet for these settings, without the time and memory to build the network."""
     with torch.device("meta"):
         build_realnet(config, "checkpoint")
 
@@ -150,13 +150,13 @@ def build_realnet(config: dict, backbone_weights: str | None = None) -> RealNet:
     """Build RealNet from a loaded realnet.yaml.
 
     Args:
-        config: has `net` and `structure`; the reference's saved `arch`, where the structure stands in afs's kwargs,
-            serves as `net` too.
+        config: has `net` and `structure`; `net` may be the reference's saved `arch`, with the structure in afs's
+            kwargs.
         backbone_weights: overrides net.backbone.kwargs.weights; "checkpoint" when a state_dict will be loaded.
 
     Raises:
         UsageError: a part is missing, unknown or does not fit the others.
-        RunError: pretrained weights are not at hand.
+        RunError: pretrained weights are missing and cannot be downloaded.
 
     Example:
         >>> from utils.config import load_config

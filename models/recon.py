@@ -24,7 +24,7 @@ class _UpConv(nn.Module):
 
 
 class _ResBlock(nn.Module):
-    """skip(x) + conv3(SiLU(GN(x))), with both branches resampled alike."""
+    """skip(x) + conv3(SiLU(GN(x))), with both branches resampled the same way."""
 
     def __init__(self, channels: int, out_channels: int, resample: str | None = None) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _ResBlock(nn.Module):
 
 
 class ReconstructionUNet(nn.Module):
-    """U-Net without time embedding that maps features of an anomalous image to those of the normal one.
+    """U-Net without time embedding that maps features of an anomalous image to those of the normal image.
 
     Args:
         channels: channels of input and output.
@@ -162,7 +162,7 @@ class SimpleReconstruction(nn.Module):
 
 
 class _PerBlock(nn.Module):
-    """One network per block, named <block>_recon; features are padded to what the networks' levels need."""
+    """One network per block, named <block>_recon; pads features to the multiple of `factor` that networks need."""
 
     def __init__(self, networks: dict[str, nn.Module], factor: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class ReconstructionLayer(_PerBlock):
     Args:
         planes: channels of each block.
         num_res_blocks, channel_mult, attention_mult: see ReconstructionUNet.
-        hide_channels_ratio: hidden width over block channels.
+        hide_channels_ratio: hidden width divided by the block's channels.
 
     Shape:
         {block: (N, planes[block], h, w)} -> same
@@ -198,7 +198,7 @@ class ReconstructionLayer(_PerBlock):
         torch.Size([1, 64, 15, 22])
 
     Raises:
-        UsageError: the hidden width of a block is not a multiple of 32.
+        UsageError: the hidden width of a block is not a positive multiple of 32.
     """
 
     def __init__(
@@ -214,8 +214,8 @@ class ReconstructionLayer(_PerBlock):
             hidden = int(channels * hide_channels_ratio)
             if hidden == 0 or hidden % 32:
                 raise UsageError(
-                    f"structure: {block} keeps {channels} channels, times recon's hide_channels_ratio "
-                    f"{hide_channels_ratio} is {hidden}, which has to be a multiple of 32"
+                    f"structure: {block} keeps {channels} channels; times recon's hide_channels_ratio "
+                    f"{hide_channels_ratio} that is {hidden}, which is not a positive multiple of 32"
                 )
             networks[block] = ReconstructionUNet(channels, hidden, num_res_blocks, channel_mult, attention_mult)
         super().__init__(networks, 2 ** (len(channel_mult) - 1))

@@ -12,15 +12,15 @@ from utils.errors import UsageError
 
 
 class RRS(nn.Module):
-    """Keeps, per image, the residual channels that react most, and decodes them into anomaly logits.
+    """Keeps each image's residual channels that react most, and decodes them into anomaly logits.
 
     Args:
         planes: channels of each block.
         strides: stride of each block.
-        modes: how channels are ranked, "max" and "mean" over positions; a channel may be chosen by both.
+        modes: how to rank channels: by "max", "mean" or both over positions; two modes may keep the same channel.
         mode_numbers: how many channels each mode keeps.
         num_residual_layers: length of the residual stack.
-        stop_grad: keep the discriminator's gradient from the reconstruction networks.
+        stop_grad: block the discriminator's gradient to the reconstruction networks.
 
     Shape:
         {block: (N, planes[block], h, w) >= 0}, image size (H, W) -> logits (N, 2, H, W)
@@ -31,7 +31,7 @@ class RRS(nn.Module):
         torch.Size([2, 2, 64, 64])
 
     Raises:
-        UsageError: an unknown mode, or more channels wanted than there are.
+        UsageError: an unknown mode, or a number of channels that does not fit.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class RRS(nn.Module):
 
     @torch.no_grad()
     def choose(self, joined: torch.Tensor) -> torch.Tensor:
-        """Indices (N, kept) of the channels, each mode's in order of descending score.
+        """Indices (N, kept) of the channels to keep, in descending order of score within each mode.
 
-        BatchNorm makes the channels comparable; it serves this choice only.
+        BatchNorm makes the channels comparable; it is used for this choice only.
         """
         equalised = self.bn_idx(joined.detach())
         scores = {"max": lambda x: x.amax(dim=(2, 3)), "mean": lambda x: x.mean(dim=(2, 3))}

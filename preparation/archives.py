@@ -1,4 +1,4 @@
-"""Unpacking archives of images: nothing is written outside of the target folder, links and devices are refused."""
+"""Unpacks archives of images; writes nothing outside the target folder and refuses links and devices."""
 
 import lzma
 import shutil
@@ -17,7 +17,7 @@ _BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMA
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file's name ends like that of an archive."""
+    """Whether a path is a file with the suffix of an archive."""
     return path.is_file() and path.name.lower().endswith(SUFFIXES)
 
 
@@ -25,9 +25,9 @@ def unpack(archive: Path, target: Path) -> None:
     """Unpack the regular files of a .tar (also .gz, .bz2, .xz) or .zip into an empty folder.
 
     Raises:
-        UsageError: the archive is unreadable, encrypted or truncated, a member would land outside of the target or is
-            a link or device, or a name comes twice. All members are checked before any is written.
-        RunError: the disk has no room for them.
+        UsageError: the archive is unreadable, encrypted or truncated; a member would land outside the target or is a
+            link or device; or a name occurs twice. All members are checked before any is written.
+        RunError: the disk has no room for the members or cannot be written.
     """
     try:
         if archive.name.lower().endswith(".zip"):
@@ -37,11 +37,11 @@ def unpack(archive: Path, target: Path) -> None:
     except (UsageError, RunError):
         raise
     except _BROKEN as error:
-        # tarfile's message has a line for each decoder that it tried.
+        # tarfile's message has one line for each decoder tried; the first is enough.
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise UsageError(f"{archive} is not a readable archive ({reason})") from None
     except RuntimeError as error:
-        # What zipfile raises for encrypted members.
+        # zipfile raises RuntimeError for encrypted members.
         raise UsageError(f"{archive}: {error}") from None
     except OSError as error:
         raise RunError(f"{archive}: cannot be unpacked to {target} ({error.strerror or error})") from None
@@ -71,7 +71,7 @@ def _unpack_tar(archive: Path, target: Path) -> None:
 
 
 def _progress(members: list, archive: Path) -> tqdm:
-    # disable=None: quiet where there is no terminal.
+    # disable=None hides the bar if there is no terminal.
     return tqdm(members, f"unpacking {archive.name}", leave=False, disable=None)
 
 
@@ -86,17 +86,17 @@ def _check_names(archive: Path, names: list[str]) -> None:
         path = PurePosixPath(name)
         drive = len(name) > 1 and name[1] == ":"
         if path.is_absolute() or drive or ".." in path.parts or "\0" in name or not path.parts:
-            raise UsageError(f"{archive}: {name!r} would land outside of the data folder; nothing was unpacked")
+            raise UsageError(f"{archive}: {name!r} would land outside the data folder; nothing was unpacked")
         if path in seen:
             raise UsageError(f"{archive}: holds {name} twice; nothing was unpacked")
         seen.add(path)
     for path in seen:
         above = next((parent for parent in path.parents if parent in seen), None)
         if above is not None:
-            raise UsageError(f"{archive}: {above} is a file and a folder at once; nothing was unpacked")
+            raise UsageError(f"{archive}: {above} is both a file and a folder; nothing was unpacked")
 
 
 def _check_room(archive: Path, size: int, target: Path) -> None:
     free = shutil.disk_usage(target).free
     if size > free:
-        raise RunError(f"{archive}: unpacks to {size >> 20} MiB, and {target} has room for {free >> 20} MiB")
+        raise RunError(f"{archive}: unpacks to {size >> 20} MiB, but {target} has room for {free >> 20} MiB")

@@ -3,7 +3,7 @@
     python -m preparation.demo
 
 Training images come from the left part of each photograph and test images from the right, so none overlap.
-Defects are drawn by other means than the training anomalies, with exact masks; everything follows from the seed.
+Defects are drawn differently from the training anomalies and have exact masks. The seed determines all images.
 """
 
 import argparse
@@ -20,18 +20,18 @@ from utils.cli import run
 from utils.pictures import write_image
 
 CLASSES = ("brick", "grass", "gravel")
-# Other photographs that come with scikit-image, cut up as textures for the anomaly type dtd.
+# Other photographs that come with scikit-image, cut into textures for the anomaly type dtd.
 TEXTURES = ("astronaut", "camera", "cat", "coffee", "coins", "hubble_deep_field", "moon", "page", "rocket", "text")
 TEXTURES_EACH = 6
-# Where the foreign patches come from: bricks stand out of grass and gravel, gravel out of bricks.
+# Source of each class's foreign patches: brick stands out from grass and gravel, gravel from brick.
 FOREIGN = {"brick": "gravel", "grass": "brick", "gravel": "brick"}
 SIZE = 128
 TRAIN_COUNT, GOOD_COUNT, DEFECT_COUNT = 120, 30, 10
-SPLIT_COLUMN = 336  # of 512: left of it training, right of it test
+SPLIT_COLUMN = 336  # of 512; training crops lie left of it, test crops right of it
 
 
 def draw_scratch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A thin curved dark line with a lit edge. Returns (image, mask), like its siblings."""
+    """A thin curved dark line with a lit edge. Returns (image, mask), like the other draw_ functions."""
     del other
     middle = rng.uniform(40, SIZE - 40, 2)
     angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.02, 0.02)
@@ -50,7 +50,7 @@ def draw_scratch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator)
 
 
 def draw_stain(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth darker or brighter blot with a soft edge, that lets the texture through."""
+    """A translucent dark or bright blot with a soft edge."""
     del other
     y, x = np.mgrid[:SIZE, :SIZE]
     cy, cx = rng.uniform(32, SIZE - 32, 2)
@@ -78,7 +78,7 @@ def draw_hole(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) ->
 
 
 def draw_patch(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An angular piece of another photograph, taken in brighter or darker light."""
+    """A polygon cut from another photograph and made brighter or darker."""
     corners = int(rng.integers(5, 8))
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
     radii = rng.uniform(18, 32, corners)
@@ -106,7 +106,7 @@ def crop(photograph: np.ndarray, rng: np.random.Generator, first: int, last: int
 
 
 def make_class(root: Path, name: str, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Write the images and masks of one class; returns its training and test lists."""
+    """Write the images and masks of one class; return its training and test lists."""
     rng = np.random.default_rng([seed, CLASSES.index(name)])
     photograph = getattr(photographs, name)()
     width = photograph.shape[1]

@@ -1,4 +1,4 @@
-"""Near-duplicates: images that are nearly the same, and a split of good images that keeps them on one side."""
+"""Finds near-duplicate images, and splits good images so that near-duplicates stay on one side."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,16 +9,16 @@ from datasets.lists import Sample
 from preparation.findings import LEAK, Finding
 
 _THUMBNAIL, _FREQUENCIES = 64, 16
-_NOISE = 8.0  # coefficients of an orthonormal 64 x 64 DCT of grey levels: a wave of 1/4 grey level
-_USUAL = 6.0  # near-duplicates differ this many times less than the median pair
+_NOISE = 8.0  # coefficient of an orthonormal 64 x 64 DCT: a wave of 1/4 grey level
+_TIMES_CLOSER = 6.0  # near-duplicates differ at least this many times less than the median pair
 _CHUNK = 2048
 
 
 def fingerprint(image: np.ndarray) -> np.ndarray:
-    """Perceptual hash: signs of the lowest 16 x 16 DCT coefficients but the mean (after Zauner, 2010).
+    """Perceptual hash: signs of the lowest 16 x 16 DCT coefficients, without the mean (after Zauner, 2010).
 
-    Coefficients too small to survive noise and compression count as 0, and the vector has unit length (or is all 0 for
-    a flat image): 1 - a . b is twice the share of signs that differ.
+    Coefficients whose sign noise or compression may flip count as 0. The vector has unit length (all 0 for a flat
+    image), so 1 - a . b is twice the share of signs that differ.
 
     Args:
         image: (H,W,3) uint8.
@@ -36,15 +36,15 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
 def near_duplicates(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     """Pairs (index in first, index in second) of fingerprints whose images are nearly the same.
 
-    Such fingerprints differ at most a sixth as much as the median pair does: parts that always lie in the same way have
-    similar fingerprints without being the same part. Measured: photographs of magnetic tiles that are saved again,
-    scaled, brightened or made noisier differ in 1 - 5 % of the signs, and those of different tiles in 22 - 50 %.
+    Their fingerprints differ at most a sixth as much as those of the median pair. The limit is relative because parts
+    that always lie the same way have similar fingerprints. Measured on magnetic tiles: photographs that are saved
+    again, scaled, brightened or made noisier differ in 1 - 5 % of the signs; those of different tiles in 22 - 50 %.
     """
     if not first or not second:
         return []
     a, b = np.stack(first), np.stack(second)
     step_a, step_b = (-(-len(vectors) // 512) for vectors in (a, b))
-    limit = np.median(1 - a[::step_a] @ b[::step_b].T) / _USUAL
+    limit = np.median(1 - a[::step_a] @ b[::step_b].T) / _TIMES_CLOSER
     pairs = []
     for start in range(0, len(a), _CHUNK):
         rows, columns = np.nonzero(1 - a[start : start + _CHUNK] @ b.T <= max(limit, 1e-6))
@@ -53,21 +53,21 @@ def near_duplicates(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -
 
 
 def duplicate_groups(fingerprints: Sequence[np.ndarray]) -> list[list[int]]:
-    """The indices in groups of near-duplicates, each group sorted, in the order of their first members."""
+    """Groups of near-duplicates as sorted lists of indices, ordered by their first members."""
     parent = list(range(len(fingerprints)))
 
-    def top(i: int) -> int:
+    def root_of(i: int) -> int:
         while parent[i] != i:
             parent[i] = parent[parent[i]]
             i = parent[i]
         return i
 
     for i, j in near_duplicates(fingerprints, fingerprints):
-        low, high = sorted((top(i), top(j)))
+        low, high = sorted((root_of(i), root_of(j)))
         parent[high] = low
     groups: dict[int, list[int]] = {}
     for i in range(len(fingerprints)):
-        groups.setdefault(top(i), []).append(i)
+        groups.setdefault(root_of(i), []).append(i)
     return list(groups.values())
 
 
@@ -78,13 +78,13 @@ def split_good(
 
     Args:
         fingerprints: by file name.
-        fraction: share of test images, 0 .. 1; of two images or more, at least one is on each side.
+        fraction: share of test images, 0 .. 1; unless it is 0, the aim is at least one image on each side.
     """
     rng = np.random.default_rng(seed)
     wanted = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 else 0
     groups = duplicate_groups([fingerprints[sample.filename] for sample in samples])
     if max(map(len, groups)) > len(samples) / 2:
-        # Nearly all images look the same, so groups mean nothing; report_leaks lists the pairs.
+        # Most images look the same, so grouping them is no use; report_leaks lists the pairs.
         groups = [[i] for i in range(len(samples))]
     test: set[int] = set()
     for g in rng.permutation(len(groups)):
@@ -95,18 +95,18 @@ def split_good(
 
 
 def report_leaks(train: Iterable[Sample], test: Iterable[Sample], fingerprints: dict[str, np.ndarray]) -> list[Finding]:
-    """Test images that are nearly the same as a training image of their class."""
+    """Findings for test images that are nearly the same as a training image of their class."""
     train, test = list(train), list(test)
     findings = []
     for name in sorted({sample.clsname for sample in train}):
-        trained = [sample.filename for sample in train if sample.clsname == name]
-        tested = [sample.filename for sample in test if sample.clsname == name]
-        twins: dict[int, list[int]] = {}
-        pairs = near_duplicates([fingerprints[file] for file in trained], [fingerprints[file] for file in tested])
+        train_files = [sample.filename for sample in train if sample.clsname == name]
+        test_files = [sample.filename for sample in test if sample.clsname == name]
+        similar_to: dict[int, list[int]] = {}
+        pairs = near_duplicates([fingerprints[f] for f in train_files], [fingerprints[f] for f in test_files])
         for i, j in pairs:
-            twins.setdefault(j, []).append(i)
-        for j, similar in twins.items():
+            similar_to.setdefault(j, []).append(i)
+        for j, similar in similar_to.items():
             more = f" and {len(similar) - 1} more" if len(similar) > 1 else ""
-            text = f"is nearly the same as the training image {trained[similar[0]]}{more}"
-            findings.append(Finding(LEAK, tested[j], text))
+            text = f"is nearly the same as the training image {train_files[similar[0]]}{more}"
+            findings.append(Finding(LEAK, test_files[j], text))
     return findings

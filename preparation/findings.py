@@ -1,4 +1,4 @@
-"""What the owner of some images should know about them: findings, and how they are reported."""
+"""Findings about the user's images, and their report."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from utils.files import write_text
 
 log = logging.getLogger("realnet")
 
-# Kinds of findings, in the order in which they are listed.
+# Kinds of findings, in the order of the report.
 MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK = (
     "missing",
     "surplus",
@@ -20,12 +20,12 @@ MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK = (
     "on both sides of the split",
 )
 KINDS = (MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK)
-SHOWN = 10  # findings of a kind on the terminal
+SHOWN = 10  # findings of each kind printed on the terminal
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the owner of the images should know.
+    """One thing that the owner of the images should know.
 
     Args:
         kind: one of KINDS.
@@ -42,7 +42,7 @@ class Finding:
 
 
 def report(findings: list[Finding], path: Path) -> bool:
-    """Print the first findings of each kind and write all of them to `path`; returns whether any file is unreadable."""
+    """Print the first findings of each kind and write all of them to `path`; return whether any file is unreadable."""
     write_text(path, "".join(f"{finding.kind}: {finding}\n" for finding in findings))
     counts = Counter(finding.kind for finding in findings)
     for kind in KINDS:
@@ -52,5 +52,5 @@ def report(findings: list[Finding], path: Path) -> bool:
         if len(of_kind) > SHOWN:
             print(f"{kind}: and {len(of_kind) - SHOWN} more, see {path}")
     total = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
-    log.info("in all: %s", f"{total} ({path})" if total else "nothing missing, nothing left over")
+    log.info("findings: %s", f"{total} ({path})" if total else "none")
     return counts[UNREADABLE] > 0

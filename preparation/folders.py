@@ -1,4 +1,4 @@
-"""Looking into folders: which files are images, which folders hold masks, and what is in the way."""
+"""Looks into folders: which files are images, which folders hold masks, and which files are neither."""
 
 import os
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ MASK_FOLDERS = ("ground_truth", "groundtruth", "ground truth", "masks", "mask", 
 
 @dataclass
 class Reader:
-    """Walks the folders under a root and collects findings on the way."""
+    """Walks the folders under a root and collects findings along the way."""
 
     root: Path
     findings: list[Finding] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Reader:
 
     def report(self, kind: str, path: Path | str, text: str) -> None:
         where = self.name(path) if isinstance(path, Path) else path
-        # A name that is no UTF-8 cannot be printed as it is.
+        # A name that is not UTF-8 cannot be printed without escaping.
         self.findings.append(Finding(kind, where.encode("utf-8", "backslashreplace").decode(), text))
 
     def subfolders(self, folder: Path) -> list[Path]:
@@ -44,7 +44,7 @@ class Reader:
                 elif nested and not is_mask_folder(path):
                     images += self.images(path)
             elif path.suffix.lower() not in SUFFIXES:
-                self.report(SURPLUS, path, f"is not an image of a format that is read here ({' '.join(SUFFIXES)})")
+                self.report(SURPLUS, path, f"is not an image in a supported format ({' '.join(SUFFIXES)})")
             elif not path.is_file():
                 self.report(UNREADABLE, path, "is a broken link, or not a file")
             elif not _printable(path):
@@ -55,7 +55,7 @@ class Reader:
 
 
 def visible(path: Path) -> bool:
-    """Whether a file or folder is meant for people: neither hidden nor left by an operating system."""
+    """Whether a file or folder is neither hidden nor left behind by an operating system."""
     return not path.name.startswith(".") and path.name not in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
@@ -64,7 +64,7 @@ def is_mask_folder(path: Path) -> bool:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether images lie directly in a folder."""
+    """Whether a folder directly contains images."""
     return any(path.suffix.lower() in SUFFIXES and visible(path) and path.is_file() for path in _entries(folder))
 
 

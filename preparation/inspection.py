@@ -1,4 +1,4 @@
-"""Opening every image once: which ones are unreadable, how large they are, and which masks do not fit."""
+"""Opens every image once, to find sizes, unreadable files, and masks that do not fit."""
 
 import os
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from utils.errors import UsageError
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What reading an image once tells about it.
+    """What inspection measures on an image.
 
     Args:
-        size: (height, width), upright.
+        size: (height, width) of the upright image.
         fingerprint: (255,) float32, see duplicates.fingerprint.
     """
 
@@ -33,12 +33,12 @@ def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo]
     """Decode all images and masks.
 
     Returns:
-        ImageInfo by file name; the samples that can be read, without masks that cannot be used; findings.
+        ImageInfo by file name; the readable samples, without unusable masks; findings.
     """
     infos, readable, findings = {}, [], []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         results = pool.map(lambda sample: _inspect_one(root, sample), samples)
-        # disable=None: quiet where there is no terminal.
+        # disable=None hides the bar if there is no terminal.
         for sample, info, problems in tqdm(results, "reading images", len(samples), leave=False, disable=None):
             findings += problems
             if info is not None:
@@ -67,16 +67,16 @@ def _mask_problem(root: Path, sample: Sample, size: tuple[int, int]) -> Finding 
         mask = read_mask(root / sample.maskname)
     except UsageError as error:
         return Finding(UNREADABLE, sample.maskname, f"mask {_reason(error, root / sample.maskname)}")
-    # With the same aspect ratio it is scaled when it is used; with another, it belongs to another image.
+    # A mask with the image's aspect ratio is scaled when used; with a different one, it belongs to another image.
     if not same_aspect_ratio(mask.shape, size):
         (h, w), (height, width) = mask.shape, size
-        text = f"mask of {w}x{h} pixels for an image of {width}x{height}; it is left out"
+        text = f"mask is {w}x{h} pixels, but the image is {width}x{height}; the mask is ignored"
         return Finding(NO_MASK, sample.maskname, text)
     if not mask.any():
-        return Finding(NO_MASK, sample.maskname, "mask is empty, although the image is defective; it is left out")
+        return Finding(NO_MASK, sample.maskname, "mask is empty although the image is defective; the mask is ignored")
     return None
 
 
 def _reason(error: UsageError, path: Path) -> str:
-    """The message without the path that it starts with."""
+    """The error's message without the leading path."""
     return str(error).removeprefix(str(path)).strip()

@@ -1,4 +1,4 @@
-"""Recognising data sets on disk: the official folders of the benchmarks, and any sensible folders of the user's own."""
+"""Recognises data sets on disk: the benchmarks' official folders, and the user's own in several layouts."""
 
 import csv
 from collections import defaultdict
@@ -20,18 +20,18 @@ SPLIT_FILE = "split_csv/1cls.csv"
 DEPTH = 3
 OWN_LAYOUTS = (
     "train/good with test/<defect> (and ground_truth/<defect>); good with bad (or ok with ko); images of good parts "
-    "alone; or a folder of one of these per class"
+    "only; or one such folder per class"
 )
 
 
 @dataclass
 class DatasetOnDisk:
-    """A data set as it lies on disk.
+    """A data set found on disk.
 
     Args:
-        root: the folder that the samples' names are relative to.
-        layout: what was recognised, in words.
-        samples: by TRAIN, TEST, and UNSPLIT for images that the folders assign to neither.
+        root: the folder that the samples' file names are relative to.
+        layout: the recognised layout, in words.
+        samples: by TRAIN, TEST, or UNSPLIT if the folders assign them to neither.
         findings: what is missing, surplus or without a mask.
     """
 
@@ -45,14 +45,14 @@ class DatasetOnDisk:
 
 
 def recognize(folder: Path, dataset: str) -> DatasetOnDisk:
-    """Find out what lies in a folder.
+    """Recognise the data set in a folder.
 
     Args:
-        folder: as the user names it; the data set may lie a few folders deeper.
-        dataset: name of one of the benchmarks, or any other for the user's own.
+        folder: the folder that the user passed; the data set may lie a few levels deeper.
+        dataset: name of a benchmark, or any other name for the user's own images.
 
     Raises:
-        UsageError: nothing there looks like it.
+        UsageError: no such data set is found, or a class has a reserved name.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -79,7 +79,7 @@ def _read_class(reader: Reader, folder: Path, clsname: str) -> dict[str, list[Sa
         if test:
             samples[TEST] = _samples(reader, test, clsname, masks)
         else:
-            reader.report(MISSING, folder / TEST, "there is no such folder, so nothing to evaluate on")
+            reader.report(MISSING, folder / TEST, "no such folder, so there is nothing to evaluate on")
     elif _named(subfolders, GOOD):
         samples[UNSPLIT] = _samples(reader, folder, clsname, masks)
     else:
@@ -93,20 +93,20 @@ def _named(folders: list[Path], names: tuple[str, ...]) -> Path | None:
 
 
 def _train_samples(reader: Reader, folder: Path, clsname: str) -> list[Sample]:
-    """Good images of a train folder; they may lie in it or in its folder `good`."""
+    """Good images of a train folder: those directly in it and in its subfolder `good`."""
     good = []
     for subfolder in reader.subfolders(folder):
         images = [] if is_mask_folder(subfolder) else reader.images(subfolder)
         if subfolder.name.lower() in GOOD:
             good += images
         elif images:
-            reader.report(SURPLUS, subfolder, f"{len(images)} images that are not good; training takes good ones only")
+            reader.report(SURPLUS, subfolder, f"{len(images)} images that are not good; training uses good ones only")
     good += reader.images(folder, nested=False) if has_images(folder) else []
     return [Sample(reader.name(path), 0, clsname) for path in good]
 
 
 def _samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
-    """Images of a folder with one folder per defect type; `good` (or ok, normal) is good, every other is a defect."""
+    """Images of a folder with one subfolder per defect type; `good` (or ok, normal) holds the good images."""
     samples = []
     for subfolder in reader.subfolders(folder):
         if is_mask_folder(subfolder):
@@ -120,7 +120,7 @@ def _samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> li
         samples += _defective(reader, masks.split_off(images, subfolder), subfolder, clsname, masks)
     if has_images(folder):
         for path in reader.images(folder, nested=False):
-            reader.report(SURPLUS, path, "lies in no folder that says whether it is good")
+            reader.report(SURPLUS, path, "is not in a folder that says whether it is good")
     return samples
 
 
@@ -130,18 +130,18 @@ def _defective(reader: Reader, images: list[Path], folder: Path, clsname: str, m
         same_name[path.parent, path.stem.lower()].append(path)
     samples = []
     for path in images:
-        twins = same_name[path.parent, path.stem.lower()]
+        namesakes = same_name[path.parent, path.stem.lower()]
         mask = masks.of(path, folder)
-        if mask is not None and len(twins) > 1:
-            names = " and ".join(twin.name for twin in twins)
-            reader.report(AMBIGUOUS, path, f"{names} would share the mask {reader.name(mask)}; neither takes it")
+        if mask is not None and len(namesakes) > 1:
+            names = " and ".join(image.name for image in namesakes)
+            reader.report(AMBIGUOUS, path, f"{names} would share the mask {reader.name(mask)}; none uses it")
             mask = None
         samples.append(Sample(reader.name(path), 1, clsname, reader.name(mask) if mask else None))
     return samples
 
 
 def report_masks(samples: list[Sample]) -> list[Finding]:
-    """Defective images without a mask: each of them where others of the class have one, else one line for the class."""
+    """Findings for defective images without a mask: one per image, or one per class if no image of it has one."""
     findings = []
     for name in sorted({sample.clsname for sample in samples}):
         defective = [sample for sample in samples if sample.clsname == name and sample.label]
@@ -160,7 +160,7 @@ def report_masks(samples: list[Sample]) -> list[Finding]:
 def _official(folder: Path, dataset: str, info: DatasetInfo) -> DatasetOnDisk:
     root = _deepest_match(folder, info)
     if root is None:
-        hint = f"; it looks like the class {folder.name} alone: name the folder above it" if _is_class(folder) else ""
+        hint = f"; it looks like the single class {folder.name}: pass the folder above it" if _is_class(folder) else ""
         classes = ", ".join(info.classes)
         raise UsageError(f"{folder}: holds none of the classes of {dataset} ({classes}); expected {info.layout}{hint}")
     reader = Reader(root)
@@ -171,7 +171,7 @@ def _official(folder: Path, dataset: str, info: DatasetInfo) -> DatasetOnDisk:
         data = DatasetOnDisk(root, f"{dataset}, folders {info.layout.rpartition('; or ')[2]}", findings=reader.findings)
         for name in filter(lambda name: (root / name).is_dir(), info.classes):
             if (root / name / "Data").is_dir():
-                raise UsageError(f"{root}: {SPLIT_FILE} is missing, which says what is trained and tested on")
+                raise UsageError(f"{root}: {SPLIT_FILE} is missing; it lists the training and test images")
             for split, samples in _read_class(reader, root / name, name).items():
                 data.samples[split] += samples
         undecided = sorted({sample.clsname for sample in data.samples[UNSPLIT]})
@@ -187,7 +187,7 @@ def _is_class(folder: Path) -> bool:
 
 
 def _deepest_match(folder: Path, info: DatasetInfo) -> Path | None:
-    """The folder with most of the classes: this one, or one a few levels below."""
+    """The folder that holds the most classes: this one, or one a few levels below."""
     best, most, level = None, 0, [folder]
     for _ in range(DEPTH):
         for path in level:
@@ -200,7 +200,7 @@ def _deepest_match(folder: Path, info: DatasetInfo) -> Path | None:
 
 
 def _read_split_file(reader: Reader, path: Path, info: DatasetInfo, samples: dict[str, list[Sample]]) -> None:
-    """VisA's list of images: object, split, label, image, mask."""
+    """Add the samples in VisA's list of images, whose columns are object, split, label, image, mask."""
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -234,21 +234,21 @@ def _read_split_file(reader: Reader, path: Path, info: DatasetInfo, samples: dic
 
 
 def _line_problem(line: list[str], info: DatasetInfo, listed: dict[str, int]) -> str | None:
-    """What is wrong with a line of the split file by itself."""
+    """What is wrong with a line of the split file, or None."""
     if len(line) != 5:
         return f"has {len(line)} columns instead of 5"
     clsname, split, label, image, mask = (cell.strip() for cell in line)
     if clsname not in info.classes:
-        return f"{clsname!r} is no class of the data set"
+        return f"{clsname!r} is not a class of the data set"
     if split not in (TRAIN, TEST) or label not in ("normal", "anomaly"):
         return f"split {split!r} and label {label!r}; expected train or test, and normal or anomaly"
     if split == TRAIN and label == "anomaly":
-        return f"{image} is an anomaly, but to be trained on"
+        return f"{image} is an anomaly, but listed for training"
     for name in filter(None, (image, mask)):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            return f"{name} leaves the data set's folder"
+            return f"{name} lies outside the data set's folder"
     if image in listed:
-        return f"{image} is in line {listed[image]} already"
+        return f"{image} is already in line {listed[image]}"
     return None
 
 
@@ -265,10 +265,10 @@ def _compare(data: DatasetOnDisk, info: DatasetInfo) -> None:
             continue
         for split, have, want in zip(("training", "test"), counts[name], expected, strict=True):
             if have != want:
-                reader.report(MISSING if have < want else SURPLUS, name, f"{have} {split} images; published are {want}")
+                reader.report(MISSING if have < want else SURPLUS, name, f"{have} {split} images (published: {want})")
     for folder in reader.subfolders(data.root):
         if folder.name not in info.classes and _is_class(folder):
-            reader.report(SURPLUS, folder, "is no class of the data set")
+            reader.report(SURPLUS, folder, "is not a class of the data set")
 
 
 # ---- the user's own images -------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def _own(folder: Path, dataset: str) -> DatasetOnDisk:
         raise UsageError(f"{folder}: no images of good parts found; expected {OWN_LAYOUTS}")
     if has_images(root) and root not in classes.values():
         for path in reader.images(root, nested=False):
-            reader.report(SURPLUS, path, "lies beside the folders of the classes")
+            reader.report(SURPLUS, path, "is not in the folder of a class")
     splits = sorted({"with a split" if _has_split(reader, path) else "without a split" for path in classes.values()})
     only_good = all(sample.label == 0 for sample in data.all())
     data.layout = ("good images only" if only_good else "good and defective images") + ", " + " and ".join(splits)
@@ -297,7 +297,7 @@ def _has_split(reader: Reader, folder: Path) -> bool:
 
 
 def _class_folders(folder: Path, dataset: str) -> tuple[Path, dict[str, Path]]:
-    """The folder that names are relative to, and the folder of each class. A folder without classes is one class."""
+    """The folder that file names are relative to, and each class's folder. Without class folders, it is one class."""
     reader = Reader(folder)
     for _ in range(DEPTH):
         if _is_class(folder):
@@ -308,7 +308,7 @@ def _class_folders(folder: Path, dataset: str) -> tuple[Path, dict[str, Path]]:
         classes = [path for path in subfolders if _is_class(path) or has_images(path)]
         bad = next((path for path in classes if path.name.lower() in BAD), None)
         if bad is not None:
-            raise UsageError(f"{bad}: there is no folder of good images beside it; call that one `good`")
+            raise UsageError(f"{bad}: has no folder of good images beside it; name that folder `good`")
         if classes:
             return folder, {path.name: path for path in classes}
         if len(subfolders) != 1:

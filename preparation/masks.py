@@ -1,4 +1,4 @@
-"""Which mask belongs to which image."""
+"""Matches masks to images."""
 
 import re
 from collections import defaultdict
@@ -14,8 +14,8 @@ _MASK_ENDING = re.compile(r"[_-](mask|gt|ground_?truth)$", re.IGNORECASE)
 class MaskIndex:
     """Finds the mask of an image by folder and name.
 
-    The mask of <defect>/x.jpg is <mask folder>/<defect>/x.png or x_mask.png, in any image format. The folder of the
-    defect may be left out, a mask folder may lie inside the defect's folder, and x_mask.png may lie beside x.jpg.
+    The mask of <defect>/x.jpg is <mask folder>/<defect>/x.png or x_mask.png, in any image format. The mask
+    folder may lack the <defect> level or lie inside the defect's folder, and x_mask.png may lie beside x.jpg.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -24,13 +24,13 @@ class MaskIndex:
         self.used: set[Path] = set()
 
     def add_folder(self, folder: Path, defect_type: str = "") -> None:
-        """Take in a mask folder; `defect_type` names the defect's folder that it lies in, if it does."""
+        """Index a mask folder; `defect_type` names the defect's folder if the mask folder lies inside it."""
         for path in self.reader.images(folder):
             parts = path.relative_to(folder).parts[:-1]
             self.masks[_key(*([defect_type] if defect_type else []), *parts, path.stem)].append(path)
 
     def split_off(self, images: list[Path], defect_folder: Path) -> list[Path]:
-        """Take masks that lie beside their images out of a list of images."""
+        """Index the masks that lie beside their images, and return the images without them."""
         stems = {(path.parent, path.stem.lower()) for path in images}
         rest = []
         for path in images:
@@ -43,13 +43,13 @@ class MaskIndex:
         return rest
 
     def of(self, image: Path, defect_folder: Path) -> Path | None:
-        """The mask of an image, or None; if two could be meant, that is reported."""
+        """The mask of an image, or None; if several masks match, report them and return None."""
         parts = image.relative_to(defect_folder).parts[:-1]
         for key in (_key(defect_folder.name, *parts, image.stem), _key(*parts, image.stem)):
             masks = self.masks.get(key, [])
             if len(masks) > 1:
                 names = " and ".join(self.reader.name(mask) for mask in masks)
-                self.reader.report(AMBIGUOUS, image, f"{names} could be its mask; none is taken")
+                self.reader.report(AMBIGUOUS, image, f"{names} could be its mask; none is used")
                 self.used.update(masks)
                 return None
             if masks:
@@ -58,7 +58,7 @@ class MaskIndex:
         return None
 
     def report_unused(self, but: Iterable[str] = ()) -> None:
-        """Report masks that belong to no image, except those in folders of the names `but`."""
+        """Report masks that belong to no image, except those in folders named in `but`."""
         for key, masks in self.masks.items():
             if len(key) > 1 and key[0] in but:
                 continue

@@ -1,4 +1,4 @@
-"""Bringing images to data/<dataset>/: a link to their folder, or copies."""
+"""Places images under data/<dataset>/, as a link to their folder or as copies."""
 
 import filecmp
 import os
@@ -12,18 +12,18 @@ from utils.files import PART, write_atomic
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a link to the folder `source`, in place of a link that may be there already.
+    """Make `target` a link to the folder `source`, replacing an existing link.
 
     Raises:
         UsageError: `target` is a file, or a folder that is not empty.
-        RunError: the link cannot be made; not every system has links.
+        RunError: the link cannot be made, for instance because the file system has none.
     """
     if target.resolve() == source.resolve():
         return
     if target.is_dir() and not target.is_symlink():
         if any(target.iterdir()):
             raise UsageError(
-                f"{target} is there already and no link; use it with --root {target}, add to it with --copy, or move it"
+                f"{target} exists and is not a link; use it with --root {target}, add to it with --copy, or move it"
             )
         target.rmdir()
     elif target.exists() and not target.is_symlink():
@@ -34,16 +34,16 @@ def link(source: Path, target: Path) -> None:
         part.symlink_to(source.resolve(), target_is_directory=True)
         part.replace(target)
     except (OSError, NotImplementedError) as error:
-        raise RunError(f"{target}: cannot be made a link to {source} ({error}); use --copy") from None
+        raise RunError(f"{target}: cannot be linked to {source} ({error}); use --copy") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def copy(source: Path, target: Path, names: list[str], overwrite: bool) -> None:
-    """Copy files by their names relative to `source`; files that are there already, with the same content, are kept.
+    """Copy files, named relative to `source`; keep those that `target` already holds with the same content.
 
     Raises:
-        UsageError: a different file of the same name is there and may not be overwritten. Nothing is copied then.
+        UsageError: `target` holds a different file of that name, and `overwrite` is False. Nothing is copied.
     """
     if target.is_symlink():
         target.unlink()
@@ -56,7 +56,7 @@ def copy(source: Path, target: Path, names: list[str], overwrite: bool) -> None:
             f"{target / different[0]} (and {len(different) - 1} more) differs from the file to be copied there; "
             "move it away, or pass --overwrite"
         )
-    # disable=None: quiet where there is no terminal.
+    # disable=None hides the bar if there is no terminal.
     for name in tqdm(missing, "copying", leave=False, disable=None):
         write_atomic(target / name, lambda part, name=name: shutil.copy2(source / name, part))
 

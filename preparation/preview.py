@@ -17,15 +17,15 @@ from utils.pictures import contact_sheet, outline, spread, thumbnail, to_uint8
 
 log = logging.getLogger("realnet")
 
-COLUMNS, ANOMALIES, MOST_DRAWS = 8, 16, 64
+COLUMNS, ANOMALIES, MAX_DRAWS = 8, 16, 64
 CELL = 192
 _OUTLINE = (255, 40, 40)
-# Not white: masks that are all ones would vanish on the sheet.
+# Not white: an all-ones mask would be invisible on the white sheet.
 _MASK_GREY = np.uint8(215)
 
 
 def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
-    """One class on one sheet: training images, foregrounds, test images with masks, and 16 synthetic anomalies.
+    """One sheet for a class: training images, foregrounds, test images with masks, and 16 synthetic anomalies.
 
     Args:
         config: `dataset` section of a realnet.yaml.
@@ -51,7 +51,7 @@ def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
         rows.append((caption, [_outlined(test_set, i) for i in chosen]))
     images, masks, empty = _anomalies(train_set)
     for start in range(0, len(images), COLUMNS):
-        caption = f"synthetic anomalies ({source}; {100 * empty:.0f}% of the draws were empty)" if start == 0 else ""
+        caption = f"synthetic anomalies ({source}; {100 * empty:.0f}% of the masks were empty)" if start == 0 else ""
         rows.append((caption, images[start : start + COLUMNS]))
         rows.append(("", masks[start : start + COLUMNS]))
     return contact_sheet([(caption, [thumbnail(image, CELL) for image in row]) for caption, row in rows])
@@ -72,9 +72,9 @@ def rules_text(rules: Sequence[ForegroundRule | None]) -> str:
 
 
 def _with_sources(config: EasyDict, class_name: str) -> tuple[EasyDict, str]:
-    """The settings with only those anomaly types whose source images are there, and a text that names these.
+    """The settings with only those anomaly types whose source images exist, and a caption that names these.
 
-    Where there are none, good images of the class serve as sources, so that at least the masks are those of training.
+    If none exist, good images of the class serve as sources, so that at least the masks are as in training.
     """
     config = copy.deepcopy(config)
     train = config.train
@@ -90,7 +90,7 @@ def _with_sources(config: EasyDict, class_name: str) -> tuple[EasyDict, str]:
     first = read_list(train.meta_file.replace("{}", class_name), root)[0]
     train.anomaly_types = {"dtd": 1.0}
     train.dtd_dir = str((Path(root) / first.filename).parent)
-    return config, f"no {' or '.join(wanted)} images yet: training images stand in"
+    return config, f"no {' or '.join(wanted)} images yet: training images used instead"
 
 
 def _outlined(test_set: RealNetTestSet, index: int) -> np.ndarray:
@@ -104,7 +104,7 @@ def _anomalies(train_set: RealNetTrainSet) -> tuple[list[np.ndarray], list[np.nd
     """Synthetic anomalies and their masks, and the share of draws whose mask was empty."""
     anomalous, images, masks, draws = train_set.anomalous_only(), [], [], 0
     preprocessing = train_set.preprocessing
-    while len(images) < ANOMALIES and draws < MOST_DRAWS:
+    while len(images) < ANOMALIES and draws < MAX_DRAWS:
         sample = anomalous[draws // len(anomalous), draws % len(anomalous)]
         draws += 1
         if sample["changed"]:

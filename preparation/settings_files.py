@@ -1,4 +1,4 @@
-"""The YAML files of a data set of the user's own, made from those of MVTec-AD."""
+"""Makes the YAML files of a user's own data set from MVTec-AD's."""
 
 import re
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ FOREGROUND_HINT = "or auto, a rule such as MVTec-AD/bottle, or {channel: gray, t
 
 
 def input_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(height, width) of about 256 x 256 pixels in the aspect ratio of the images; square where these differ.
+    """(height, width) of about 256 x 256 pixels in the images' aspect ratio; square if their ratios differ.
 
-    Multiples of 32, which the diffusion model needs.
+    Both are multiples of 32, as the diffusion model requires.
     """
     ratios = np.array([height / width for height, width in sizes])
     ratio = float(np.median(ratios))
@@ -30,15 +30,15 @@ def input_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def diffusion_size(size: Sequence[int]) -> tuple[int, int]:
-    """The diffusion model's size for an input size of RealNet: the next multiples of 32."""
+    """The diffusion model's size for an input size of RealNet: each side rounded up to a multiple of 32."""
     return tuple(STEP * -(-side // STEP) for side in size)
 
 
 def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: str) -> dict[str, str]:
-    """The YAML files of a data set by name, with its class number, paths and sizes.
+    """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
     Args:
-        classes: how many. One class needs neither a classifier nor a model for all classes.
+        classes: number of classes. One class needs neither a classifier nor a model for all classes.
         size: input size of RealNet.
         foreground: value of dataset.foreground, as YAML.
     """
@@ -49,8 +49,8 @@ def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: 
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
         text = (TEMPLATES / name).read_text(encoding="utf-8")
-        text = re.sub(r"^#.*\n", f"# {name} of {dataset}, from that of {SOURCE}.\n", text, count=1)
-        fitting = diffusion if name in ("diffusion.yaml", "classifier.yaml") else size
+        text = re.sub(r"^#.*\n", f"# {name} of {dataset}, made from {SOURCE}'s.\n", text, count=1)
+        network_size = diffusion if name in ("diffusion.yaml", "classifier.yaml") else size
         changes = {
             f"data/{SOURCE}/{info.type}/": f"data/{dataset}/{IMAGES}/",
             f"data/{SOURCE}/": f"data/{dataset}/",
@@ -58,7 +58,7 @@ def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: 
             f"--dataset {SOURCE}": f"--dataset {dataset}",
             f"type: {info.type}\n": f"type: {dataset}\n",
             f"class_number: {len(info.classes)}\n": f"class_number: {classes}\n",
-            "input_size: [256, 256]\n": f"input_size: [{fitting[0]}, {fitting[1]}]\n",
+            "input_size: [256, 256]\n": f"input_size: [{network_size[0]}, {network_size[1]}]\n",
             "H: 256, W: 256": f"H: {diffusion[0]}, W: {diffusion[1]}",
         }
         for old, new in changes.items():

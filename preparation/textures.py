@@ -1,4 +1,4 @@
-"""Recognising a collection of textures on disk, for the anomaly type dtd."""
+"""Recognises a collection of textures on disk, for the anomaly type dtd."""
 
 from pathlib import Path, PurePosixPath
 
@@ -10,10 +10,10 @@ from utils.errors import UsageError
 
 
 def recognize_textures(folder: Path, dataset: str) -> tuple[Path, list[str], list[Finding]]:
-    """A collection of textures: the folder of its folders, the images in it, and what differs from the published.
+    """Recognise a collection of textures: its root folder, its images, and differences from the published counts.
 
     Raises:
-        UsageError: nothing there looks like it.
+        UsageError: no textures are found.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -30,7 +30,7 @@ def recognize_textures(folder: Path, dataset: str) -> tuple[Path, list[str], lis
                     (len(images), info.images, "images"),
                 ):
                     if have != want:
-                        reader.report(MISSING if have < want else SURPLUS, what, f"{have}; published are {want}")
+                        reader.report(MISSING if have < want else SURPLUS, what, f"{have} (published: {want})")
                 return path, images, reader.findings
         level = [sub for path in level for sub in Reader(folder).subfolders(path)]
     raise UsageError(f"{folder}: no textures found; expected {info.type}/<texture>/*.jpg")

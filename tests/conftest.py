@@ -1,4 +1,4 @@
-"""A small real data set on disk, settings for it, and the commands run as a user runs them."""
+"""A small data set on disk, settings for it, and the commands run as a user runs them."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SIDE = 64
 
 
 def texture(name: str, rng: np.random.Generator) -> np.ndarray:
-    """An image of a made-up class, (SIDE, SIDE, 3) uint8."""
+    """A generated image of a class, (SIDE, SIDE, 3) uint8."""
     image = rng.normal(110, 6, (SIDE, SIDE))
     if name == "lines":
         image[:: int(rng.integers(6, 9))] += 60
@@ -32,16 +32,16 @@ def texture(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_data(root: Path, train: int = 8, good: int = 4, bad: int = 4) -> None:
-    """Images under root/images and lists under root/samples, in MVTec-AD's layout."""
+    """Write images under root/images and lists under root/samples, in MVTec-AD's layout."""
     rng = np.random.default_rng(0)
     lists: dict[str, list[Sample]] = {"train": [], "test": []}
     for name in CLASSES:
-        mine: dict[str, list[Sample]] = {"train": [], "test": []}
+        class_lists: dict[str, list[Sample]] = {"train": [], "test": []}
         for split, count in (("train", train), ("test", good)):
             for i in range(count):
                 filename = f"{name}/{split}/good/{i:03d}.png"
                 write_png(root / "images" / filename, texture(name, rng))
-                mine[split].append(Sample(filename, 0, name))
+                class_lists[split].append(Sample(filename, 0, name))
         for i in range(bad):
             image, mask = texture(name, rng), np.zeros((SIDE, SIDE), np.uint8)
             y, x = rng.integers(4, SIDE - 20, 2)
@@ -50,8 +50,8 @@ def make_data(root: Path, train: int = 8, good: int = 4, bad: int = 4) -> None:
             filename, maskname = f"{name}/test/spot/{i:03d}.png", f"{name}/ground_truth/spot/{i:03d}_mask.png"
             write_png(root / "images" / filename, image)
             write_png(root / "images" / maskname, mask)
-            mine["test"].append(Sample(filename, 1, name, maskname))
-        for split, samples in mine.items():
+            class_lists["test"].append(Sample(filename, 1, name, maskname))
+        for split, samples in class_lists.items():
             write_list(root / "samples" / f"{split}_{name}.json", samples)
             lists[split] += samples
     for split, samples in lists.items():
@@ -214,7 +214,7 @@ def tiny_data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No download, wherever the tests run."""
+    """Make every download fail, whether or not there is a network."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no network in tests")
@@ -223,7 +223,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def two_ranks(function: Callable, *arguments: object) -> None:
-    """Run function(rank, *arguments) in two gloo processes; it has to be importable."""
+    """Run function(run, *arguments) in two gloo processes; the function must be importable."""
     import socket
 
     with socket.socket() as s:

@@ -1,4 +1,4 @@
-"""The commands without a process of their own: quick enough for a hundred broken inputs."""
+"""Runs the commands in the test process, which is quick enough for a hundred broken inputs."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from utils import cli
 
 
 def run(main: Callable, arguments: Iterable[str], folder: Path, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Run a script's main in a folder; returns its exit code, stdout and stderr. No traceback, no leftover file."""
+    """Run a script's main in a folder; return its exit code, stdout and stderr. Refuses tracebacks and leftovers."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
     try:

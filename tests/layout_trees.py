@@ -1,4 +1,4 @@
-"""Made-up data sets in each official layout: small images, real names."""
+"""Generated data sets in each official layout: small random images with the real file names."""
 
 import csv
 import zlib
@@ -14,7 +14,7 @@ TRAIN, GOOD, BAD = 3, 2, 2
 
 
 def image_file(path: Path, seed: object, size: tuple[int, int] = (40, 48), **options: object) -> Path:
-    """A random image; its content follows from the seed."""
+    """Write a random image whose content follows from the seed."""
     rng = np.random.default_rng(zlib.crc32(str(seed).encode()))
     coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -31,16 +31,16 @@ def mask(path: Path, size: tuple[int, int] = (40, 48), value: int = 255) -> Path
     return path
 
 
-def mvtec_class(folder: Path, kinds: Iterable[str] = ("crack", "cut"), suffix: str = ".png") -> None:
+def mvtec_class(folder: Path, defect_types: Iterable[str] = ("crack", "cut"), suffix: str = ".png") -> None:
     """C/train/good, C/test/D, C/ground_truth/D/S_mask.png."""
     for i in range(TRAIN):
         image_file(folder / f"train/good/{i:03d}{suffix}", (folder, "train", i))
     for i in range(GOOD):
         image_file(folder / f"test/good/{i:03d}{suffix}", (folder, "good", i))
-    for kind in kinds:
+    for defect_type in defect_types:
         for i in range(BAD):
-            image_file(folder / f"test/{kind}/{i:03d}{suffix}", (folder, kind, i))
-            mask(folder / f"ground_truth/{kind}/{i:03d}_mask.png")
+            image_file(folder / f"test/{defect_type}/{i:03d}{suffix}", (folder, defect_type, i))
+            mask(folder / f"ground_truth/{defect_type}/{i:03d}_mask.png")
 
 
 def ok_ko_class(folder: Path, suffix: str = ".png", mask_suffix: str = ".png") -> None:
@@ -83,7 +83,7 @@ def dtd(root: Path, folders: int = 3, each: int = 2) -> None:
 
 
 def official(dataset: str, root: Path) -> None:
-    """A data set of the field in its official layout; "VisA reshaped" in the reference's."""
+    """Write a benchmark in its official layout; "VisA reshaped" is VisA in the reference program's layout."""
     if dataset == "VisA":
         visa_official(root)
     elif dataset == "DTD":

@@ -1,4 +1,4 @@
-"""The rule by which state_dicts of parity cases are filled, so that no weights need to travel."""
+"""Fills state_dicts for parity tests by a rule, so that no weights need to be stored."""
 
 import zlib
 
@@ -11,7 +11,7 @@ def randn(seed: int, *shape: int) -> torch.Tensor:
 
 
 def fill(module: nn.Module) -> nn.Module:
-    """Fill every entry of the state_dict from the checksum of its name; returns the module in eval mode."""
+    """Fill each entry of the state_dict, seeded by the checksum of its name; return the module in eval mode."""
     state = {}
     for name, tensor in module.state_dict().items():
         g = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/architecture.md), read from the sources."""
+"""Which package may import which (docs/architecture.md), checked in the sources."""
 
 import ast
 import sys
@@ -19,7 +19,7 @@ PACKAGES = set(ALLOWED)
 LIBRARIES = {
     "torch", "torchvision", "numpy", "sklearn", "skimage", "cv2", "yaml", "easydict", "tqdm", "PIL", "jinja2",
 }  # fmt: skip
-# Extras, which a script may ask for and has to do without.
+# Optional libraries: a script may import them, but must run without them.
 EXTRAS = {"export.py": {"onnx", "onnxruntime", "onnxscript"}, "evaluation/detector.py": {"onnxruntime"}}
 SOURCES = [*ROOT.glob("*.py"), *(path for package in sorted(PACKAGES) for path in (ROOT / package).rglob("*.py"))]
 
@@ -39,14 +39,14 @@ def imported(path: Path) -> set[str]:
 def test_imports_follow_the_plan(path):
     package = path.relative_to(ROOT).parts[0]
     allowed = ALLOWED.get(package, PACKAGES)
-    ours = imported(path) & (PACKAGES | SCRIPTS)
-    assert ours <= allowed, f"{path} imports {ours - allowed}"
-    foreign = imported(path) - PACKAGES - SCRIPTS - set(sys.stdlib_module_names)
-    foreign -= EXTRAS.get(path.relative_to(ROOT).as_posix(), set())
-    assert foreign <= LIBRARIES, f"{path} imports {foreign - LIBRARIES}"
+    from_project = imported(path) & (PACKAGES | SCRIPTS)
+    assert from_project <= allowed, f"{path} imports {from_project - allowed}"
+    libraries = imported(path) - PACKAGES - SCRIPTS - set(sys.stdlib_module_names)
+    libraries -= EXTRAS.get(path.relative_to(ROOT).as_posix(), set())
+    assert libraries <= LIBRARIES, f"{path} imports {libraries - LIBRARIES}"
 
 
-def test_the_commands_of_the_field_are_there():
+def test_the_commands_of_the_reference_exist():
     assert {"train_diffusion", "train_classifier", "sample", "train_realnet", "evaluation_realnet"} <= SCRIPTS
     assert len(SOURCES) > 20
 

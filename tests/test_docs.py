@@ -20,7 +20,7 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize(("key", "setting"), KEYS, ids=[key for key, _ in KEYS])
-def test_every_setting_explains_itself(key: str, setting: Setting):
+def test_every_setting_has_a_help_text(key: str, setting: Setting):
     assert len(setting.help) > 10, f"{key} has no help"
     assert setting.help.endswith("."), f"{key}: its help is not a sentence"
     assert constraint(setting)
@@ -40,8 +40,8 @@ def test_examples_in_docstrings_hold(name, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("docs/*.md")), ids=lambda path: path.name)
-def test_pages_name_files_that_are_there(path: Path):
-    """Links between the pages, and modules that they name."""
+def test_pages_name_existing_files(path: Path):
+    """Links between the pages, and the modules that they name, lead to files."""
     import re
 
     text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: never half-written, never any pickled code, and what a run resumes from."""
+"""Read and write checkpoints, and find the one to resume from. Writes are atomic; reads never run pickled code."""
 
 import logging
 import re
@@ -33,7 +33,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         try:
             torch.save(content, part)
         except RuntimeError as error:
-            # torch's writer says "unexpected pos" and the like where the disk is full.
+            # On a full disk, torch's writer only reports "unexpected pos" and the like.
             full = shutil.disk_usage(part.parent).free < 2 * part.stat().st_size + 2**20
             reason = "No space left on device" if full else str(error).splitlines()[0]
             raise RunError(f"{path}: cannot be written ({reason})") from error
@@ -45,19 +45,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Allows tensors, plain Python values and the reference's EasyDict (as a dict).
 
     Raises:
-        UsageError: the file is missing, truncated, or needs any other pickled class.
+        UsageError: the file is missing or truncated, or needs another pickled class.
     """
     path = Path(path)
     if not path.is_file():
         source = DOWNLOADS.get(path.name)
-        fetch = f"; fetch {source} and put it there" if source else ""
+        fetch = f"; download it from {source}" if source else ""
         raise UsageError(f"{path} does not exist{fetch}")
     try:
-        # EasyDict, the one class that the reference's files need, is read as the plain dict that it holds.
+        # The reference's files need one pickled class, EasyDict, which is read as an OrderedDict instead.
         with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch raises UnpicklingError, RuntimeError, EOFError and others, all meaning: not a readable checkpoint.
+        # torch raises UnpicklingError, RuntimeError, EOFError and others if a file is not a readable checkpoint.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from error
     if not isinstance(content, dict):
@@ -69,17 +69,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def state_dict_of(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint: its `state_dict`, or itself where it is bare; without the `module.` of DDP."""
+    """The weights in a checkpoint: its `state_dict`, or all of a bare one. DDP's prefix `module.` is removed."""
     state = content.get("state_dict", content)
     return {name.removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
 
 
 def load_pretrained(model: nn.Module, path: str | Path, hint: str) -> None:
-    """Start a model from the tensors of a file whose names and shapes fit, and log which did and which did not.
+    """Load the tensors of a file whose names and shapes match the model, and log which do and which do not.
 
     Args:
         path: a bare or wrapped state_dict.
-        hint: the settings to check where nothing fits, for the message.
+        hint: the settings that the error message says to check.
 
     Raises:
         UsageError: fewer than half of the network's tensors are in the file.
@@ -94,9 +94,9 @@ def load_pretrained(model: nn.Module, path: str | Path, hint: str) -> None:
     model.load_state_dict(fitting, strict=False)
     log.info("%s: loaded %d of %d tensors", path, len(fitting), len(own))
     if missing:
-        log.info("  not in the file, or of another shape (start from scratch): %s", _shortened(missing))
+        log.info("  not in the file or of another shape, so trained from scratch: %s", _shortened(missing))
     if unused:
-        log.info("  in the file, but not used: %s", _shortened(unused))
+        log.info("  in the file but not used: %s", _shortened(unused))
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path, hint: str) -> None:
@@ -135,7 +135,7 @@ def numbered_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def save_numbered(folder: str | Path, content: dict[str, Any], keep: int) -> None:
-    """Write `ckpt_<epoch>.pth.tar` for the epoch that `content` names, and delete all but the newest `keep`."""
+    """Write `ckpt_<epoch>.pth.tar`, with the epoch in `content`, and delete all but the newest `keep`."""
     path = Path(folder) / f"ckpt_{content['epoch']}.pth.tar"
     save_checkpoint(path, content)
     prune_checkpoints(folder, keep)
@@ -149,10 +149,10 @@ def prune_checkpoints(folder: str | Path, keep: int) -> None:
 
 
 def trained_checkpoint(path: str | Path) -> Path:
-    """A checkpoint by file name, or the one with the highest epoch in a folder.
+    """The path itself if it is a file; for a folder, the path of its checkpoint with the highest epoch.
 
     Raises:
-        UsageError: neither is there.
+        UsageError: the path does not exist, or the folder holds no checkpoint.
     """
     path = Path(path)
     if path.is_dir():
@@ -161,7 +161,7 @@ def trained_checkpoint(path: str | Path) -> Path:
             raise UsageError(f"{path} holds no ckpt_<epoch>.pth.tar; train the model first")
         return checkpoints[-1]
     if not path.is_file():
-        raise UsageError(f"{path} does not exist; train the model first, or name its checkpoint or their folder")
+        raise UsageError(f"{path} does not exist; train the model first, or give the path of its checkpoint or folder")
     return path
 
 
@@ -169,7 +169,7 @@ def trained_checkpoint(path: str | Path) -> Path:
 
 
 def save_for_resume(folder: str | Path, content: dict[str, Any]) -> None:
-    """Make `content` the newest checkpoint of a folder; the one before it stays until the new one is whole."""
+    """Write `content` as ckpt_last and keep the one before as ckpt_previous; a crash leaves a complete one."""
     folder = Path(folder)
     last = folder / LAST
     save_checkpoint(folder / NEXT, content)
@@ -179,10 +179,10 @@ def save_for_resume(folder: str | Path, content: dict[str, Any]) -> None:
 
 
 def load_for_resume(folder: str | Path, run: Run, wanted: bool) -> dict[str, Any] | None:
-    """What --resume continues from, on every rank; None to start from the beginning.
+    """The checkpoint that --resume continues from, on every rank; None means to start from the beginning.
 
     Args:
-        folder: no other run may be writing to it (lock.folder_lock); what a killed run left half-written is removed.
+        folder: of the checkpoints. Half-written files are removed, so no other run may write there (lock.folder_lock).
         wanted: whether --resume was given.
     """
     content = None
@@ -191,18 +191,18 @@ def load_for_resume(folder: str | Path, run: Run, wanted: bool) -> dict[str, Any
         content = newest_readable(folder) if wanted else None
         if wanted and content is None:
             log.info("%s: nothing to resume; starting from the beginning", folder)
-    # Rank 0 puts damaged files aside before the others look.
+    # Rank 0 renames damaged files before the other ranks read the folder.
     distributed.barrier()
     return content if run.is_main or not wanted else newest_readable(folder)
 
 
 def newest_readable(folder: str | Path) -> dict[str, Any] | None:
-    """The newest checkpoint for resuming that can be read; None where there is none.
+    """The newest readable checkpoint to resume from; None if the folder has none.
 
-    A damaged one is named and renamed, so that it never takes the place of the good one before it.
+    A damaged checkpoint is logged and renamed: otherwise, the next save would move it over the good one before it.
 
     Raises:
-        UsageError: there are some, and none can be read.
+        UsageError: there are checkpoints, but none can be read.
     """
     damaged = []
     for path in (Path(folder) / name for name in (LAST, PREVIOUS)):
@@ -223,6 +223,6 @@ def newest_readable(folder: str | Path) -> dict[str, Any] | None:
 
 
 def clear_leftovers(folder: str | Path) -> None:
-    """Remove what a killed run left half-written. No other run may be writing to the folder (lock.folder_lock)."""
+    """Remove half-written files of a killed run. No other run may be writing to the folder (lock.folder_lock)."""
     remove_parts(folder)
     (Path(folder) / NEXT).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the commands share: arguments, where settings and outputs are, and how errors are reported."""
+"""Shared by the commands: arguments, paths of settings and outputs, and error reports."""
 
 import argparse
 import os
@@ -49,7 +49,7 @@ def _datasets_with(name: str) -> list[str]:
 
 
 def experiment_dir(args: argparse.Namespace) -> Path:
-    """Where outputs go: experiments/<dataset>/, or the folder of --config where no data set is named."""
+    """The folder for outputs: experiments/<dataset>/, or the folder of --config if --dataset is not given."""
     return Path("experiments") / args.dataset if args.dataset else Path(args.config).parent
 
 
@@ -59,7 +59,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise UsageError(f"{path}: a file of that name, or earlier results, are in the way") from None
+        raise UsageError(f"{path}: a file of this name, or earlier results, already exist") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
 
@@ -79,12 +79,12 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not distributed.is_lost_connection(error):
             raise
-        # The failed rank reports the cause itself; this message is for ranks that were killed and cannot.
+        # A failed rank reports the cause itself; this message is for a rank that was killed and could not.
         time.sleep(2 * SECONDS_FOR_RANK_0)
         _report("the connection to another rank is lost; it has ended, see its message")
         sys.exit(1)
     except BrokenPipeError:
-        # The reader closed the pipe, as in `... | head`; what Python flushes when it ends goes nowhere.
+        # The reader closed the pipe, as in `... | head`. Python's flush at exit would fail, so it goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -92,19 +92,19 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _report(text: str) -> None:
-    """Print an error once: rank 0 at once, the other ranks only errors that did not end rank 0 as well."""
+    """Print an error once: rank 0 immediately, other ranks only if the same error did not end rank 0 too."""
     if not distributed.is_main():
         # If rank 0 ended with the same error, the launcher ends this rank during the wait.
         time.sleep(SECONDS_FOR_RANK_0)
         text = f"rank {os.environ['RANK']}: {text}"
-    # A name that is not UTF-8 cannot be printed as it is.
+    # File names that are not UTF-8 cannot be printed unescaped.
     print(f"error: {text.encode('utf-8', 'backslashreplace').decode()}", file=sys.stderr, flush=True)
 
 
 def _message(error: Exception) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:
-        # Raised in a loader worker, which wraps the message into its traceback.
+        # A loader worker raised it and put the message at the end of its traceback.
         return text.splitlines()[-1].partition(": ")[2]
     return text
 
@@ -114,12 +114,12 @@ def chosen_classes(wanted: str | None, meta_file: str, listed: Callable[[str], l
 
     Args:
         wanted: one class, several separated by commas, "all", or None.
-        meta_file: path of the image lists with {} for the class; without {}, there is one model for all.
-        listed: gives the classes for which such a list exists.
-        unified: name of the model for all.
+        meta_file: path of the image lists with {} for the class; without {}, one model serves all classes.
+        listed: returns the classes that have such a list.
+        unified: name of the model for all classes.
 
     Raises:
-        UsageError: none is named, or one has no list.
+        UsageError: no class is named, or a named class has no list.
     """
     if "{}" not in meta_file:
         return [unified]

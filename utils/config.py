@@ -32,12 +32,12 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
     """Read a settings file, apply `key.path=value` overrides, check it and fill in the defaults.
 
-    The file's sections tell which script it is for. Entries of a list are addressed by number or by their `name`:
+    The sections in the file show which script it is for. List entries are addressed by number or by `name`:
     `net.backbone.kwargs.weights=random`.
 
     Raises:
-        UsageError: the file is missing or not YAML, or a key is unknown, missing or has a wrong value. All problems
-            are in one message.
+        UsageError: the file is missing or not YAML, or a key is unknown, missing or has a wrong value. One message
+            lists all problems.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,17 +48,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
         where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UsageError(f"{path}{where}: not readable as YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(raw, dict):
-        raise UsageError(f"{path}: has to hold settings, one `key: value` a line")
+        raise UsageError(f"{path}: has to hold settings, one `key: value` per line")
     for override in overrides:
         _apply(raw, override)
     return checked(raw, path)
 
 
 def checked(raw: dict, path: str | Path) -> EasyDict:
-    """The settings in a YAML file or in a checkpoint, checked, with the defaults filled in.
+    """Check the settings of a YAML file or a checkpoint, and fill in the defaults.
 
     Args:
-        path: of the file, for messages.
+        path: of the file, for error messages.
 
     Raises:
         UsageError: see load_config.
@@ -71,7 +71,7 @@ def checked(raw: dict, path: str | Path) -> EasyDict:
 
 
 def _script_of(raw: dict, path: str | Path) -> str:
-    """The script whose settings these are, by their sections."""
+    """The script that these settings are for, known by their sections."""
     if "net" in raw:
         return "realnet"
     if "workspace" in raw or "sample_number" in raw:
@@ -80,7 +80,7 @@ def _script_of(raw: dict, path: str | Path) -> str:
         return "diffusion"
     if "classifier" in raw:
         return "classifier"
-    raise UsageError(f"{path}: has none of the sections net, unet, classifier; whose settings are these?")
+    raise UsageError(f"{path}: has none of the sections net, unet, classifier; which script is it for?")
 
 
 def _apply(raw: dict, override: str) -> None:
@@ -106,7 +106,7 @@ def _child(node: Any, part: str, override: str) -> Any:
         for i, entry in enumerate(node):
             if part == str(i) or (isinstance(entry, dict) and entry.get("name") == part):
                 return entry
-        raise UsageError(f"--set {override}: there is no entry {part!r} in that list")
+        raise UsageError(f"--set {override}: the list has no entry {part!r}")
     if node.get(part) is None:
         node[part] = {}
     if not isinstance(node[part], (dict, list)):
@@ -208,28 +208,28 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def collect_errors(path: str | Path, checks: Iterable[tuple[str, Callable[[], Any]]]) -> None:
-    """Run checks of settings, and report all that fail in one message that names the file.
+    """Run checks of settings, and report all failures in one message that names the file.
 
     Args:
-        path: of the settings.
-        checks: (the settings that it looks at, a function that raises where they do not fit) of each check. They run
-            one by one, so an iterator may depend on earlier ones. Messages that begin with an option of the command
-            line (--...) are passed on without the file's name.
+        path: of the settings file.
+        checks: pairs of the settings checked and a function that raises if they are wrong. They run one by one, so a
+            generator may depend on earlier checks. Messages that start with a command-line option (--...) are passed
+            on without the file's name.
 
     Raises:
-        UsageError: one line for each that failed.
+        UsageError: one line per failure.
     """
     problems = []
     for section, check in checks:
         try:
             check()
         except UsageError as error:
-            named = (str(path), "--")
-            problems += [text if text.startswith(named) else f"{path}: {text}" for text in str(error).splitlines()]
+            prefixes = (str(path), "--")
+            problems += [text if text.startswith(prefixes) else f"{path}: {text}" for text in str(error).splitlines()]
         except RunError:
-            # Not a mistake in the settings, but for example missing weights: it is reported when they are needed.
+            # Not a mistake in the settings but, for example, missing weights: reported when the run needs them.
             continue
-        # What torch and Python raise on values that they cannot use.
+        # Torch and Python raise these on values that they cannot use.
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             problems.append(f"{path}: {section}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     if problems:
@@ -246,20 +246,20 @@ def plain(config: Any) -> Any:
 
 
 def pretrained_path(section: dict) -> str | None:
-    """The starting weights of a `unet` or `classifier` section, in either spelling."""
+    """The path of the starting weights in a `unet` or `classifier` section, under either spelling of the key."""
     return section.get("pretrain_path") or section.get("pertrain_path")
 
 
 def model_kwargs(section: dict) -> dict:
-    """A `unet` or `classifier` section as keyword arguments of its factory, without the weights."""
+    """A `unet` or `classifier` section as keyword arguments of its factory, without the path of the weights."""
     return {key: value for key, value in section.items() if key not in ("pertrain_path", "pretrain_path")}
 
 
 def call_with_settings(where: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """function(*args, **kwargs), where the keyword arguments come from settings.
+    """Call function(*args, **kwargs) with keyword arguments from settings.
 
     Raises:
-        UsageError: the function does not take these arguments; `where` names the settings in the message.
+        UsageError: the function does not take these arguments; the message names the settings, `where`.
     """
     try:
         inspect.signature(function).bind(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Device and ranks: decided here once, and passed on."""
+"""Device and ranks: determined here once, and passed on as a Run."""
 
 import os
 import socket
@@ -42,12 +42,12 @@ class Run:
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, before or after the process group exists."""
+    """Whether this process is rank 0; also known before the process group exists."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def pick_device(wanted: str | None = None, local_rank: int = 0) -> torch.device:
-    """A device by name ("cpu", "cuda", "mps"), or the best there is.
+    """The device with this name ("cpu", "cuda", "mps"), or the best one available for None.
 
     Raises:
         UsageError: this machine does not have it.
@@ -71,7 +71,7 @@ def pick_device(wanted: str | None = None, local_rank: int = 0) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes used so far: of the GPU by tensors, or of this process where there is none (0 if not known)."""
+    """Peak memory in bytes: of tensors on the GPU, or of this process on a CPU (0 if unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -86,10 +86,10 @@ def peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def session(device: str | None = None) -> Iterator[Run]:
-    """Set up device and process group from the launcher's environment, and tear them down on any way out.
+    """Set up device and process group from the launcher's environment; tear them down at the end, even after errors.
 
     Args:
-        device: "cpu", "cuda", "mps", or None for the best there is.
+        device: "cpu", "cuda", "mps", or None for the best available.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -113,7 +113,7 @@ def session(device: str | None = None) -> Iterator[Run]:
 def _end_with_launcher() -> None:
     """End this rank when its launcher is killed; otherwise it would wait for the other ranks until TIMEOUT.
 
-    A thread, because the main thread may be blocked in a collective, where no signal handler of Python runs.
+    A thread does this, because Python runs no signal handlers while the main thread is blocked in a collective.
 
     Raises:
         RunError: the launcher ended while this rank was starting.
@@ -180,7 +180,7 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value of a picklable object, on every rank."""
+    """Return the picklable value of rank 0 on every rank."""
     if _world_size() == 1:
         return value
     box = [value]
@@ -189,7 +189,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any] | None:
-    """Every rank's picklable object, in rank order, on rank 0; None elsewhere."""
+    """On rank 0, return the picklable values of all ranks, in rank order; on other ranks, None."""
     if _world_size() == 1:
         return [value]
     gathered: list[Any] | None = [None] * _world_size() if dist.get_rank() == 0 else None
@@ -204,11 +204,11 @@ def barrier() -> None:
 
 
 def parallel(model: nn.Module, run: Run) -> nn.Module:
-    """Wrap a model for training under several ranks; with one rank, the model itself."""
+    """Wrap a model to train it on several ranks; with one rank, return it unchanged."""
     if run.world_size == 1:
         return model
-    # No device_ids: batches keep the tensors that belong on the CPU. Buffers are either frozen or kept equal by
-    # synchronised BatchNorm, so they need no broadcast.
+    # Without device_ids, tensors of a batch that belong on the CPU stay there. Buffers need no broadcast: they are
+    # frozen, or synchronised BatchNorm keeps them equal.
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
@@ -218,7 +218,7 @@ def no_sync(model: nn.Module, active: bool) -> Any:
 
 
 class _GlooBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics span all ranks, for CPU ranks, which torch's SyncBatchNorm refuses."""
+    """BatchNorm2d with training statistics over all ranks, for CPUs, which torch's SyncBatchNorm does not support."""
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d) -> "_GlooBatchNorm":
@@ -246,7 +246,7 @@ class _GlooBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batchnorm(model: nn.Module, run: Run) -> nn.Module:
-    """The model with BatchNorm layers that measure over all ranks; its tensors and their names stay."""
+    """Make the model's BatchNorm layers compute statistics over all ranks; tensors keep their values and names."""
     if run.world_size == 1:
         return model
     if run.device.type == "cuda":

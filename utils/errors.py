@@ -1,8 +1,8 @@
-"""Exceptions that end a command, one exit code each. utils/cli.py prints them as one line on stderr."""
+"""Exceptions that end a command, each with its own exit code. utils/cli.py prints the errors on stderr."""
 
 
 class UsageError(ValueError):
-    """Wrong use: a setting, an argument or an input file. Exit code 2."""
+    """Wrong use: a wrong setting, argument or input file. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -10,10 +10,10 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to end, and its state is saved. Exit code 128 + signal.
+    """A signal ended the run after its state was saved. Exit code 128 + signal.
 
     Args:
-        signal: its number.
+        signal: number of the signal.
     """
 
     def __init__(self, signal: int) -> None:

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent, and never half-written."""
+"""Atomic writes: a file is complete or absent, never half-written."""
 
 import os
 import tempfile
@@ -27,7 +27,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
         write(part)
         with open(part, "rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files private; give what a plain open() would have given.
+        # mkstemp makes files private; set the permissions that open() would have set.
         part.chmod(0o666 & ~umask())
         part.replace(path)
     except OSError as error:
@@ -43,7 +43,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def umask() -> int:
-    """The permission bits that new files lack. Reading them means setting them for a moment."""
+    """The permission bits that new files do not get. They can only be read by setting them for a moment."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""One run per folder: a lock file that names the process that writes there."""
+"""Let only one run write to a folder: a lock file names its process."""
 
 import json
 import os
@@ -17,15 +17,15 @@ NAME = ".lock"
 
 @contextmanager
 def folder_lock(folder: str | Path, run: Run) -> Iterator[None]:
-    """Keep other runs out of a folder; rank 0 holds the lock for all.
+    """Keep other runs out of a folder; rank 0 holds the lock for all ranks.
 
     Raises:
-        UsageError: another run writes there, and is not known to have ended.
+        UsageError: another run holds the lock and may still be alive.
     """
     path = Path(folder) / NAME
     if run.is_main:
         _acquire(path)
-    # No rank begins before the lock is held; a refusal ends rank 0 and with it the launcher's others.
+    # No rank starts before rank 0 holds the lock. If rank 0 is refused, it ends and the launcher ends the others.
     distributed.barrier()
     try:
         yield
@@ -48,14 +48,14 @@ def _acquire(path: Path) -> None:
         with os.fdopen(handle, "w") as file:
             json.dump(owner, file)
         return
-    raise UsageError(f"{path}: other runs keep taking this folder; delete the file if there are none")
+    raise UsageError(f"{path}: other runs keep locking this folder; delete this file if there are none")
 
 
 def _remove_if_dead(path: Path) -> None:
     """Remove a lock whose process has ended.
 
     Raises:
-        UsageError: the process is alive, or runs on another host, where that cannot be checked.
+        UsageError: the process is alive, or was started on another host, where this cannot be checked.
     """
     try:
         text = path.read_text()
@@ -65,7 +65,7 @@ def _remove_if_dead(path: Path) -> None:
         holder = json.loads(text)
         pid, host, since = int(holder["pid"]), str(holder["host"]), float(holder["since"])
     except (ValueError, KeyError, TypeError):
-        # Incomplete: its writer may be in the middle of it, so it gets a moment before it counts as dead.
+        # Incomplete: a run may be writing it right now, so only an incomplete lock older than 5 s counts as dead.
         if time.time() - path.stat().st_mtime > 5:
             path.unlink(missing_ok=True)
         else:
@@ -76,13 +76,13 @@ def _remove_if_dead(path: Path) -> None:
         return
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
     raise UsageError(
-        f"{path.parent}: process {pid} on {host} writes here since {started}; wait for it, or choose other saver "
-        f"folders (delete {path} only if that process is gone)"
+        f"{path.parent}: process {pid} on {host} writes here (since {started}); wait for it, or choose other saver "
+        f"folders (delete {path} only if that process has ended)"
     )
 
 
 def _alive(pid: int, since: float) -> bool:
-    """Whether a process of this host is alive, and not a later process with the same number."""
+    """Whether the process that took a lock on this host is alive; a later process with the same number is not it."""
     if pid == os.getpid():
         return False
     try:
@@ -92,7 +92,7 @@ def _alive(pid: int, since: float) -> bool:
     except OSError:
         pass
     try:
-        # After the name: state, and as the 20th the start in clock ticks since the machine's (proc(5)).
+        # Fields after the process name: the 1st is the state, the 20th the start in clock ticks since boot (proc(5)).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = float(Path("/proc/stat").read_text().partition("btime ")[2].split()[0])
         started = boot + int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Logging of rank 0: to the terminal, to a file, and to tensorboard."""
+"""Logging on rank 0: to the terminal, to a file, and to tensorboard."""
 
 import logging
 import sys
@@ -49,7 +49,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
 
 
 def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
-    """Start logging to the terminal and `log_dir`/<name>.log; returns a tensorboard writer (silent but on rank 0)."""
+    """Start logging to the terminal and `log_dir`/<name>.log; returns a tensorboard writer (silent on other ranks)."""
     log_to_terminal(logging.INFO if run.is_main else logging.ERROR)
     if not run.is_main:
         return SilentBoard()
@@ -57,20 +57,20 @@ def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
     file = logging.FileHandler(Path(log_dir) / f"{name}.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
-    # tensorboard takes a second to import, which commands that fail early need not wait for.
+    # Imported here, because it takes a second, which commands that fail early should not wait for.
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(Path(log_dir) / name))
 
 
 def progress_bar(items: Iterable, run: Run, description: str, total: int | None = None) -> tqdm:
-    """A progress bar on rank 0, quiet where there is no terminal."""
+    """A progress bar on rank 0, hidden if stderr is not a terminal."""
     quiet = not run.is_main or not sys.stderr.isatty()
     return tqdm(items, desc=description, total=total, leave=False, disable=quiet, dynamic_ncols=True)
 
 
 class Meter:
-    """Running means since the last print, fed with device tensors and read only when printed (so no sync between)."""
+    """Means since the last print. The sums stay on the device, so that only printing waits for it."""
 
     def __init__(self) -> None:
         self.reset()
@@ -88,7 +88,7 @@ class Meter:
         self.images += images
 
     def read(self) -> tuple[dict[str, float], float]:
-        """The means, and images per second; starts over."""
+        """Return the means and the images per second, and start over."""
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         rate = self.images / max(time.perf_counter() - self.start, 1e-9)
         self.reset()

@@ -1,4 +1,4 @@
-"""Optimiser steps as the training scripts share them: accumulation, clipping, skipped steps, EMA."""
+"""Optimiser steps of the training scripts: accumulation, clipping, skipped steps, EMA."""
 
 import copy
 import math
@@ -14,10 +14,10 @@ from utils.errors import RunError, UsageError
 
 
 def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser that trainer.optimizer names, over a model's trainable parameters; fused on a GPU where it can be.
+    """Build the optimiser that trainer.optimizer names for a model's trainable parameters; fused on a GPU if possible.
 
     Raises:
-        UsageError: torch.optim has none of that name, or it does not take those arguments.
+        UsageError: torch.optim has no optimiser of that name, or it does not take the arguments.
     """
     optimizer_class = getattr(torch.optim, section.type, None)
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
@@ -39,20 +39,20 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
 
 
 class Stepper:
-    """One optimiser step out of one or several backward passes.
+    """Makes one optimiser step from one or several backward passes.
 
-    A step whose loss or gradients are not finite on any rank is skipped and counted: weights, optimiser and the running
-    statistics of BatchNorm stay as they were. Nothing of that waits for a GPU.
+    If the loss or the gradients are not finite on any rank, the step is skipped and counted: weights, optimiser state
+    and BatchNorm's running statistics stay as they were. With a fused optimiser, this does not wait for the GPU.
 
     Args:
-        model: whose gradients are clipped; wrapped or not.
-        optimizer: steps on them.
+        model: the model whose gradients are clipped, wrapped for several ranks or not.
+        optimizer: optimiser of the model's parameters.
         precision: "fp16" scales the loss.
-        clip_max_norm: largest gradient norm, or None.
-        max_bad_steps: how many may be skipped in a row, see check.
+        clip_max_norm: largest gradient norm; None does not clip.
+        max_bad_steps: how many steps in a row may be skipped, see check.
 
     Attributes:
-        bad_steps, bad_in_a_row: skipped steps, as tensors on the device.
+        bad_steps, bad_in_a_row: numbers of skipped steps, as tensors on the device.
     """
 
     def __init__(
@@ -78,19 +78,19 @@ class Stepper:
         self.scaler.scale(loss).backward()
 
     def step(self) -> None:
-        """Clip once, step where everything is finite, and clear the gradients."""
+        """Clip once, step if everything is finite, and clear the gradients."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        # With fp16 gradients overflow as a matter of course while the scale is sought, and the scaler skips them.
+        # fp16 gradients overflow regularly until the scaler has found its scale; it skips these steps itself.
         if not self.scaler.is_enabled():
             self.bad += ~norm.isfinite()
         bad = (all_reduce_max(self.bad) > 0).float()
         if self.clip_max_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_max_norm, norm)
         self._step_unless(bad)
-        for statistic, before in zip(self.statistics, self.kept, strict=True):
-            statistic.copy_(torch.where(bad > 0, before, statistic))
+        for statistic, backup in zip(self.statistics, self.backups, strict=True):
+            statistic.copy_(torch.where(bad > 0, backup, statistic))
         self._keep_statistics()
         self.bad_steps += bad
         self.bad_in_a_row.add_(1).mul_(bad)
@@ -102,31 +102,31 @@ class Stepper:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif self.optimizer.param_groups[0].get("fused"):
-            # What the scaler would hand over: the kernel looks at it on the device.
+            # As GradScaler does: the fused kernel reads found_inf on the device and then skips the step.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
             self.optimizer.step()
         elif not bad:
             self.optimizer.step()
 
     def _keep_statistics(self) -> None:
-        """Copy the running statistics, which the next forward pass changes before its loss is known."""
-        self.kept = [statistic.clone() for statistic in self.statistics]
+        """Back up the running statistics: the next forward pass changes them before its loss is known."""
+        self.backups = [statistic.clone() for statistic in self.statistics]
 
     def check(self, checkpoint: Path) -> None:
-        """Stop a training that has gone wrong; this waits for the device.
+        """End the run if it no longer makes progress; this waits for the device.
 
         Args:
-            checkpoint: what to name as the last good one.
+            checkpoint: the last good one, for the error message.
 
         Raises:
             RunError: more than max_bad_steps steps in a row were skipped.
         """
         count = int(self.bad_in_a_row)
         if count > self.max_bad_steps:
-            kept = f"the last good state is in {checkpoint}" if checkpoint.is_file() else "no state was saved before"
+            state = f"the last good state is in {checkpoint}" if checkpoint.is_file() else "no state was saved before"
             raise RunError(
                 f"the loss was not finite in {count} steps in a row (trainer.max_bad_steps: {self.max_bad_steps}); "
-                f"{kept}. Lower the learning rate, or set trainer.amp: off"
+                f"{state}. Lower the learning rate, or set trainer.amp: off"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Stepper:
 
 
 class EpochLoss:
-    """The mean loss of an epoch's steps, kept on the device, through interruptions too."""
+    """The mean loss over an epoch, kept on the device and, for resumed runs, in checkpoints."""
 
     def __init__(self, device: torch.device) -> None:
         self.total, self.steps = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -149,13 +149,13 @@ class EpochLoss:
         self.steps.zero_()
 
     def add(self, loss: torch.Tensor, share: float) -> None:
-        """Add a micro-batch's loss, which counts `share` of a step; it is left out where it is not finite."""
+        """Add the loss of a micro-batch that makes up `share` of a step; losses that are not finite are left out."""
         finite = loss.isfinite()
         self.total += torch.where(finite, loss, 0.0) * share
         self.steps += finite * share
 
     def mean(self) -> float:
-        """On this rank."""
+        """The mean over the steps of this rank."""
         return float(self.total / self.steps) if self.steps else 0.0
 
     def state_dict(self) -> dict[str, float]:
@@ -169,8 +169,8 @@ class EpochLoss:
 class EMA:
     """Exponential moving average of a model's parameters, warmed up.
 
-    At step k the decay is min(decay, (1 + k) / (10 + k)): an average that starts from random weights would otherwise
-    keep them for 1 / (1 - decay) steps.
+    At step k the decay is min(decay, (1 + k) / (10 + k)). Otherwise, the random weights at the start would stay in the
+    average for about 1 / (1 - decay) steps.
 
     Attributes:
         model: a copy that holds the averages, in eval mode.
@@ -182,7 +182,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after an optimiser step; `step` counts from 0."""
+        """Update the averages after an optimiser step; `step` counts from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
@@ -196,10 +196,10 @@ class EMA:
 
 
 def accumulation_groups(batches: int, accumulate: int) -> list[int]:
-    """Sizes of the groups of micro-batches that make the optimiser steps of an epoch; the last may be smaller."""
+    """The number of micro-batches in each optimiser step of an epoch; the last step may have fewer."""
     return [min(accumulate, batches - k * accumulate) for k in range(math.ceil(batches / accumulate))]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for an optimiser step on a rank: a run that is resumed there draws what an unbroken one draws."""
+    """Seed torch for an optimiser step on a rank, so that a resumed run draws the same numbers as an unbroken one."""
     torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)

@@ -24,7 +24,7 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
     """Write an (H,W,3) RGB or (H,W) grey uint8 image atomically; the format follows the suffix."""
 
     def encode(part: Path) -> None:
-        # imencode, because imwrite fails silently on paths that are not ASCII on some systems.
+        # Not imwrite: on some systems it fails silently if the path is not ASCII.
         stored = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         done, data = cv2.imencode(
             part.suffix, stored, [cv2.IMWRITE_JPEG_QUALITY, quality] if part.suffix in (".jpg", ".jpeg") else []
@@ -37,10 +37,10 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str] = ()) -> np.ndarray:
-    """Captioned rows of (H,W,3) or (H,W) uint8 images of one size as one (H',W',3) picture.
+    """One (H',W',3) picture of captioned rows of (H,W,3) or (H,W) uint8 images, all of the same size.
 
     Args:
-        rows: (caption, images) of each row; an empty caption takes no room.
+        rows: (caption, images) of each row; an empty caption takes no space.
         columns: captions above the columns.
     """
     width = rows[0][1][0].shape[1]
@@ -76,7 +76,7 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 
 def spread(groups: Sequence[str], most: int) -> list[int]:
-    """Up to `most` indices, about as many of each group, evenly over those of a group."""
+    """Choose up to `most` indices: about as many from each group, spaced evenly within it."""
     members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
@@ -97,7 +97,7 @@ def heat_overlay(
     Args:
         image: (H,W,3) uint8.
         values: (H,W) anomaly map.
-        contour: outline what lies at or above this value; None draws no outline.
+        contour: outline the areas at or above this value; None draws no outline.
     """
     scaled = np.clip((values - low) * (1 / (high - low)), 0, 1)
     colours = cv2.applyColorMap((scaled * 255).astype(np.uint8), cv2.COLORMAP_JET)
@@ -124,7 +124,7 @@ def result_picture(image: np.ndarray, mask: np.ndarray | None, heat: np.ndarray)
 
     Args:
         image, heat: (H,W,3) uint8.
-        mask: (H,W) bool, or None where it is unknown.
+        mask: (H,W) bool, or None if unknown.
     """
     truth = mask.astype(np.uint8) * 255 if mask is not None else np.full(image.shape[:2], 127, np.uint8)
     captions = ("image", "ground truth" if mask is not None else "no mask", "anomaly map")

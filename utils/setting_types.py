@@ -1,4 +1,4 @@
-"""What a table of settings is made of, and the page that documents one. The tables are in utils/settings.py."""
+"""The types of the settings tables in utils/settings.py, and the page that documents these tables."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ KINDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "True or False",
-    "str": "a text",
+    "str": "text",
     "ints": "a list of whole numbers",
     "floats": "a list of numbers",
     "list": "a list",
@@ -24,12 +24,12 @@ class Setting:
     """One key.
 
     Args:
-        kind: one of KINDS; a "?" behind it admits null.
+        kind: one of KINDS; a "?" after it allows null.
         help: one or two sentences: what it does, and when to change it.
-        default: its value where the key is left out; MISSING where it may not be.
-        low, high: bounds of numbers, also of those in a list or mapping.
-        length: of a list.
-        choices: the only values, or the only names in a mapping.
+        default: the value if the key is left out; MISSING if it is required.
+        low, high: bounds of a number, or of each number in a list or mapping.
+        length: required length of a list.
+        choices: the allowed values, or the allowed names in a mapping.
         legacy: kept so that the reference program's files load; nobody needs to set it.
     """
 
@@ -45,7 +45,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """A group of keys. An optional one may be null or left out, and is null then."""
+    """A group of keys. An optional section may be left out or null; both mean null."""
 
     keys: dict[str, Any]
     optional: bool = False
@@ -60,7 +60,7 @@ def rows(section: Section, prefix: str = "") -> list[tuple[str, Setting]]:
 
 
 def constraint(setting: Setting) -> str:
-    """Type and bounds or choices in words."""
+    """The type and the bounds or choices of a setting, in words."""
     if setting.choices and setting.kind != "shares":
         return " or ".join(setting.choices)
     text = KINDS[setting.kind.rstrip("?")] + (" or null" if setting.kind.endswith("?") else "")
@@ -83,8 +83,8 @@ def settings_page(tables: dict[str, Section]) -> str:
     lines = [
         "# Settings",
         "",
-        "Every key of the YAML files under `experiments/<dataset>/`. Set one for a run with `--set key=value`.",
-        "*Legacy* keys are there so that the reference program's files load; leave them as they are.",
+        "Every key of the YAML files under `experiments/<dataset>/`. Set one for a single run with `--set key=value`.",
+        "*Legacy* keys exist only so that the reference program's files load; leave them as they are.",
         "",
         "This page is written by `python -m utils.settings > docs/settings.md`; edit",
         "[utils/settings.py](../utils/settings.py) instead.",

@@ -1,4 +1,4 @@
-"""Every setting of the YAML files: type, default, bounds or choices, and what it does. utils/config.py checks by it.
+"""Every setting of the YAML files: type, default, bounds or choices, meaning. utils/config.py checks with them.
 
 python -m utils.settings > docs/settings.md        writes the page that documents them
 """
@@ -6,7 +6,7 @@ python -m utils.settings > docs/settings.md        writes the page that document
 from utils.precision import PRECISIONS
 from utils.setting_types import Section, Setting, settings_page
 
-# ---- what several files share ----------------------------------------------------------------------------------------
+# ---- shared by several files -----------------------------------------------------------------------------------------
 
 _SEED = {"random_seed": Setting("int", "Seed of every random draw of the run.", 100, low=0, high=2**31 - 1)}
 _COLOR_MODE_HELP = "RGB; GRAY shows networks three equal channels, for grey images; BGR swaps red and blue."
@@ -22,15 +22,15 @@ _READER = Section(
     }
 )
 _AUGMENT = {
-    "hflip": Setting("bool", "Mirror training images left to right, every other time, if parts may lie so.", False),
-    "vflip": Setting("bool", "Mirror training images top to bottom, every other time, if parts may lie so.", False),
+    "hflip": Setting("bool", "Mirror half of the training images left to right, if mirrored parts are normal.", False),
+    "vflip": Setting("bool", "Mirror half of the training images top to bottom, if mirrored parts are normal.", False),
     "rotate": Setting("bool", "Turn training images by 0, 90, 180 or 270 degrees (0 or 180 if not square).", False),
 }
 _NOT_AUGMENTED = {name: Setting("bool", "Test images are never augmented.", False, legacy=True) for name in _AUGMENT}
 _INPUT_SIZE_HELP = "[height, width] that images are resized to. The U-Nets of SDAS need multiples of 2 ** (levels - 1)."
 _LOADING = {
     "workers": Setting("int", "Processes that load images, per rank; results do not depend on it.", 2, low=0),
-    "cache_mb": Setting("int", "MiB for resized training images in shared memory; 0 reads them anew.", 2048, low=0),
+    "cache_mb": Setting("int", "MiB of shared memory for resized training images; 0: no cache.", 2048, low=0),
 }
 _CHECKPOINT_HELP = "Recompute activations in the backward pass: far less memory, about a third slower."
 _WIDTH_HELP = "Channels of the first level, a multiple of 32. Fixed by the weights that training starts from."
@@ -69,7 +69,7 @@ _CLASSIFIER = {
 }  # fmt: skip
 _SDAS_DATASET = Section(
     {
-        "type": Setting("str", "The name of the data set plays no role here.", "sdas", legacy=True),
+        "type": Setting("str", "The name of the data set; not used here.", "sdas", legacy=True),
         "image_reader": _READER,
         "train": Section(
             {"meta_file": Setting("str", "Image list to train on; only its good images are used."), **_AUGMENT}
@@ -82,7 +82,7 @@ _SDAS_DATASET = Section(
         **_LOADING,
     }
 )
-_AMP_HELP = "Mixed precision. bf16 saves time and memory; auto takes it where the device computes in it natively."
+_AMP_HELP = "Mixed precision. bf16 saves time and memory; auto uses it if the device supports it natively."
 _AMP = Setting("str", _AMP_HELP, "off", choices=PRECISIONS)
 _ADAM_HELP = "Its arguments; lr is the one to change."
 _TRAINER = {
@@ -100,37 +100,37 @@ _TRAINER = {
         }
     ),
 }
-_CLIP_HELP = "Largest norm of the gradient, which is scaled down to it; null does not clip."
+_CLIP_HELP = "Gradients with a larger norm are scaled down to this norm; null does not clip."
 _VALIDATION_HELP = "Epochs between two validations; the last epoch always has one."
 _SDAS_TRAINER = {
     **_TRAINER,
     "val_freq_epoch": Setting("int", _VALIDATION_HELP, 10, low=1),
-    "use_fp16": Setting("bool", "The reference's key: True means amp: fp16 where amp is off.", False),
-    "accumulate": Setting("int", "Batches whose gradients make one step: memory of one, noise of many.", 1, low=1),
+    "use_fp16": Setting("bool", "The reference's key: if amp is off, True means amp: fp16.", False),
+    "accumulate": Setting("int", "Batches averaged per optimiser step; raise it for a small batch_size.", 1, low=1),
     "clip_max_norm": Setting("float?", _CLIP_HELP, 1.0, low=0),
     "val_batch_number": Setting("int", "Batches of test images that a diffusion validation reconstructs.", 6, low=1),
 }
 
 
 def _process(section_counts: str, use: str) -> Section:
-    """A diffusion process."""
+    """The keys of a diffusion process."""
     return Section(
         {
             "T": Setting("int", "Timesteps of the full process.", 1000, low=1),
             "section_counts": Setting(
-                "any", f"Timesteps kept for {use}: ddimN for N at one stride, or counts of equal sections.",
+                "any", f"Timesteps kept for {use}: ddimN for N at equal strides, or a count for each equal section.",
                 section_counts,
             ),
             "beta_scheduler": Setting("str", "Noise schedule: linear, cosine, or const<beta>.", "linear"),
             "rescale_timesteps": Setting(
-                "bool", "Show the network timesteps scaled to 0 .. 1000; as in training.", False, legacy=True
+                "bool", "Scale the network's timesteps to 0 .. 1000; as in training.", False, legacy=True
             ),
         }
     )  # fmt: skip
 
 
 def _saver(stage: str) -> Section:
-    """Where a script writes."""
+    """The keys that say where a script writes."""
     return Section(
         {
             "checkpoints_dir": Setting("str", "Checkpoints, under experiments/<dataset>/.", f"{stage}_checkpoints/"),
@@ -153,7 +153,7 @@ _DIFFUSION = Section(
             {
                 **_SDAS_TRAINER,
                 "ema_decay": Setting(
-                    "float", "Decay of the averaged weights, which are sampled from; warmed up.", 0.9999, low=0, high=1
+                    "float", "Decay of the averaged weights, which sampling uses; warmed up.", 0.9999, low=0, high=1
                 ),
             }
         ),
@@ -194,8 +194,8 @@ _SAMPLE = Section(
             {
                 "batch_size": Setting("int", "Images drawn at once, per rank; lower it to save memory.", 16, low=1),
                 "channels": Setting("int", "Images always have three channels.", 3, low=3, high=3, legacy=True),
-                "H": Setting("int", "Height of the images, as the model was trained.", 256, low=1),
-                "W": Setting("int", "Width of the images, as the model was trained.", 256, low=1),
+                "H": Setting("int", "Height of the images that the model was trained on.", 256, low=1),
+                "W": Setting("int", "Width of the images that the model was trained on.", 256, low=1),
             }
         ),
         "classes": Setting("list?", "Class names in the order of their numbers, if the checkpoint lacks them.", None),
@@ -227,8 +227,11 @@ _SYNTHESIS = {
     "sdas_transparency_range": Setting(
         "floats", "Range of the opacity of blended SDAS images.", [0.5, 1.0], low=0, high=1, length=2
     ),
-    "perlin_scale": Setting("int", "Anomalies get finer up to 2 ** (this - 1) noise cells a side.", 6, low=1, high=12),
-    "min_perlin_scale": Setting("int", "Raise it to leave out anomalies larger than 1 / 2 ** this.", 0, low=0, high=11),
+    "perlin_scale": Setting("int", "Finest anomalies: up to 2 ** (this - 1) noise cells per side.", 6, low=1, high=12),
+    "min_perlin_scale": Setting(
+        "int", "Coarsest anomalies: 2 ** this noise cells per side. Raise it to leave out large ones.", 0,
+        low=0, high=11,
+    ),
     "anomaly_types": Setting(
         "shares", "Probability of each type of training sample; they add up to 1.", low=0,
         choices=("normal", "sdas", "dtd"),
@@ -262,14 +265,14 @@ _REALNET = Section(
                     {"meta_file": Setting("str", "Image list to test on; {} is the class."), **_NOT_AUGMENTED}
                 ),
                 "input_size": Setting(
-                    "ints", "[height, width] that images are resized to; any.", [256, 256], low=1, length=2
+                    "ints", "[height, width] that images are resized to; any size works.", [256, 256], low=1, length=2
                 ),
                 "pixel_mean": Setting(
-                    "floats", "Mean that the backbone's weights expect, of RGB in 0 .. 1.", [0.485, 0.456, 0.406],
+                    "floats", "Mean of RGB in 0 .. 1 that the backbone's weights expect.", [0.485, 0.456, 0.406],
                     length=3,
                 ),
                 "pixel_std": Setting(
-                    "floats", "Deviation that they expect.", [0.229, 0.224, 0.225], low=1e-6, length=3
+                    "floats", "Standard deviation that they expect.", [0.229, 0.224, 0.225], low=1e-6, length=3
                 ),
                 "batch_size": Setting("int", "Images per rank and step. Lower it when memory runs out.", 16, low=1),
                 **_LOADING,
@@ -294,11 +297,11 @@ _REALNET = Section(
         "evaluator": Section(
             {
                 "key_metric": Setting(
-                    "str", "AUROC that decides which checkpoint is the best; mean is that of image and pixel.", "mean",
+                    "str", "AUROC that selects the best checkpoint: image, pixel, or the mean of both.", "mean",
                     choices=("mean", "image", "pixel"),
                 ),
                 "metrics": Setting(
-                    "map", "avgpool_size [height, width] of auc's entry image is the window of the image score.",
+                    "map", "auc's entry image has avgpool_size: [height, width] of the pooling window of image scores.",
                     {"auc": [{"name": "image", "kwargs": {"avgpool_size": [16, 16]}}]},
                 ),
             }

@@ -1,8 +1,8 @@
-"""Stopping a run: the first signal lets the step finish and the state be saved, the second one ends it at once."""
+"""Stop a run: at the first signal, it finishes the step and saves its state; a second signal ends it at once."""
 
 import atexit
 import multiprocessing
-import multiprocessing.util  # registers its exit function first, so that it runs after the one here
+import multiprocessing.util  # must register its exit function before this module does, so that it runs later
 import os
 import signal
 import time
@@ -17,7 +17,7 @@ from utils.distributed import Run
 
 # SLURM announces the end of an allocation with SIGUSR1; Windows lacks it.
 NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-# A launcher passes on a signal that the terminal has sent to all processes already.
+# Ctrl-C reaches a rank twice, from the terminal and from the launcher; within this time, it counts once.
 SAME_SIGNAL_SECONDS = 1.0
 
 
@@ -37,19 +37,19 @@ class StopRequest:
             os._exit(128 + number)
 
     def agreed(self) -> int:
-        """The signal that any rank has received, or 0; all ranks have to ask together.
+        """The signal that any rank has received, or 0; all ranks have to call this together.
 
-        Ranks receive a signal at different steps, and have to stop after the same one.
+        Ranks may receive a signal at different steps, but have to stop after the same step.
         """
         if self.run.world_size == 1:
             return self.signal
-        # On the CPU: this waits for the other ranks, but for no device.
+        # A CPU tensor, so that this waits for the other ranks but not for a GPU.
         return int(distributed.all_reduce_max(torch.tensor(self.signal)))
 
 
 @contextmanager
 def stop_requests(run: Run) -> Iterator[StopRequest]:
-    """Listen to SIGTERM, SIGINT and SIGUSR1."""
+    """Listen for SIGTERM, SIGINT and SIGUSR1."""
     request = StopRequest(run)
     before = {name: signal.signal(getattr(signal, name), request.receive) for name in NAMES}
     try:
@@ -60,10 +60,10 @@ def stop_requests(run: Run) -> Iterator[StopRequest]:
 
 
 def outlive_signals() -> None:
-    """Keep a loader worker alive when a signal asks the whole job to stop: its rank still finishes the step.
+    """Keep a loader worker alive when a signal stops the job: its rank still has to finish the step.
 
-    Launchers and terminals signal the process group of the rank, which the worker leaves; SLURM signals every process.
-    The worker ends when its rank asks for it, or has ended itself.
+    Launchers and terminals signal the rank's process group, so the worker leaves it. SLURM signals every process, so
+    the worker ignores these signals. It ends when its rank tells it to, or when the rank has ended.
     """
     if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
@@ -73,12 +73,12 @@ def outlive_signals() -> None:
 
 @atexit.register
 def kill_workers() -> None:
-    """Kill the loader workers that are left when a rank ends.
+    """Kill the loader workers that still run when a rank ends.
 
-    multiprocessing would send them SIGTERM, which they ignore, and wait for them forever.
+    Otherwise, multiprocessing would send them SIGTERM, which they ignore, and wait for them forever.
     """
-    left = multiprocessing.active_children()
-    if left and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
-    for worker in left:
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
+    for worker in workers:
         worker.kill()

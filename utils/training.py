@@ -1,4 +1,4 @@
-"""What the training scripts share around their loops: the state of a training, saving it, and reporting its steps."""
+"""Shared by the training scripts: the state of a training run, saving it, and reporting its steps."""
 
 import logging
 from collections.abc import Callable
@@ -24,11 +24,11 @@ log = logging.getLogger("realnet")
 
 @dataclass
 class Progress:
-    """How far a training is.
+    """How far a training run has got.
 
     Args:
         epoch: finished epochs.
-        step: optimiser steps in all.
+        step: optimiser steps in total.
         step_in_epoch: optimiser steps since the last finished epoch.
     """
 
@@ -54,18 +54,18 @@ class Progress:
 
 @dataclass
 class Training:
-    """A network in training, with everything that its checkpoints hold.
+    """A network in training, with everything that goes into its checkpoints.
 
     Args:
         config: the settings of the run.
         network: the network whose weights are saved.
-        model: the same network, compiled and wrapped for several ranks as the settings ask for.
+        model: the same network, compiled if the settings say so, and wrapped for several ranks.
         stepper: optimiser and loss scale.
         precision: "off", "bf16" or "fp16".
-        settings: what a checkpoint says about its network, by key: arch, and classes or config.
-        figures: results that a checkpoint holds, by key: best_metric or acc.
-        ema: the averaged network, where one is kept.
-        epoch_loss: the mean loss of the epoch, where a checkpoint holds it.
+        settings: what checkpoints save about the network, by key: arch, and classes or config.
+        figures: results that checkpoints save, by key: best_metric or acc.
+        ema: the averaged network, if one is kept.
+        epoch_loss: the mean loss of the epoch, if checkpoints save it.
     """
 
     config: EasyDict
@@ -81,7 +81,7 @@ class Training:
     progress: Progress = field(default_factory=Progress)
 
     def checkpoint(self) -> dict[str, Any]:
-        """What others use a checkpoint for: the weights, what they belong to, and how good they are."""
+        """The part of a checkpoint that other scripts use: weights, settings of the network, and figures."""
         content = {
             "epoch": self.progress.epoch,
             **self.settings,
@@ -95,7 +95,7 @@ class Training:
         return content
 
     def _parts(self) -> dict[str, Any]:
-        """What a resumed run restores, by its key in the checkpoint; each has state_dict and load_state_dict."""
+        """The parts that a resumed run restores, by checkpoint key; each has state_dict and load_state_dict."""
         parts = {
             "state_dict": self.network,
             "ema_state_dict": self.ema,
@@ -106,7 +106,7 @@ class Training:
         return {key: part for key, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint that a run can resume from. Random numbers need no state: they follow from the step."""
+        """A checkpoint that a run can resume from. Random numbers need no state: each step seeds them."""
         return {**self.checkpoint(), **{key: part.state_dict() for key, part in self._parts().items()}}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -116,10 +116,10 @@ class Training:
         self.figures = {name: content[name] for name in self.figures}
 
     def resume(self, content: dict[str, Any], folder: Path) -> None:
-        """Continue from what checkpoint.load_for_resume found in a folder.
+        """Continue from a checkpoint that checkpoint.load_for_resume has read from a folder.
 
         Raises:
-            UsageError: it was saved with other settings.
+            UsageError: the checkpoint was saved with other settings.
         """
         try:
             self.load_state_dict(content)
@@ -137,7 +137,7 @@ def set_up_training(
     figures: dict[str, float] | None = None,
     epoch_loss: EpochLoss | None = None,
 ) -> Training:
-    """Optimiser, average, precision and ranks around a network that is on its device; see Training."""
+    """Build the Training of a network that is on its device already: optimiser, average, precision, and ranks."""
     trainer = config.trainer
     network = distributed.synchronize_batchnorm(network, run)
     if trainer.channels_last:
@@ -153,26 +153,26 @@ def set_up_training(
 
 
 class Saver:
-    """Saves what a training resumes from: every trainer.save_freq_step steps, and when a signal ends the run.
+    """Saves checkpoints to resume from: every trainer.save_freq_step steps, and when a signal ends the run.
 
     Args:
         folder: of the checkpoints.
-        stop: the signals.
+        stop: the stop request of this run.
     """
 
     def __init__(self, folder: Path, training: Training, stop: StopRequest) -> None:
         self.folder, self.training, self.stop = folder, training, stop
 
     def after_step(self) -> None:
-        """Save where it is time to, and end the run where a signal asks for it.
+        """Save if a save is due, and end the run if a signal has arrived.
 
         Raises:
-            Stopped: a signal asked for it; the state is saved.
+            Stopped: a signal has arrived; the state is saved.
             RunError: too many steps in a row had no finite loss.
         """
         training, step = self.training, self.training.progress.step
         every = training.config.trainer.save_freq_step
-        # The check waits for the device, so on a GPU it is not made after every step.
+        # The check waits for the device, so on a GPU it is not done after every step.
         if training.run.device.type == "cpu" or step % training.stepper.max_bad_steps == 0:
             training.stepper.check(self.folder / LAST)
         number = self.stop.agreed()

@@ -1,7 +1,7 @@
 """Layers of the ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233).
 
-The tensor names follow OpenAI's published weights, so that those files load; RealNet's reconstruction
-networks (models/recon.py) are built from the same GroupNorm and attention.
+Tensor names are those of OpenAI's published weights, so that those files load. RealNet's reconstruction networks
+(models/recon.py) use the same GroupNorm and attention.
 """
 
 import math
@@ -16,7 +16,7 @@ from utils.errors import UsageError
 class GroupNorm32(nn.GroupNorm):
     """GroupNorm with 32 groups, computed in float32 whatever the input's dtype.
 
-    float32: under autocast the variance of a large half-precision group loses too many bits.
+    Under autocast, the variance of a large group would lose too many bits in half precision.
 
     Raises:
         UsageError: the number of channels is not a multiple of 32.
@@ -33,7 +33,7 @@ class GroupNorm32(nn.GroupNorm):
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Set a layer's parameters to zero, so that the branch it ends starts as the identity."""
+    """Set a layer's parameters to zero, so that the residual branch it ends adds nothing at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -63,7 +63,7 @@ class AttentionBlock(nn.Module):
 
     Args:
         channels: channels of the input.
-        num_heads: number of heads, used where num_head_channels is -1.
+        num_heads: number of heads, used if num_head_channels is -1.
         num_head_channels: channels per head, or -1.
 
     Shape:
@@ -90,7 +90,7 @@ class AttentionBlock(nn.Module):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Scaled dot product attention (N, heads, tokens, channels), in float32 under autocast too: fp16 overflows."""
+    """Scaled dot product attention (N, heads, tokens, channels), in float32 even under autocast: fp16 overflows."""
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
 
@@ -131,7 +131,7 @@ class AttentionPool2d(nn.Module):
         tokens = tokens + self.positional_embedding.to(tokens.dtype)
         qkv = self.qkv_proj(tokens).reshape(n, 3, self.num_heads, c // self.num_heads, -1)
         q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(1))
-        # Only the mean token's answer is used, so only its query is asked.
+        # Only the mean token's output is used, so only its query is needed.
         attended = attend(q[:, :, :1], k, v).transpose(-1, -2).reshape(n, c, 1)
         return self.c_proj(attended)[..., 0]
 
@@ -164,9 +164,9 @@ class ResBlock(nn.Module):
     Args:
         channels: channels of the input.
         emb_channels: length of the embedding.
-        dropout: dropout probability in the out part.
+        dropout: dropout probability in out_layers.
         out_channels: channels of the output.
-        use_scale_shift_norm: FiLM conditioning GN(h) * (1 + scale) + shift instead of addition.
+        use_scale_shift_norm: condition by FiLM, GN(h) * (1 + scale) + shift, instead of by addition.
         resample: None, "up" or "down".
 
     Shape:
@@ -216,7 +216,7 @@ class ResBlock(nn.Module):
 
 
 class EmbedSequential(nn.Sequential):
-    """A Sequential that hands the embedding to the layers that take one."""
+    """A Sequential that passes the embedding to its ResBlocks."""
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:

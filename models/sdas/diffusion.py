@@ -22,14 +22,14 @@ Strength = float | torch.Tensor
 class SpacedDiffusion:
     """A (possibly respaced) Gaussian diffusion process with learned or fixed reverse variance.
 
-    Everywhere here t (N,) int64 indexes the respaced process, 0 .. num_timesteps - 1; the model and the guidance
-    function see the original timesteps. Tables are float64.
+    In this class, t (N,) int64 indexes the respaced process, 0 .. num_timesteps - 1; the model and the guidance
+    function get the original timesteps. Tables are float64.
 
     Args:
         T: number of original timesteps.
-        section_counts: which of them are kept, see schedule.kept_timesteps.
+        section_counts: which timesteps to keep, see schedule.kept_timesteps.
         beta_scheduler: see schedule.beta_schedule.
-        rescale_timesteps: show the model timesteps scaled to 0 .. 1000.
+        rescale_timesteps: give the model timesteps scaled to 0 .. 1000.
 
     Example:
         >>> process = SpacedDiffusion(1000, "ddim20", "linear")
@@ -52,7 +52,7 @@ class SpacedDiffusion:
         self._make_tables()
 
     def _make_tables(self) -> None:
-        """The tables over t, each (num_timesteps,) float64."""
+        """Compute the tables over t, each (num_timesteps,) float64."""
         alphas = 1.0 - self.betas
         self.log_betas = np.log(self.betas)
         self.alphas_cumprod = np.cumprod(alphas)
@@ -66,11 +66,11 @@ class SpacedDiffusion:
         self.posterior_variance = self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
-        # The variance at t = 0 is 0; its logarithm borrows the next step's.
+        # The variance at t = 0 is 0, which has no logarithm; use the one at t = 1.
         clipped = self.posterior_variance.copy()
         clipped[0] = clipped[1] if self.num_timesteps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = np.log(clipped)
-        # Of a network that does not predict the variance: beta, and the posterior's at t = 0.
+        # For networks that do not predict the variance: beta, but the clipped posterior variance at t = 0.
         self.fixed_log_variance = np.log(np.append(np.exp(self.posterior_log_variance_clipped[0]), self.betas[1:]))
 
     def _at(self, table: str, t: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class SpacedDiffusion:
         return self._on_device[key][t][:, None, None, None]
 
     def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        """What the network sees for t: original timesteps (N,), float if rescaled to 0 .. 1000."""
+        """The timesteps to give the network for t: the original ones (N,), float if rescaled to 0 .. 1000."""
         key = ("timestep_map", t.device)
         if key not in self._on_device:
             self._on_device[key] = torch.tensor(self.timestep_map, device=t.device)
@@ -91,7 +91,7 @@ class SpacedDiffusion:
     # ---- forward process -----------------------------------------------------------------------------------------
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Draw x_t ~ q(x_t | x_0), DDPM eq. 4. x_start (N,3,H,W) in [-1, 1]; noise standard normal of its shape."""
+        """Draw x_t ~ q(x_t | x_0), DDPM eq. 4. x_start (N,3,H,W) in [-1, 1]; noise standard normal, same shape."""
         if noise is None:
             noise = torch.randn_like(x_start)
         return self._at("sqrt_alphas_cumprod", t) * x_start + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
@@ -122,7 +122,7 @@ class SpacedDiffusion:
 
         Args:
             model: model(x, original t, **model_kwargs) -> (N,6,H,W) eps and v, or (N,3,H,W) eps (then the variance
-                is fixed to beta, its first entry to the posterior's).
+                is fixed to beta, at t = 0 to the clipped posterior variance).
             clip_denoised: clip the predicted x_0 to [-1, 1].
 
         Returns:
@@ -169,7 +169,7 @@ class SpacedDiffusion:
         Args:
             s: anomaly strength >= 0, a number or (N,).
             cond_fn: cond_fn(x, original t, **model_kwargs) -> c * grad_x log p(y | x_t), or None.
-            noise: (N,3,H,W) standard normal; drawn where absent; not used at t = 0.
+            noise: (N,3,H,W) standard normal; drawn if None; not used at t = 0.
 
         Returns:
             sample and pred_xstart, each (N,3,H,W).
@@ -195,7 +195,7 @@ class SpacedDiffusion:
         model_kwargs: dict | None = None,
         noise: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """One DDIM step (Song et al. eq. 12) plus sqrt(s) * sigma * noise, sigma of the learned variance.
+        """One DDIM step (Song et al. eq. 12) plus sqrt(s) * sigma * noise, where sigma^2 is the learned variance.
 
         Arguments as in p_sample; eta in [0, 1] interpolates between DDIM and DDPM. Guidance shifts eps
         (Dhariwal & Nichol, algorithm 2).
@@ -228,9 +228,9 @@ class SpacedDiffusion:
         """Draw x_0 (N,3,H,W) from x_T = noise by ancestral steps.
 
         Args:
-            generator: source of the steps' noise; a list gives every image its own, so that an image does not
-                depend on its batch.
-            progress: show a progress bar over the steps, where there is a terminal.
+            generator: source of the steps' noise; a list holds one per image, so that an image does not depend on
+                its batch.
+            progress: show a progress bar over the steps, if there is a terminal.
         """
         step = partial(self.p_sample, model, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs)
         return self._loop(step, noise, generator, progress)
@@ -262,7 +262,7 @@ class SpacedDiffusion:
     def ddim_reverse_sample_loop(
         self, model: Callable, x: torch.Tensor, model_kwargs: dict | None = None
     ) -> torch.Tensor:
-        """Deterministic inversion x_0 -> x_T by the DDIM ODE; ddim_sample_loop of the result gives x back."""
+        """Deterministic inversion x_0 -> x_T by the DDIM ODE; ddim_sample_loop maps the result back to x."""
         for i in range(self.num_timesteps):
             t = torch.full((len(x),), i, device=x.device)
             out = self.p_mean_variance(model, x, t, model_kwargs=model_kwargs)
@@ -286,10 +286,10 @@ class SpacedDiffusion:
         Args:
             x_start: (N,3,H,W) in [-1, 1].
             t: (N,) timesteps.
-            noise: (N,3,H,W) standard normal; drawn where absent.
+            noise: (N,3,H,W) standard normal; drawn if None.
 
         Returns:
-            loss, mse, vb (bits per dimension; 0 where the variance is not learned), each (N,).
+            loss, mse, vb (bits per dimension; 0 if the variance is not learned), each (N,).
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -306,7 +306,7 @@ class SpacedDiffusion:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _vb_bits(self, output: torch.Tensor, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || p) in bits per dimension; the decoder's likelihood at t = 0. (N,)"""
+        """KL(q(x_{t-1} | x_t, x_0) || p) (N,) in bits per dimension; at t = 0, -log p(x_0 | x_1)."""
         true_mean = self._posterior_mean(x_start, x_t, t)
         true_log_variance = self._at("posterior_log_variance_clipped", t)
         learned = self._distribution(output, x_t, t, clip_denoised=False)

@@ -1,4 +1,4 @@
-"""Guidance of the samplers by a classifier of noisy images (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+"""Guides the samplers by a classifier of noisy images (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def classifier_guidance(classifier: nn.Module, scale: float) -> Callable:
-    """The guidance function scale * grad_x log p(y | x_t) of a classifier of noisy images, for `cond_fn`."""
+    """Make the samplers' `cond_fn`, scale * grad_x log p(y | x_t), from a classifier of noisy images."""
 
     def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():

@@ -13,7 +13,7 @@ def normal_kl(mean1: torch.Tensor, log_var1: torch.Tensor, mean2: torch.Tensor, 
 def discretized_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """Log probability of 8-bit values in [-1, 1] under a Gaussian integrated over each value's bin, in nats.
 
-    The normal CDF is the tanh approximation that the published models were trained with.
+    The normal CDF is approximated by tanh, as in the training of the published models.
     """
     centred, inverse = x - mean, (-log_scale).exp()
     upper = _approximate_cdf(inverse * (centred + 1 / 255))

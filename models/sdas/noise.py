@@ -1,4 +1,4 @@
-"""The noise of the samplers, from generators that make an image independent of its batch."""
+"""Noise for the samplers, from generators that make an image independent of its batch."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def draw_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
     """Standard normal noise of the shape of `like`; with a list of generators, image i comes from generator i alone.
 
-    Drawn on the generator's device and moved, so that CPU generators give the same noise for every device.
+    It is drawn on the generator's device and then moved, so CPU generators give the same noise for every device.
     """
     if generator is None:
         return torch.randn_like(like)

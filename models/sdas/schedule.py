@@ -20,7 +20,7 @@ def beta_schedule(name: str, steps: int) -> np.ndarray:
         (T,) float64 in (0, 1].
 
     Raises:
-        UsageError: unknown name, or a schedule that leaves (0, 1].
+        UsageError: an unknown name, or values outside (0, 1].
     """
     scale = 1000 / steps
     if name == "linear":
@@ -37,18 +37,18 @@ def beta_schedule(name: str, steps: int) -> np.ndarray:
     else:
         raise UsageError(f"beta_scheduler: {name!r} is not one of linear, cosine, const<beta>")
     if not ((betas > 0) & (betas <= 1)).all():
-        raise UsageError(f"beta_scheduler: {name!r} with T = {steps} leaves the interval (0, 1]")
+        raise UsageError(f"beta_scheduler: {name!r} with T = {steps} has values outside (0, 1]")
     return betas
 
 
 def kept_timesteps(steps: int, section_counts: str | int | Sequence[int]) -> list[int]:
-    """The timesteps a respaced process keeps, ascending.
+    """The timesteps that a respaced process keeps, ascending.
 
     Args:
         steps: length T of the original process.
         section_counts: "ddimN" for 0, i, 2i, ... with the smallest stride i that gives exactly N of them; or counts
-            ("10,10,20", a number or a list): the process is cut into as many equal sections and each keeps its count,
-            evenly spaced from its first to its last step.
+            ("10,10,20", a number or a list): the process is cut into equal sections, one per count, and each section
+            keeps so many steps, evenly spaced from its first to its last.
 
     Raises:
         UsageError: no stride gives N steps, or a section is shorter than its count.
@@ -89,7 +89,7 @@ def _strided(steps: int, section_counts: str) -> list[int]:
 
 
 def respaced_betas(betas: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """Betas of the process that keeps only some timesteps: its cumulative products are the original ones there."""
+    """Betas of the process that keeps only some timesteps and has the original cumulative products there."""
     alphas_cumprod = np.cumprod(1.0 - betas)[list(kept)]
     previous = np.concatenate([[1.0], alphas_cumprod[:-1]])
     return 1.0 - alphas_cumprod / previous

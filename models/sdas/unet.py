@@ -1,4 +1,4 @@
-"""The noise-predicting U-Net of SDAS, and the guidance classifier, its encoder half (docs/method.md, section 1)."""
+"""The noise-predicting U-Net of SDAS, and the guidance classifier with the same encoder (docs/method.md, section 1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from utils.errors import UsageError
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What encoder and decoder share.
+    """Settings that encoder and decoder share.
 
     Args:
         width: channels of the first level.
@@ -69,7 +69,7 @@ class UNetShape:
         )
 
     def encoder(self) -> tuple[nn.ModuleList, list[int]]:
-        """The encoder's stages and the channels that each of them puts out."""
+        """The encoder's stages, and the number of output channels of each."""
         channels = self.channel_mult[0] * self.width
         stages = nn.ModuleList([EmbedSequential(nn.Conv2d(3, channels, 3, padding=1))])
         widths = [channels]
@@ -96,7 +96,7 @@ def check_size(size: Sequence[int], channel_mult: Sequence[int], setting: str) -
     """Refuse an input size (height, width) that the levels of a network cannot halve.
 
     Raises:
-        UsageError: names the setting and the nearest size that fits.
+        UsageError: the size does not fit; the message names the setting and the nearest size that does.
     """
     factor = 2 ** (len(channel_mult) - 1)
     if any(side < 1 or side % factor for side in size):
@@ -120,7 +120,7 @@ class UNetTrunk(nn.Module):
         return self.time_embed(timestep_embedding(t, self.shape.width))
 
     def run(self, stage: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """A stage, recomputed in the backward pass where activation checkpointing is on."""
+        """Run a stage; with activation checkpointing, the backward pass recomputes it."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(stage, x, emb, use_reentrant=False)
         return stage(x, emb)
@@ -136,7 +136,7 @@ class UNet(UNetTrunk):
         shape: see UNetShape.
         out_channels: 3 for eps, 6 for eps and the variance interpolation v.
         class_number: number of classes.
-        num_heads_upsample: heads in the decoder where they differ, else -1.
+        num_heads_upsample: number of heads in the decoder; -1 for the same as in the encoder.
 
     Shape:
         x (N, 3, H, W) in [-1, 1], t (N,) original timesteps, y (N,) classes -> (N, out_channels, H, W)
@@ -245,17 +245,17 @@ def create_diffusion_unet(
     image_size: int | Sequence[int] = 256,
     use_fp16: bool = False,
 ) -> UNet:
-    """Build the diffusion U-Net from the keys of the YAML's `unet` section, and load weights where it names a file.
+    """Build the diffusion U-Net from the keys of the YAML's `unet` section, and load weights if it names a file.
 
     Args:
-        pertrain_path: bare or wrapped state_dict to start from, or None; what fitted is logged. The name is the
-            reference's; pretrain_path is the same.
+        pertrain_path: file with a bare or wrapped state_dict to start from, or None; logs which tensors fitted. The
+            spelling is the reference's; pretrain_path means the same.
         use_checkpoint: recompute activations in the backward pass to save memory.
-        image_size, use_fp16: accepted for the reference's calls; the network is size-free and its precision is the
-            trainer's choice (autocast).
+        image_size, use_fp16: ignored, but accepted as in the reference: the network takes any size, and the trainer
+            sets the precision (autocast).
 
     Raises:
-        UsageError: the file is missing, or next to nothing in it fits.
+        UsageError: the file is missing, or fits fewer than half of the network's tensors.
 
     Example:
         >>> unet = create_diffusion_unet(classifier_width=32, classifier_depth=1, channel_mult=[1, 2], class_number=3)

@@ -51,7 +51,7 @@ def test_color_modes(tmp_path):
     assert np.ptp(grey, axis=2).max() == 0
 
 
-def test_masks_are_anomalous_above_zero_and_resized_to_the_nearest(tmp_path):
+def test_masks_are_anomalous_above_zero_and_resized_by_nearest_neighbour(tmp_path):
     values = np.zeros((8, 8), np.uint8)
     values[2:4, 2:4] = 3  # VisA's masks hold small numbers
     Image.fromarray(values).save(tmp_path / "m.png")
@@ -82,7 +82,7 @@ def test_masks_in_any_mode(tmp_path):
         assert np.mean(mask == truth) >= (0.97 if path.suffix == ".jpg" else 1), path.name
 
 
-def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path):
+def test_read_size_gives_the_size_of_the_upright_image(tmp_path):
     Image.fromarray(gradient(40, 60)).save(tmp_path / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -113,14 +113,14 @@ def test_unreadable_images_are_named(tmp_path, content):
             read(path)
 
 
-def test_normalize_is_the_formula():
+def test_normalize_equals_its_formula():
     image = gradient(3, 4)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = (image / 255.0 - mean) / std
     np.testing.assert_allclose(normalize(image, mean, std).numpy(), expected.transpose(2, 0, 1), atol=1e-6)
 
 
-def test_flips_treat_all_arrays_alike():
+def test_flips_and_turns_are_the_same_for_all_arrays():
     image = gradient(5, 7)
     for seed in range(10):
         a, b = Augmentation(True, True, True)([image, image[..., 0]], np.random.default_rng(seed))
@@ -128,7 +128,7 @@ def test_flips_treat_all_arrays_alike():
         assert a.shape == image.shape
 
 
-def test_cache_keeps_within_its_budget():
+def test_cache_stays_within_its_budget():
     cache = SharedCache(10, (512, 1024, 1), 2)
     assert cache.kept == 4
     item = np.full((512, 1024, 1), 7, np.uint8)

@@ -16,7 +16,7 @@ from utils.distributed import Run
 from utils.errors import UsageError
 
 CPU = torch.device("cpu")
-HALVED = Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3)
+PREPROCESSING = Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3)
 
 
 def test_lists_survive_a_round_trip(tiny_data):
@@ -29,13 +29,13 @@ def test_lists_survive_a_round_trip(tiny_data):
     assert json.loads(path.read_text().splitlines()[-1])["label_name"] == "defective"
 
 
-def test_class_is_the_fourth_part_from_the_right(tiny_data):
+def test_class_is_the_fourth_part_of_the_path_from_the_right(tiny_data):
     path = tiny_data / "list.json"
     path.write_text('{"filename": "dots/train/good/000.png", "label": 0}\n\n')
     assert class_names(read_list(path, tiny_data / "images")) == ["dots"]
 
 
-def test_a_defect_without_a_mask_file_is_unknown():
+def test_the_mask_of_a_defect_without_a_mask_file_is_unknown():
     assert Sample("a/test/good/0.png", 0, "a").mask_known
     assert not Sample("a/test/bad/0.png", 1, "a").mask_known
     assert Sample("a/test/bad/0.png", 1, "a", "m.png").mask_known
@@ -50,8 +50,8 @@ def test_a_defect_without_a_mask_file_is_unknown():
         ('{"filename": "dots/train/good/000.png"}', "label"),
         ('{"filename": "dots/train/good/000.png", "label": 2}', "label is 2"),
         ('{"filename": "dots/train/good/nope.png", "label": 0}', r"nope\.png does not exist"),
-        ('{"filename": "../samples/x.png", "label": 0, "clsname": "dots"}', "leaves"),
-        ('{"filename": "/etc/hostname", "label": 0, "clsname": "dots"}', "leaves"),
+        ('{"filename": "../samples/x.png", "label": 0, "clsname": "dots"}', "lies outside"),
+        ('{"filename": "/etc/hostname", "label": 0, "clsname": "dots"}', "lies outside"),
         ('{"filename": "a.png", "label": 0}', "clsname"),
         ('{"filename": "dots/train/good/000.png", "label": 1, "maskname": "no.png"}', r"no\.png does not exist"),
     ],
@@ -83,7 +83,7 @@ def test_training_batches_cover_every_sample_evenly(length, world):
     assert len(indices) < length + world
 
 
-def test_training_batches_are_shuffled_anew_in_each_epoch():
+def test_training_batches_are_shuffled_again_in_each_epoch():
     batches = EpochBatches(20, 4, Run(0, 1, CPU), seed=1)
     first = list(batches)
     assert first == list(batches)
@@ -104,7 +104,7 @@ def test_any_number_of_workers_gives_the_same_samples(tiny_data):
     seen = []
     for workers in (0, 1, 2):
         images, augmentation = ImageList(samples, tiny_data / "images"), Augmentation(True, True, True)
-        dataset = SDASDataset(images, ["dots", "lines"], HALVED, augmentation, seed=3, cache_mb=1)
+        dataset = SDASDataset(images, ["dots", "lines"], PREPROCESSING, augmentation, seed=3, cache_mb=1)
         batches = EpochBatches(len(dataset), 4, Run(0, 1, CPU), seed=1)
         loader = make_loader(dataset, batches, workers, Run(0, 1, CPU))
         epochs = []
@@ -116,7 +116,7 @@ def test_any_number_of_workers_gives_the_same_samples(tiny_data):
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
     assert -1 <= seen[0].min() < seen[0].max() <= 1
-    # The augmentations of the second epoch are others.
+    # The second epoch has other augmentations.
     assert not torch.equal(seen[0][:16].sort(dim=0).values, seen[0][16:].sort(dim=0).values)
 
 
@@ -128,7 +128,7 @@ def test_test_set_reads_masks(tiny_data):
     assert dataset[5]["index"] == 5
 
 
-def test_a_mask_of_other_proportions_is_refused_and_a_scaled_one_is_not(tiny_data):
+def test_a_mask_may_differ_in_size_but_not_in_aspect_ratio(tiny_data):
     samples = read_list(tiny_data / "samples" / "test_dots.json", tiny_data / "images")
     dataset = RealNetTestSet(ImageList(samples, tiny_data / "images"), Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3))
     path = tiny_data / "images" / samples[-1].maskname
@@ -136,7 +136,7 @@ def test_a_mask_of_other_proportions_is_refused_and_a_scaled_one_is_not(tiny_dat
     Image.open(path).resize((128, 128), Image.Resampling.NEAREST).save(path)
     assert torch.equal(dataset[len(samples) - 1]["mask"], expected)
     Image.open(path).resize((128, 64), Image.Resampling.NEAREST).save(path)
-    with pytest.raises(UsageError, match=f"{path.name}: mask of 128x64 pixels for .*{samples[-1].filename}"):
+    with pytest.raises(UsageError, match=f"{path.name}: mask is 128x64 pixels, but .*{samples[-1].filename}"):
         dataset[len(samples) - 1]
 
 
@@ -153,13 +153,13 @@ from utils.distributed import Run
 run = Run(0, 1, torch.device("cpu"))
 batches = iter(make_loader(list(range(8)), SharedBatches(8, 2, run), 1, run))
 print(next(batches).tolist())
-batches.itself = batches  # so that nothing ends the worker before the interpreter does
+batches.itself = batches  # a cycle, so that nothing ends the worker before the interpreter ends
 raise SystemExit(3)
 """
 
 
 def test_a_rank_that_leaves_a_worker_behind_still_ends():
-    """The worker ignores the SIGTERM that multiprocessing sends it."""
+    """Even though the worker ignores the SIGTERM that multiprocessing sends it."""
     done = subprocess.run(
         [sys.executable, "-c", LEAVES_A_WORKER],
         cwd=REPOSITORY,

@@ -22,7 +22,7 @@ from utils.errors import UsageError
 
 
 def slow_perlin(height, width, rows, columns, rng):
-    """The definition, pixel by pixel in float64."""
+    """The definition of Perlin noise, pixel by pixel in float64."""
     angles = rng.uniform(0, 2 * np.pi, (rows + 1, columns + 1))
     gy, gx = np.cos(angles), np.sin(angles)
     fade = lambda t: 6 * t**5 - 15 * t**4 + 10 * t**3  # noqa: E731
@@ -60,7 +60,7 @@ def test_perlin_masks_vary_and_usually_cover_some_of_the_image():
     assert len(set(areas)) > 100
 
 
-def test_blend_is_the_formula():
+def test_blend_equals_its_formula():
     rng = np.random.default_rng(0)
     image, source = rng.integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
     mask = rng.integers(0, 2, (5, 6), dtype=np.uint8)
@@ -70,7 +70,7 @@ def test_blend_is_the_formula():
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda f: f.__name__)
-def test_augmentations_keep_shape_and_type_and_do_something(augmentation):
+def test_augmentations_keep_shape_and_type_and_change_the_image(augmentation):
     image = np.random.default_rng(0).integers(30, 200, (24, 32, 3), dtype=np.uint8)
     before, changed = image.copy(), 0
     for seed in range(5):
@@ -82,7 +82,7 @@ def test_augmentations_keep_shape_and_type_and_do_something(augmentation):
     np.testing.assert_array_equal(image, before)
 
 
-def test_texture_augmentation_follows_its_generator():
+def test_texture_augmentation_depends_on_its_generator():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     first, again, other = (augment_texture(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -93,7 +93,7 @@ def test_texture_augmentation_follows_its_generator():
 
 
 def disc(inside: int, outside: int, side: int = 64) -> np.ndarray:
-    """A disc of one grey on another, with a little noise."""
+    """A grey disc on a background of another grey, with a little noise."""
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     grey = np.where(np.hypot(y, x) < side / 3, inside, outside)
     grey = grey + np.random.default_rng(0).integers(-3, 4, grey.shape)
@@ -122,7 +122,7 @@ def test_foreground_rules_find_the_object(dataset, name, inside, outside):
     mask = foreground_mask(disc(inside, outside), dataset, name)
     assert mask.dtype == np.uint8
     assert np.mean(mask == truth()) > 0.95
-    # The other polarity finds the background instead.
+    # With the opposite contrast, the rule finds the background instead.
     assert np.mean(foreground_mask(disc(outside, inside), dataset, name) == truth()) < 0.5
 
 
@@ -148,20 +148,20 @@ def test_morphology_equals_scikit_image(sides):
         ("MyParts", "anything"),
     ],
 )
-def test_classes_without_a_rule_are_all_foreground(dataset, names):
+def test_without_a_rule_the_whole_image_is_foreground(dataset, names):
     for name in names.split():
         assert foreground_mask(disc(40, 200), dataset, name).all()
 
 
-def test_channel_rules_look_at_their_channel():
+def test_channel_rules_use_their_channel():
     image = np.zeros((64, 64, 3), np.uint8)
     image[truth(), 2] = 220
     assert np.mean(foreground_mask(image, "MPDD", "tubes") == truth()) > 0.95
-    # pcb's triangle threshold on the blue channel of RGB.
+    # VisA's pcb classes use the triangle threshold on the blue channel.
     assert np.mean(foreground_mask(image, "VisA", "pcb2") == truth()) > 0.95
 
 
-def test_the_table_covers_every_class_once():
+def test_the_catalog_covers_every_class_once():
     assert {name: len(info.classes) for name, info in CATALOG.items()} == {
         "MVTec-AD": 15,
         "VisA": 12,
@@ -174,28 +174,28 @@ def test_the_table_covers_every_class_once():
 
 
 def test_foreground_settings():
-    def no_pictures():
+    def no_images():
         raise AssertionError("not needed")
 
-    assert rule_for(None, "mvtec", "pill", no_pictures) == CATALOG["MVTec-AD"].foreground["pill"]
-    assert rule_for("none", "mvtec", "pill", no_pictures) is None
-    assert rule_for("BTAD/01", "mine", "x", no_pictures) == CATALOG["BTAD"].foreground["01"]
-    assert rule_for("pcb2", "mine", "x", no_pictures) == CATALOG["VisA"].foreground["pcb2"]
-    assert rule_for("mvtec/carpet", "mine", "x", no_pictures) is None
-    rule = rule_for({"channel": "red", "threshold": 90, "invert": True}, "mine", "x", no_pictures)
+    assert rule_for(None, "mvtec", "pill", no_images) == CATALOG["MVTec-AD"].foreground["pill"]
+    assert rule_for("none", "mvtec", "pill", no_images) is None
+    assert rule_for("BTAD/01", "own", "x", no_images) == CATALOG["BTAD"].foreground["01"]
+    assert rule_for("pcb2", "own", "x", no_images) == CATALOG["VisA"].foreground["pcb2"]
+    assert rule_for("mvtec/carpet", "own", "x", no_images) is None
+    rule = rule_for({"channel": "red", "threshold": 90, "invert": True}, "own", "x", no_images)
     assert rule == ForegroundRule("red", 90, True)
     for bad in ("BTAD/09", "sometimes", {"chanel": "red"}, {"channel": "cyan"}, {"threshold": 300}):
         with pytest.raises(UsageError, match="foreground"):
-            rule_for(bad, "mine", "x", no_pictures)
+            rule_for(bad, "own", "x", no_images)
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(200, 40), (40, 200)])
-def test_auto_foreground_takes_its_polarity_from_the_border(inside, outside):
+def test_auto_foreground_is_the_side_without_the_border(inside, outside):
     rule = auto_rule([disc(inside, outside)] * 4, "x")
     assert rule.invert == (outside > inside)
 
 
-def test_auto_foreground_gives_up_where_it_is_unstable():
+def test_auto_foreground_gives_up_if_it_is_unstable():
     rng = np.random.default_rng(0)
     textures = [np.repeat(rng.integers(0, 256, (64, 64, 1), dtype=np.uint8), 3, axis=2) for _ in range(4)]
     assert auto_rule(textures, "x") is None
@@ -206,11 +206,10 @@ def test_auto_foreground_gives_up_where_it_is_unstable():
 
 UNIT = Preprocessing((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
+NO_AUGMENTATION = Augmentation()
 
-NONE = Augmentation()
 
-
-def train_set(tiny_data, types, cache_mb=4, augmentation=NONE):
+def train_set(tiny_data, types, cache_mb=4, augmentation=NO_AUGMENTATION):
     samples = read_list(tiny_data / "samples" / "train_dots.json", tiny_data / "images")
     images = ImageList(samples, tiny_data / "images")
     synthesis = Synthesis(types, sdas_dir=str(tiny_data / "images/{}/test"), dtd_dir=str(tiny_data / "images/lines"))
@@ -232,22 +231,22 @@ def test_samples_differ_from_the_normal_image_only_under_the_mask(tiny_data):
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(tiny_data):
     types = {"normal": 0.0, "dtd": 1.0}
-    one, other = train_set(tiny_data, types), train_set(tiny_data, types, cache_mb=0)
+    cached, uncached = train_set(tiny_data, types), train_set(tiny_data, types, cache_mb=0)
     for index in range(3):
-        _ = other[5, 7 - index]
-        for name, value in one[2, index].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[2, index][name])), name
-    assert not torch.equal(one[2, 0]["mask"], one[3, 0]["mask"])
+        _ = uncached[5, 7 - index]
+        for name, value in cached[2, index].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(uncached[2, index][name])), name
+    assert not torch.equal(cached[2, 0]["mask"], cached[3, 0]["mask"])
 
 
-def test_anomaly_types_come_with_their_probability(tiny_data):
+def test_anomaly_types_have_their_probabilities(tiny_data):
     dataset = train_set(tiny_data, {"normal": 1.0, "dtd": 0.0})
     assert not any(dataset[epoch, 0]["changed"] for epoch in range(20))
     dataset = train_set(tiny_data, {"normal": 0.9, "dtd": 0.1}).anomalous_only()
     assert sum(dataset[epoch, 0]["changed"] for epoch in range(20)) > 10
 
 
-def test_augmentation_turns_image_and_mask_together(tiny_data):
+def test_augmentation_is_the_same_for_image_and_mask(tiny_data):
     dataset = train_set(tiny_data, {"dtd": 1.0}, augmentation=Augmentation(hflip=True, vflip=True, rotate=True))
     seen = set()
     for epoch in range(20):

@@ -44,7 +44,7 @@ scored = (
     .map(np.random.default_rng)
     .map(
         lambda rng: (
-            # Few distinct values, down to one: ties are the rule.
+            # Few distinct values, sometimes only one, so that ties are common.
             rng.integers(0, int(rng.integers(1, 30)), int(rng.integers(1, 200))).astype(np.float32),
             rng,
         )
@@ -54,8 +54,8 @@ scored = (
 
 @settings(max_examples=60, deadline=None)
 @given(scored)
-def test_rankings_agree_with_scikit_learn(drawn):
-    scores, rng = drawn
+def test_rankings_agree_with_scikit_learn(scores_and_rng):
+    scores, rng = scores_and_rng
     labels = rng.random(len(scores)) < 0.4
     ranking = Ranking.of(scores, labels)
     if not labels.any() or labels.all():
@@ -95,7 +95,7 @@ def test_continuous_scores_agree_with_scikit_learn_too(seed):
     assert metrics["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), scores.ravel()), abs=1e-6)
 
 
-def test_constant_scores_say_nothing():
+def test_constant_scores_give_the_chance_level():
     masks = np.zeros((4, 16, 16), bool)
     masks[0, 0, 0] = masks[3, 15, 2:9] = True
     metrics = anomaly_metrics(np.full(masks.shape, 0.25, np.float32), masks)
@@ -114,7 +114,7 @@ def test_holes_are_not_filled_and_corners_connect():
     assert len(weights) == 25
 
 
-def test_values_that_are_no_numbers_are_refused():
+def test_scores_that_are_not_numbers_are_refused():
     for labels in ([0, 1], [1, 0]):
         with pytest.raises(ValueError, match="not numbers"):
             Ranking.of(np.array([np.nan, 0.5]), np.array(labels, bool))
@@ -126,7 +126,7 @@ def test_perfect_and_inverted_maps():
     perfect = anomaly_metrics(masks.astype(np.float32), masks)
     for name in ("image_auroc", "pixel_auroc", "pro", "pixel_ap", "pixel_f1"):
         assert perfect[name] == pytest.approx(1.0), name
-    # An AUROC below one half is reported as it is.
+    # An AUROC below one half is not replaced by 1 - AUROC.
     inverted = anomaly_metrics(1 - masks.astype(np.float32), masks)
     assert inverted["pixel_auroc"] == 0.0
 
@@ -135,7 +135,7 @@ def test_image_score_is_the_maximum_of_the_pooled_map():
     maps = np.random.default_rng(0).random((5, 40, 37)).astype(np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(maps, (16, 16), axis=(1, 2)).mean(axis=(3, 4))
     np.testing.assert_allclose(image_scores(maps), windows.max(axis=(1, 2)), rtol=1e-5)
-    # A map smaller than the window is averaged whole.
+    # A map smaller than the window is averaged as a whole.
     np.testing.assert_allclose(image_scores(maps[:, :8, :8]), maps[:, :8, :8].mean(axis=(1, 2)), rtol=1e-5)
 
 
@@ -148,12 +148,12 @@ def test_without_masks_pixel_metrics_are_absent():
         anomaly_metrics(scores, None)
 
 
-def test_without_defects_nothing_is_defined():
+def test_without_defects_no_metric_is_defined():
     scores = np.random.default_rng(0).random((4, 20, 20)).astype(np.float32)
     assert set(anomaly_metrics(scores, np.zeros((4, 20, 20), bool)).values()) == {None}
 
 
-def test_tables_leave_the_undefined_out(tmp_path):
+def test_tables_leave_undefined_values_out(tmp_path):
     row = dict.fromkeys(COLUMNS, 0.5)
     table = with_mean({"a": row, "b": {**row, "pro": None, "image_auroc": 0.9}})
     assert table[MEAN]["pro"] == 0.5

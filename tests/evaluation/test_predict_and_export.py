@@ -1,4 +1,4 @@
-"""predict.py and export.py on a detector that the scripts have trained."""
+"""predict.py and export.py, with a detector trained by the scripts."""
 
 import csv
 import doctest
@@ -22,7 +22,7 @@ from tests.layout_trees import image_file
 
 @pytest.fixture(scope="module")
 def detector(workspace):
-    """The workspace with a trained and evaluated class."""
+    """The workspace, with one class trained and evaluated."""
     settings = ["--class_name", "dots", "--set", "saver.checkpoints_dir=predict_checkpoints/"]
     folders = ["--set", "saver.log_dir=predict_log/", "--set", "saver.vis_dir=predict_vis/"]
     results = ["--set", "saver.results_dir=predict_results/"]
@@ -59,8 +59,7 @@ def test_a_folder_gives_scores_verdicts_and_pictures(detector, tmp_path, monkeyp
     assert f"{sum(line['verdict'] == 'anomalous' for line in lines)} anomalous, 0 unreadable" in out
 
 
-def test_scores_are_those_of_the_evaluation(detector, tmp_path, monkeypatch, capsys):
-    """Best F1 is reached by the verdicts on the same images."""
+def test_verdicts_reach_the_best_f1_of_the_evaluation(detector, tmp_path, monkeypatch, capsys):
     arguments = ["--checkpoint", CLASS_FOLDER, "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
     run(predict.main, [*arguments, "--no-pictures", "--batch-size", "3"], detector.root, monkeypatch, capsys)
     rows = rows_of(tmp_path / "out")
@@ -101,21 +100,21 @@ def test_lists_names_on_stdin_and_single_images(detector, tmp_path, monkeypatch,
         "stdin": "-",
         "image": names[0],
     }
-    found = {}
+    scores = {}
     for name, argument in inputs.items():
         monkeypatch.setattr(sys, "stdin", iter(f"{line}\n" for line in names))
         arguments = ["--checkpoint", f"{CLASS_FOLDER}/ckpt_best.pth.tar", "--input", argument]
         output = ["--output", str(tmp_path / name)]
         code, _, err = run(predict.main, [*arguments, *output], detector.root, monkeypatch, capsys)
         assert code == 0, err
-        found[name] = {row["file"].rpartition("/")[2]: float(row["score"]) for row in rows_of(tmp_path / name)}
-    assert len(found["list"]) == len(found["stdin"]) == 3
-    assert len(found["image"]) == 1
-    assert found["list"] == pytest.approx(found["stdin"], abs=1e-5)
-    assert found["image"]["000.png"] == pytest.approx(found["list"]["000.png"], abs=1e-5)
+        scores[name] = {row["file"].rpartition("/")[2]: float(row["score"]) for row in rows_of(tmp_path / name)}
+    assert len(scores["list"]) == len(scores["stdin"]) == 3
+    assert len(scores["image"]) == 1
+    assert scores["list"] == pytest.approx(scores["stdin"], abs=1e-5)
+    assert scores["image"]["000.png"] == pytest.approx(scores["list"]["000.png"], abs=1e-5)
 
 
-def test_images_of_one_name_are_both_written(detector, tmp_path, monkeypatch, capsys):
+def test_images_of_the_same_name_are_all_written(detector, tmp_path, monkeypatch, capsys):
     for name in ("a.png", "a.jpg", "A.bmp"):
         image_file(tmp_path / "in" / name, name)
     arguments = ["--checkpoint", CLASS_FOLDER, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
@@ -132,10 +131,10 @@ def test_the_same_command_writes_the_same_bytes(detector, tmp_path, monkeypatch,
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_thresholds_of_the_command_line_and_none(detector, tmp_path, monkeypatch, capsys):
-    alone = tmp_path / "alone.pth.tar"
-    shutil.copy(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", alone)
-    arguments = ["--checkpoint", str(alone), "--input", TEST_FOLDER]
+def test_thresholds_can_be_missing_or_on_the_command_line(detector, tmp_path, monkeypatch, capsys):
+    checkpoint = tmp_path / "alone.pth.tar"
+    shutil.copy(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", checkpoint)
+    arguments = ["--checkpoint", str(checkpoint), "--input", TEST_FOLDER]
     code, out, _ = run(predict.main, [*arguments, "--output", str(tmp_path / "a")], detector.root, monkeypatch, capsys)
     assert code == 0
     assert "scores without verdicts" in out
@@ -208,7 +207,7 @@ def test_wrong_use_is_one_line(changes, text, detector, tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
-def test_results_are_not_overwritten_unasked(detector, tmp_path, monkeypatch, capsys):
+def test_results_are_overwritten_only_on_request(detector, tmp_path, monkeypatch, capsys):
     arguments = ["--checkpoint", CLASS_FOLDER, "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
     assert run(predict.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
     code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
@@ -229,14 +228,14 @@ def test_exported_models_give_the_same_verdicts(most_bytes, detector, tmp_path, 
     assert code == 0, err
     assert out.count("largest difference from PyTorch on 8 images") == 2
     assert (tmp_path / "model.onnx.data").exists() == (most_bytes == 1000)
-    found = []
+    results = []
     for checkpoint in (CLASS_FOLDER, str(tmp_path / "model.onnx")):
-        output = tmp_path / str(len(found))
+        output = tmp_path / str(len(results))
         arguments = ["--checkpoint", checkpoint, "--input", TEST_FOLDER, "--output", str(output)]
         assert run(predict.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
-        found.append(rows_of(output))
-    assert [row["verdict"] for row in found[0]] == [row["verdict"] for row in found[1]]
-    scores = [[float(row["score"]) for row in rows] for rows in found]
+        results.append(rows_of(output))
+    assert [row["verdict"] for row in results[0]] == [row["verdict"] for row in results[1]]
+    scores = [[float(row["score"]) for row in rows] for rows in results]
     np.testing.assert_allclose(*scores, atol=1e-4)
 
 
@@ -246,12 +245,12 @@ def test_metadata_says_how_to_prepare_images(detector, tmp_path, monkeypatch, ca
     assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
     assert not (tmp_path / "model.pt2").exists()
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    told = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
-    assert told["size"] == {"height": 64, "width": 64}
-    assert told["mean"] == [0.485, 0.456, 0.406]
-    # Prepared by hand as it says.
+    preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    assert preprocessing["size"] == {"height": 64, "width": 64}
+    assert preprocessing["mean"] == [0.485, 0.456, 0.406]
+    # Prepare an image by hand, as the metadata says.
     image = Image.open(detector.root / TEST_FOLDER / "spot/000.png").convert("RGB")
-    values = (np.asarray(image, np.float32) / 255 - told["mean"]) / told["std"]
+    values = (np.asarray(image, np.float32) / 255 - preprocessing["mean"]) / preprocessing["std"]
     maps, scores = session.run(None, {"image": values.astype(np.float32).transpose(2, 0, 1)[None]})
     assert maps.shape == (1, 64, 64)
     arguments = ["--checkpoint", CLASS_FOLDER, "--input", f"{TEST_FOLDER}/spot/000.png"]
@@ -269,7 +268,7 @@ def test_missing_extras_are_named(missing, detector, tmp_path, monkeypatch, caps
     assert (REPOSITORY / "requirements-export.txt").is_file()
 
 
-def test_the_detector_s_example_holds(detector, monkeypatch):
+def test_the_example_in_the_detector_s_docstring_runs(detector, monkeypatch):
     monkeypatch.chdir(detector.root)
     names = {"Detector": Detector, "checkpoints": CLASS_FOLDER, "image_path": f"{TEST_FOLDER}/spot/000.png"}
     example = doctest.DocTestFinder().find(Detector, "Detector", globs=names)[0]
@@ -289,7 +288,7 @@ def test_a_detector_takes_files_and_arrays_of_any_size(detector):
     assert (unevaluated.mask, unevaluated.is_anomalous) == (None, None)
 
 
-def test_a_class_of_a_model_for_several_has_its_own_thresholds(detector, tmp_path, monkeypatch, capsys):
+def test_each_class_of_a_multi_class_model_has_its_own_thresholds(detector, tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "ckpt_best.pth.tar"
     shutil.copy(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", checkpoint)
     classes = {"strict": Thresholds(0.0, 0.0, "by hand"), "lenient": Thresholds(1.1, 1.1, "by hand")}

@@ -1,4 +1,4 @@
-"""The report of an evaluation, opened in headless Chromium as a user opens it: from disk."""
+"""The evaluation report, opened from disk in headless Chromium, as a user opens it."""
 
 import shutil
 from dataclasses import replace
@@ -6,44 +6,46 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 from datasets.lists import Sample
 from evaluation.html_report import write_report
 from evaluation.metrics import image_scores
-from evaluation.results import evaluate_class, gallery_item
+from evaluation.results import draw_images, evaluate_class
 from evaluation.score import ScoredImages
 from evaluation.tables import with_mean
+from utils.distributed import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 TYPES = np.array(["good"] * 4 + ["crack"] * 3 + ["<hole> & co"] * 2)
 
 
-def result(name, seed):
+def class_result(name, seed):
     rng = np.random.default_rng(seed)
     labels = TYPES != "good"
-    samples = [Sample(f"{name}/test/{one}/{i}.png", int(one != "good"), name, "m.png") for i, one in enumerate(TYPES)]
+    samples = [Sample(f"{name}/test/{t}/{i}.png", int(t != "good"), name, "m.png") for i, t in enumerate(TYPES)]
     masks = np.zeros((len(TYPES), 24, 24), bool)
     masks[labels, 4:12, 6:14] = True
     maps = (rng.random(masks.shape) + 0.5 * masks).astype(np.float32)
     images = {i: rng.integers(0, 256, (24, 24, 3), dtype=np.uint8) for i in range(len(TYPES))}
     scored = ScoredImages(samples, maps, image_scores(maps, (8, 8)), masks, images)
     evaluated = evaluate_class(name, scored)
-    evaluated.gallery = [gallery_item(evaluated, scored, i, images[i]) for i in range(len(TYPES))]
+    draw_images(evaluated, scored, len(TYPES), None, Run(0, 1, torch.device("cpu")))
     evaluated.gallery[0] = replace(evaluated.gallery[0], truth=None)
     return evaluated
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    results = [result("bolts", 0), result("nuts & washers", 1)]
+    results = [class_result("bolts", 0), class_result("nuts & washers", 1)]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    table = with_mean({one.name: one.metrics for one in results})
+    table = with_mean({result.name: result.metrics for result in results})
     write_report(path, "RealNet on <parts>", ["a note"], table, results)
     return path, results
 
 
-def test_the_report_is_well_formed_and_needs_nothing_else(report):
+def test_the_report_is_well_formed_and_self_contained(report):
     path, _ = report
     text = path.read_text(encoding="utf-8")
     opened, sources = [], []
@@ -90,12 +92,12 @@ def test_filters_work_in_a_browser(report, size):
         page.select_option("#class", "")
         page.select_option("#defect", "")
         page.check("#wrong")
-        wrong = sum(card.error > 0 for one in results for card in one.gallery)
+        wrong = sum(card.error > 0 for result in results for card in result.gallery)
         assert shown.count() == wrong
         page.uncheck("#wrong")
         # Worst errors first, over all classes.
         scores = [float(text) for text in page.locator("figcaption b").all_inner_texts()]
-        cards = sorted((card for one in results for card in one.gallery), key=lambda card: -card.error)
+        cards = sorted((card for result in results for card in result.gallery), key=lambda card: -card.error)
         assert scores == pytest.approx([card.score for card in cards], abs=1e-4)
         # Nothing is wider than the screen.
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]

@@ -24,7 +24,7 @@ from utils.errors import UsageError
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=60), st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.5, 0.99]))
-def test_target_fpr_is_kept_and_used_up(values, target):
+def test_the_target_fpr_is_kept_by_the_lowest_possible_threshold(values, target):
     normal = np.array(values, np.float32) / 20
     threshold = for_target_fpr(normal, target)
     assert np.mean(normal >= threshold) <= target
@@ -52,12 +52,12 @@ def test_midway_thresholds_give_the_same_verdicts_as_the_best_f1(seed):
     assert margin > 0
 
 
-def test_midway_below_of_nothing():
+def test_midway_below_one_score_or_no_threshold():
     assert midway_below(np.array([0.5]), None) is None
     assert 0.499 < midway_below(np.array([0.5, 0.9]), 0.5) < 0.5
 
 
-def test_sidecars_lie_beside_and_survive(tmp_path):
+def test_sidecars_lie_beside_the_model_and_survive_a_round_trip(tmp_path):
     path = tmp_path / "ckpt_best.pth.tar"
     assert sidecar(path).name == "ckpt_best.thresholds.json"
     assert sidecar(tmp_path / "model.onnx").name == "model.thresholds.json"
@@ -95,21 +95,21 @@ def test_broken_sidecars_are_named(tmp_path, text):
 # ---- results of a class ----------------------------------------------------------------------------------------------
 
 
-def scored(labels, types, known=None):
+def scored(labels, defect_types, masked=None):
     rng = np.random.default_rng(0)
-    known = [True] * len(labels) if known is None else known
+    masked = [True] * len(labels) if masked is None else masked
     samples = [
-        Sample(f"x/test/{one}/{i}.png", label, "x", "mask.png" if label and has_mask else None)
-        for i, (label, one, has_mask) in enumerate(zip(labels, types, known, strict=True))
+        Sample(f"x/test/{defect_type}/{i}.png", label, "x", "mask.png" if label and has_mask else None)
+        for i, (label, defect_type, has_mask) in enumerate(zip(labels, defect_types, masked, strict=True))
     ]
     labels = np.array(labels, bool)
     masks = np.zeros((len(labels), 24, 24), bool)
     masks[labels, 4:12, 6:14] = True
     maps = rng.random(masks.shape).astype(np.float32) / 2 + 0.4 * masks
-    return ScoredImages(samples, maps, image_scores(maps, (4, 4)), masks & np.array(known)[:, None, None])
+    return ScoredImages(samples, maps, image_scores(maps, (4, 4)), masks & np.array(masked)[:, None, None])
 
 
-def test_each_type_of_defect_is_held_against_the_good_images():
+def test_each_defect_type_is_compared_with_the_good_images():
     images = scored([0, 0, 0, 1, 1, 1], ["good"] * 3 + ["crack", "crack", "hole"])
     result = evaluate_class("x", images)
     assert set(result.by_defect_type) == {"crack", "hole"}
@@ -128,9 +128,9 @@ def test_thinned_curves_keep_their_area():
     assert np.trapezoid(*result.curves["pixel_roc"][::-1]) == pytest.approx(result.metrics["pixel_auroc"], abs=2e-3)
 
 
-def test_without_masks_or_defects_only_what_is_defined_is_there():
+def test_without_masks_or_defects_undefined_results_are_absent():
     unmasked = evaluate_class(
-        "x", scored([0, 0, 1, 1], ["good", "good", "bad", "bad"], known=[True, True, False, False])
+        "x", scored([0, 0, 1, 1], ["good", "good", "bad", "bad"], masked=[True, True, False, False])
     )
     assert unmasked.metrics["image_auroc"] is not None
     assert unmasked.metrics["pixel_auroc"] is None

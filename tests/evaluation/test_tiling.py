@@ -12,20 +12,20 @@ from evaluation.tiling import ramp, resize_map, starts, tiled_map
 @given(st.integers(1, 500), st.integers(1, 100), st.data())
 def test_tiles_cover_a_side_and_overlap(length, tile, data):
     overlap = data.draw(st.integers(0, tile - 1))
-    places = starts(length, tile, overlap)
+    tile_starts = starts(length, tile, overlap)
     covered = np.zeros(length, int)
-    for start in places:
+    for start in tile_starts:
         assert start >= 0
         assert start + min(tile, length) <= length
         covered[start : start + tile] += 1
     assert covered.min() >= 1
-    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(places))
-    assert len(places) == len(set(places))
+    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(tile_starts))
+    assert len(tile_starts) == len(set(tile_starts))
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(5, 70), st.integers(5, 70), st.integers(8, 32), st.data())
-def test_what_tiles_agree_on_is_blended_without_seams(height, width, tile, data):
+def test_tiles_that_agree_are_blended_without_seams(height, width, tile, data):
     overlap = data.draw(st.integers(0, tile - 1))
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -33,7 +33,7 @@ def test_what_tiles_agree_on_is_blended_without_seams(height, width, tile, data)
     np.testing.assert_allclose(blended, image[..., 0] / 255, atol=1e-5)
 
 
-def test_disagreeing_tiles_change_over_gradually():
+def test_tiles_that_disagree_are_blended_gradually():
     image = np.zeros((32, 100, 3), np.uint8)
     tiles_seen = []
 
@@ -50,7 +50,7 @@ def test_disagreeing_tiles_change_over_gradually():
     assert set(tiles_seen) == {(32, 32, 3)}
 
 
-def test_a_image_smaller_than_a_tile_is_one_tile():
+def test_an_image_smaller_than_a_tile_is_one_tile():
     seen = []
 
     def score(tiles):

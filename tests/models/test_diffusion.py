@@ -17,7 +17,7 @@ FULL = SpacedDiffusion(1000, "ddim1000", "linear")
 
 
 class Gaussian:
-    """The exact noise predictor of data N(mean, std^2), with v for a given variance interpolation."""
+    """The exact noise predictor for data from N(mean, std^2), with a constant v for the variance."""
 
     def __init__(self, mean: float, std: float, v: float = 0.0) -> None:
         self.mean, self.std, self.v = mean, std, v
@@ -26,7 +26,7 @@ class Gaussian:
     def __call__(self, x, t, **kwargs):
         self.seen.append(t.clone())
         alpha_bar = torch.tensor(FULL.alphas_cumprod)[t].float()[:, None, None, None]
-        # E[eps | x_t] of jointly Gaussian x_0, eps.
+        # E[eps | x_t] for jointly Gaussian x_0 and eps.
         variance = alpha_bar * self.std**2 + 1 - alpha_bar
         eps = (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * self.mean) / variance
         return torch.cat([eps, torch.full_like(x, self.v)], dim=1)
@@ -77,10 +77,10 @@ def test_strength_scales_the_variance_by_one_plus_s(s):
 def test_ddim_adds_sqrt_s_of_the_learned_noise():
     x, noise, t = randn(0, 2, 3, 4, 4), randn(1, 2, 3, 4, 4), torch.tensor([5, 12])
     model = Gaussian(0, 0.5, 0.3)
-    still = PROCESS.ddim_sample(model, x, t, noise=noise)["sample"]
-    moved = PROCESS.ddim_sample(model, x, t, s=0.02, noise=noise)["sample"]
+    plain = PROCESS.ddim_sample(model, x, t, noise=noise)["sample"]
+    noisy = PROCESS.ddim_sample(model, x, t, s=0.02, noise=noise)["sample"]
     sigma = PROCESS.p_mean_variance(model, x, t)["variance"].sqrt()
-    torch.testing.assert_close(moved - still, math.sqrt(0.02) * sigma * noise, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(noisy - plain, math.sqrt(0.02) * sigma * noise, rtol=1e-3, atol=1e-5)
 
 
 def test_no_noise_at_the_last_step():
@@ -93,12 +93,12 @@ def test_no_noise_at_the_last_step():
 
 
 @pytest.mark.parametrize("loop", [FULL.p_sample_loop, FULL.ddim_sample_loop])
-def test_samplers_draw_the_data_distribution(loop):
+def test_samplers_draw_from_the_data_distribution(loop):
     """With the exact predictor of N(0.3, 0.1^2), samples have that mean and deviation."""
     generator = torch.Generator().manual_seed(0)
-    drawn = loop(Gaussian(0.3, 0.1), torch.randn(4, 3, 16, 16, generator=generator), generator=generator)
-    assert drawn.mean() == pytest.approx(0.3, abs=0.02)
-    assert drawn.std() == pytest.approx(0.1, abs=0.01)
+    samples = loop(Gaussian(0.3, 0.1), torch.randn(4, 3, 16, 16, generator=generator), generator=generator)
+    assert samples.mean() == pytest.approx(0.3, abs=0.02)
+    assert samples.std() == pytest.approx(0.1, abs=0.01)
 
 
 def test_strength_widens_the_samples():
@@ -214,14 +214,14 @@ def test_classifier_heads_train(pool):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_does_not_change_gradients():
     gradients = []
     for use_checkpoint in (False, True):
         model = fill(create_diffusion_unet(32, 1, [1, 2], [2], 2, num_head_channels=32, use_checkpoint=use_checkpoint))
         model(randn(0, 2, 3, 16, 16), torch.tensor([1, 9]), torch.tensor([0, 1])).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
 
 
 def test_bf16_stays_near_float32():
@@ -239,13 +239,13 @@ def test_a_fresh_network_predicts_zero():
     assert not model(randn(0, 1, 3, 16, 16), torch.tensor([5]), torch.tensor([0])).any()
 
 
-def test_a_size_that_does_not_fit_names_the_nearest():
+def test_a_size_that_does_not_fit_is_refused_with_the_nearest():
     model = create_diffusion_unet(32, 1, [1, 2, 2], [4], 2, num_head_channels=32)
     with pytest.raises(UsageError, match=r"\[16, 20\]"):
         model(randn(0, 1, 3, 17, 19), torch.tensor([5]), torch.tensor([0]))
 
 
-def test_heads_that_do_not_divide_are_refused():
+def test_heads_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(UsageError, match="96 channels"):
         create_diffusion_unet(96, 1, [1], [1], 2, num_head_channels=64)
 

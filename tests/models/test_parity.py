@@ -1,4 +1,4 @@
-"""Agreement with the reference's recorded outputs, where they are at hand, and with our own recorded ones always."""
+"""Agreement with recorded outputs: the reference's if they are available, and always our own."""
 
 import json
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_realnet_equals_the_reference(name):
     expected = arrays(name)
     assert set(expected) <= set(got)
     for key, value in expected.items():
-        # Arrays kept in half precision are only that precise.
+        # Arrays recorded in half precision need a larger tolerance.
         assert relative_error(got[key], value) < (1e-3 if value.dtype == np.float16 else 1e-4), key
 
 
@@ -137,7 +137,7 @@ def test_metrics_equal_the_recorded_ones():
         assert got[name] == pytest.approx(float(expected), abs=1e-9), name
 
 
-# ---- our own recordings, made when all of the above agreed -----------------------------------------------------------
+# ---- our own recordings, made when all tests above passed ------------------------------------------------------------
 
 SMALL_UNET = {
     "classifier_width": 32,
@@ -172,7 +172,7 @@ def small_realnet(recon: dict) -> torch.nn.Module:
 
 @torch.no_grad()
 def small_outputs() -> dict[str, torch.Tensor]:
-    """A few numbers of each network, filled by the rule."""
+    """A few outputs of each network, with rule-filled weights."""
     x, t = randn(1, 2, 3, 16, 16), torch.tensor([7, 901])
     outputs = {"unet": fill(create_diffusion_unet(**SMALL_UNET))(x, t, torch.tensor([0, 1]))[:, :, ::5, ::5]}
     plain = create_diffusion_unet(**SMALL_UNET, use_scale_shift_norm=False, resblock_updown=False)

@@ -38,7 +38,7 @@ def test_channels_and_strides_are_measured(name, layers, channels, strides):
     assert list(backbone.strides.values()) == strides
 
 
-def test_an_unknown_layer_offers_the_known():
+def test_unknown_layers_and_networks_are_refused_with_the_known():
     with pytest.raises(UsageError, match="layer3"):
         Backbone("resnet18", ["layer5"], weights="random")
     with pytest.raises(UsageError, match="resnet18"):
@@ -83,7 +83,7 @@ def test_auto_offline_names_the_file_and_where_to_put_it(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_random_weights_are_calibrated_and_say_so(caplog):
+def test_random_weights_are_calibrated_and_logged(caplog):
     backbone = Backbone("resnet18", ["layer1", "layer2"], weights="random")
     images = [3 + 2 * randn(k, 4, 3, 64, 64) for k in range(3)]
     with caplog.at_level("WARNING", logger="realnet"):
@@ -113,7 +113,7 @@ def test_standardisation_brings_features_to_unit_scale():
     feature = network.backbone(torch.cat(images))["features.4"]
     torch.testing.assert_close(feature.mean(dim=(0, 2, 3)), torch.zeros(128), atol=1e-4, rtol=0)
     assert feature.var(dim=(0, 2, 3), correction=0).mean() == pytest.approx(1.0, abs=1e-3)
-    # Kept in the checkpoint.
+    # The statistics are saved in the checkpoint.
     assert {"backbone.mean.features_4", "backbone.std.features_4"} <= set(network.state_dict())
 
 
@@ -124,7 +124,7 @@ def test_resnets_are_not_standardised():
 # ---- AFS -------------------------------------------------------------------------------------------------------------
 
 
-def test_channel_losses_are_the_definition():
+def test_channel_losses_equal_their_definition():
     difference, masks = randn(0, 2, 3, 4, 4), (randn(1, 2, 1, 8, 8) > 0).float()
     got = channel_losses(difference, masks, (4, 4))
     for c in range(3):
@@ -134,7 +134,7 @@ def test_channel_losses_are_the_definition():
 
 
 class Echo(nn.Module):
-    """A backbone whose channels are given: channel c answers to the anomaly with gain c, the last one with NaN."""
+    """A backbone with four channels, which react to the anomaly with the gains 0, 1, 0.2 and NaN."""
 
     standardize = False
 
@@ -163,7 +163,7 @@ def test_afs_selects_then_resizes_and_joins_layers():
     assert out[0, 2, 0, 0] == two[0, 0, 0, 0]
 
 
-# ---- reconstruction, RRS, the whole ----------------------------------------------------------------------------------
+# ---- reconstruction, RRS, whole network -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (6, 10), (1, 5)])
@@ -190,14 +190,14 @@ def test_rrs_takes_the_channels_of_highest_equalised_maximum_and_mean():
 def test_rrs_equalises_for_the_choice_only():
     rrs = RRS({"a": 32}, {"a": 4}, ("max",), (1,), 1).eval()
     rrs.bn_idx.running_var.fill_(1.0)
-    rrs.bn_idx.running_var[0] = 1e6  # a loud channel that is always loud
+    rrs.bn_idx.running_var[0] = 1e6  # a channel that is high in every image
     joined = torch.rand(1, 32, 4, 4)
     joined[:, 0] = 20
     joined[0, 5, 1, 1] = 3
     assert rrs.choose(joined).tolist() == [[5]]
 
 
-def test_stop_grad_keeps_the_discriminator_from_the_reconstruction():
+def test_stop_grad_keeps_the_discriminator_s_gradient_from_the_reconstruction():
     for stop_grad in (False, True):
         config = copy.deepcopy(REALNET)
         config["net"][3]["kwargs"]["stop_grad"] = stop_grad

@@ -34,12 +34,12 @@ def test_a_bad_schedule_is_named(name):
 def test_ddim_takes_the_smallest_stride_that_gives_the_count():
     assert kept_timesteps(1000, "ddim20") == list(range(0, 1000, 50))
     assert kept_timesteps(1000, "ddim1000") == list(range(1000))
-    # 334 steps come from stride 3 only; stride 500 .. 999 all give 2.
+    # Only stride 3 gives 334 steps; each stride in 500 .. 999 gives 2.
     assert kept_timesteps(1000, "ddim334")[1] == 3
     assert kept_timesteps(1000, "ddim2") == [0, 500]
 
 
-def test_an_impossible_ddim_count_offers_the_nearest():
+def test_an_impossible_ddim_count_is_refused_with_the_nearest():
     with pytest.raises(UsageError, match="ddim334"):
         kept_timesteps(1000, "ddim330")
 

@@ -40,9 +40,9 @@ def tar_with(*members: str | tarfile.TarInfo, mode: str = "w") -> Callable[[Path
     return write
 
 
-def tar_link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+def tar_link(name: str, target: str, member_type: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
+    info.type, info.linkname = member_type, target
     return info
 
 
@@ -58,11 +58,11 @@ def zip_with(*members: str, attributes: int = 0) -> Callable[[Path], None]:
 
 
 def cut(write: Callable[[Path], None], keep: float) -> Callable[[Path], None]:
-    def both(path: Path) -> None:
+    def write_and_cut(path: Path) -> None:
         write(path)
         path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
 
-    return both
+    return write_and_cut
 
 
 def encrypted(path: Path) -> None:
@@ -98,24 +98,24 @@ ARCHIVES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a pipe": ("a.tar", tar_with(tar_link("s/x.png", "", tarfile.FIFOTYPE)), "s/x.png is a link or a device"),
     "a zipped link": ("a.zip", zip_with("s/x.png", attributes=stat.S_IFLNK | 0o777), "s/x.png is a link"),
     "a name twice in a tar": ("a.tar", tar_with("shots/good/1.png"), "holds shots/good/1.png twice"),
-    "a file that is a folder": ("a.zip", zip_with("shots/good/1.png/x.png"), "is a file and a folder at once"),
+    "a file that is a folder": ("a.zip", zip_with("shots/good/1.png/x.png"), "is both a file and a folder"),
     "half a tar": ("a.tar", cut(tar_with(), 0.07), "a.tar is not a readable archive"),
     "half a tar.gz": ("a.tar.gz", cut(tar_with(mode="w:gz"), 0.5), "a.tar.gz is not a readable archive"),
     "half a tar.xz": ("a.tar.xz", cut(tar_with(mode="w:xz"), 0.5), "a.tar.xz is not a readable archive"),
     "half a tar.bz2": ("a.tar.bz2", cut(tar_with(mode="w:bz2"), 0.5), "a.tar.bz2 is not a readable archive"),
     "half a zip": ("a.zip", cut(zip_with(), 0.5), "a.zip is not a readable archive"),
-    "nothing as a zip": ("a.zip", bytes_of(b""), "a.zip is not a readable archive"),
-    "nothing as a tar.xz": ("a.tar.xz", bytes_of(b""), "a.tar.xz is not a readable archive"),
+    "an empty file as a zip": ("a.zip", bytes_of(b""), "a.zip is not a readable archive"),
+    "an empty file as a tar.xz": ("a.tar.xz", bytes_of(b""), "a.tar.xz is not a readable archive"),
     "text as a tar": ("a.tar", bytes_of(b"hello" * 300), "a.tar is not a readable archive"),
     "a zip called tar": ("a.tar", zip_with(), "a.tar is not a readable archive"),
     "a password": ("a.zip", encrypted, "a.zip: File"),
     "a wrong checksum": ("a.zip", wrong_checksum, "a.zip is not a readable archive (Bad CRC-32"),
-    "an archive of nothing": ("a.zip", lambda path: zipfile.ZipFile(path, "w").close(), "no images found"),
+    "an archive without members": ("a.zip", lambda path: zipfile.ZipFile(path, "w").close(), "no images found"),
 }
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_broken_and_hostile_archives_are_refused_whole(case, tmp_path, monkeypatch, capsys):
+def test_broken_and_hostile_archives_are_refused_as_a_whole(case, tmp_path, monkeypatch, capsys):
     name, write, text = ARCHIVES[case]
     folder = tmp_path / "deep/er"
     folder.mkdir(parents=True)
@@ -135,15 +135,15 @@ GOOD_LINE = "pcb1,train,normal,pcb1/Data/Images/Normal/0000.JPG,"
 SPLIT_LINES: dict[str, tuple[str, int, str]] = {
     "a short line": ("pcb1,train,normal", 1, "has 3 columns instead of 5"),
     "a long line": (GOOD_LINE + ",x", 1, "has 6 columns instead of 5"),
-    "an unknown class": (GOOD_LINE.replace("pcb1,", "pcb9,", 1), 1, "'pcb9' is no class"),
+    "an unknown class": (GOOD_LINE.replace("pcb1,", "pcb9,", 1), 1, "'pcb9' is not a class"),
     "an unknown split": (GOOD_LINE.replace("train", "val"), 1, "split 'val'"),
     "an unknown label": (GOOD_LINE.replace("normal", "fine"), 1, "label 'fine'"),
-    "an anomaly to train on": (GOOD_LINE.replace("normal", "anomaly"), 1, "is an anomaly, but to be trained on"),
-    "a path that climbs": (GOOD_LINE.replace("pcb1/", "../pcb1/"), 1, "leaves the data set's folder"),
-    "an absolute path": (GOOD_LINE.replace("pcb1/", "/pcb1/"), 1, "leaves the data set's folder"),
-    "an image twice": (GOOD_LINE, 1, "is in line 2 already"),
-    "an image that is not there": (GOOD_LINE.replace("0000", "0777"), 0, "0777.JPG does not exist"),
-    "a mask that is not there": (
+    "an anomaly to train on": (GOOD_LINE.replace("normal", "anomaly"), 1, "is an anomaly, but listed for training"),
+    "a path outside the folder": (GOOD_LINE.replace("pcb1/", "../pcb1/"), 1, "lies outside the data set's folder"),
+    "an absolute path": (GOOD_LINE.replace("pcb1/", "/pcb1/"), 1, "lies outside the data set's folder"),
+    "an image twice": (GOOD_LINE, 1, "is already in line 2"),
+    "a missing image": (GOOD_LINE.replace("0000", "0777"), 0, "0777.JPG does not exist"),
+    "a missing mask": (
         "pcb1,test,anomaly,pcb1/Data/Images/Anomaly/007.JPG,pcb1/Data/Masks/Anomaly/999.png",
         0,
         "pcb1/Data/Masks/Anomaly/999.png does not exist",
@@ -173,19 +173,20 @@ def test_a_bad_line_of_the_split_file_is_named(case, visa, tmp_path, monkeypatch
     number = len(lines.splitlines()) + 1
     code, _, _ = prepare_visa(root, (lines + line + "\n").encode(), tmp_path, monkeypatch, capsys)
     assert code == expected
-    written = (tmp_path / "data/VisA/findings.txt").read_text().splitlines()
-    assert len([found for found in written if f"split_csv/1cls.csv, line {number}" in found and text in found]) == 1
+    findings = (tmp_path / "data/VisA/findings.txt").read_text().splitlines()
+    where = f"split_csv/1cls.csv, line {number}"
+    assert len([finding for finding in findings if where in finding and text in finding]) == 1
 
 
 @pytest.mark.parametrize("text", [b"", b"image,label\n", b"\xff\xfe\x00bad"], ids=["empty", "other columns", "binary"])
-def test_a_split_file_that_is_none_is_named(text, visa, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_split_file_is_named(text, visa, tmp_path, monkeypatch, capsys):
     code, _, err = prepare_visa(visa[0], text, tmp_path, monkeypatch, capsys)
     assert code == 2
     assert "split_csv/1cls.csv" in err
     assert len(err.splitlines()) == 1
 
 
-# ---- image lists, under the scripts that read them -------------------------------------------------------------------
+# ---- image lists, in the scripts that read them ----------------------------------------------------------------------
 
 FIRST = {"filename": "dots/train/good/000.png", "label": 0, "clsname": "dots"}
 
@@ -195,7 +196,7 @@ def line(**changes: object) -> str:
 
 
 LISTS: dict[str, tuple[str | bytes, str]] = {
-    "no JSON": ("{", "line 2: not a JSON object"),
+    "not JSON": ("{", "line 2: not a JSON object"),
     "a list": ("[]", "line 2: has to be a JSON object"),
     "nested deep": ("[" * 100_000, "line 2: not a JSON object"),
     "no file name": ('{"label": 0}', "line 2: has to be a JSON object with a filename"),
@@ -203,21 +204,21 @@ LISTS: dict[str, tuple[str | bytes, str]] = {
     "no label": ('{"filename": "dots/train/good/001.png"}', "line 2: label is None"),
     "a label of 2": (line(label=2), "line 2: label is 2"),
     "a label as text": (line(label="0"), "line 2: label is '0'"),
-    "a path that climbs": (line(filename="../samples/x.png"), "line 2: ../samples/x.png leaves"),
-    "a path that climbs backwards": (line(filename="..\\samples\\x.png"), "leaves"),
-    "an absolute path": (line(filename="/etc/hostname"), "line 2: /etc/hostname leaves"),
-    "a path on a drive": (line(filename="C:/x.png"), "line 2: C:/x.png leaves"),
-    "an image that is not there": (line(filename="dots/no.png"), "line 2: dots/no.png does not exist under"),
+    "a path outside the folder": (line(filename="../samples/x.png"), "line 2: ../samples/x.png lies outside"),
+    "a path outside with backslashes": (line(filename="..\\samples\\x.png"), "lies outside"),
+    "an absolute path": (line(filename="/etc/hostname"), "line 2: /etc/hostname lies outside"),
+    "a path on a drive": (line(filename="C:/x.png"), "line 2: C:/x.png lies outside"),
+    "a missing image": (line(filename="dots/no.png"), "line 2: dots/no.png does not exist under"),
     "a folder": (line(filename="dots/train/good"), "is a folder, not an image"),
-    "a name with a zero": (line(filename="dots/a\0.png"), "line 2: "),
-    "a name without end": (line(filename="x" * 5000), "is not a file name"),
-    "half a sign": ('{"filename": "dots/\\ud800.png", "label": 0, "clsname": "dots"}', "line 2: "),
-    "an image twice": (line(filename=FIRST["filename"]), "line 2: dots/train/good/000.png is in line 1 already"),
+    "a name with a NUL": (line(filename="dots/a\0.png"), "line 2: "),
+    "a very long name": (line(filename="x" * 5000), "is not a file name"),
+    "half a surrogate pair": ('{"filename": "dots/\\ud800.png", "label": 0, "clsname": "dots"}', "line 2: "),
+    "an image twice": (line(filename=FIRST["filename"]), "line 2: dots/train/good/000.png is already in line 1"),
     "no class": (json.dumps({"filename": "lone.png", "label": 0}), "line 2: has no clsname"),
-    "a class that climbs": (line(clsname="../../x"), "line 2: clsname '../../x' cannot be"),
+    "a class with slashes": (line(clsname="../../x"), "line 2: clsname '../../x' cannot be"),
     "a class of dots": (line(clsname=".."), "line 2: clsname '..' cannot be"),
-    "a mask that is not there": (line(label=1, maskname="dots/m.png"), "line 2: dots/m.png does not exist"),
-    "a mask that climbs": (line(label=1, maskname="../m.png"), "line 2: ../m.png leaves"),
+    "a missing mask": (line(label=1, maskname="dots/m.png"), "line 2: dots/m.png does not exist"),
+    "a mask outside the folder": (line(label=1, maskname="../m.png"), "line 2: ../m.png lies outside"),
     "a number as mask": (line(label=1, maskname=3), "line 2: maskname is 3"),
     "not UTF-8": (b"\xff\xfe\xfa", "not UTF-8 text"),
 }
@@ -237,7 +238,7 @@ def test_a_bad_line_of_a_list_is_named(case, workspace, tmp_path, monkeypatch, c
     assert len(err.splitlines()) == 1
 
 
-def test_lists_that_are_empty_or_none_are_named(workspace, tmp_path, monkeypatch, capsys):
+def test_an_empty_list_and_a_folder_in_its_place_are_named(workspace, tmp_path, monkeypatch, capsys):
     (tmp_path / "train_dots.json").write_text("\n")
     (tmp_path / "train_lines.json").mkdir()
     for name, text in (("dots", "holds no image"), ("lines", "does not exist")):
@@ -249,7 +250,7 @@ def test_lists_that_are_empty_or_none_are_named(workspace, tmp_path, monkeypatch
         assert text in err
 
 
-def test_evaluation_says_that_it_needs_defects(workspace, tmp_path, monkeypatch, capsys):
+def test_evaluation_without_test_images_says_what_it_needs(workspace, tmp_path, monkeypatch, capsys):
     (tmp_path / "test_dots.json").write_text("")
     arguments = ["--dataset", "tiny", "--class_name", "dots", "--set", "saver.log_dir=broken_log/"]
     meta = ["--set", f"dataset.test.meta_file={tmp_path}/test_{{}}.json"]
@@ -258,5 +259,5 @@ def test_evaluation_says_that_it_needs_defects(workspace, tmp_path, monkeypatch,
     assert "test_dots.json: holds no image; evaluation needs good and defective test images" in err
 
 
-def test_there_are_many():
+def test_there_are_more_than_sixty_cases():
     assert len(ARCHIVES) + len(SPLIT_LINES) + len(LISTS) > 60

@@ -1,6 +1,6 @@
-"""Broken folders of images and wrong use: each gives one clear line that names the file, and nothing is left behind.
+"""Broken image folders and wrong use: each gives one clear line that names the file, and leaves nothing behind.
 
-With test_broken_files.py, more than a hundred broken inputs.
+Together with test_broken_files.py, these are more than a hundred broken inputs.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.layout_trees import image_file, mask, mvtec_class
 Break = Callable[[Path], object]
 
 
-# ---- a folder with one thing wrong: it is named, and the rest is prepared --------------------------------------------
+# ---- a folder with one problem: it is named, and the rest is prepared ------------------------------------------------
 
 GOOD, BAD, MASK = "shots/train/good/001.png", "shots/test/cut/001.png", "shots/ground_truth/cut/001_mask.png"
 
@@ -90,7 +90,7 @@ def looped(root: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[Break, int, str]] = {
-    # what is wrong: (how it is made, exit code, what is printed)
+    # problem: (function that makes it, exit code, printed text)
     **{
         f"truncated {suffix}": (
             truncated(GOOD, suffix),
@@ -109,24 +109,24 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
     "a PDF as an image": (content(GOOD, b"%PDF-1.7\n"), 1, "unreadable: train/good/001.png: is not"),
     "zeros as an image": (content(GOOD, bytes(5000)), 1, "unreadable: train/good/001.png: is not"),
     "a JPEG's start alone": (content(GOOD, b"\xff\xd8\xff\xe0"), 1, "unreadable: train/good/001.png: is not"),
-    "a bitmap of nothing": (content(GOOD, b"BM" + bytes(60)), 1, "unreadable: train/good/001.png: is not"),
+    "an empty bitmap": (content(GOOD, b"BM" + bytes(60)), 1, "unreadable: train/good/001.png: is not"),
     "a TIFF without pages": (content(GOOD, b"II*\0\0\0\0\0"), 1, "unreadable: train/good/001.png: is not"),
     "damaged bytes": (damaged, 1, "unreadable: train/good/001.png: is not"),
-    "a bomb": (huge_header, 1, "unreadable: train/good/001.png: is not"),
+    "a decompression bomb": (huge_header, 1, "unreadable: train/good/001.png: is not"),
     "floating-point values": (floating, 1, "unreadable: train/good/float.tif: holds floating-point values"),
     "a folder named x.png": (folder_named("shots/train/good/x.png"), 1, "train/good/x.png: is a folder, not an image"),
     "a folder in place of a mask": (folder_named(MASK), 1, "ground_truth/cut/001_mask.png: is a folder"),
     "a link to nothing": (dangling(GOOD), 1, "unreadable: train/good/001.png: is a broken link"),
     "a name that is not UTF-8": (not_utf8, 1, "its name is not UTF-8; rename it"),
     "a loop of links": (looped, 0, "surplus: test/cut/again: is a link to a folder above it"),
-    "no ending": (moved(GOOD, "shots/train/good/image"), 0, "surplus: train/good/image: is not an image"),
-    "a wrong ending": (moved(GOOD, "shots/train/good/1.dat"), 0, "surplus: train/good/1.dat: is not an image"),
+    "no suffix": (moved(GOOD, "shots/train/good/image"), 0, "surplus: train/good/image: is not an image"),
+    "a wrong suffix": (moved(GOOD, "shots/train/good/1.dat"), 0, "surplus: train/good/1.dat: is not an image"),
     "a raw image": (moved(BAD, "shots/test/cut/1.nef"), 0, "surplus: test/cut/1.nef: is not an image"),
     "a text beside images": (content("shots/test/good/a.txt", b"x"), 0, "surplus: test/good/a.txt: is not an image"),
-    "an image of no kind": (
+    "an image neither good nor defective": (
         lambda root: image_file(root / "shots/test/x.png", 1),
         0,
-        "surplus: test/x.png: lies in no folder that says",
+        "surplus: test/x.png: is not in a folder that says",
     ),
     "defects to train on": (
         lambda root: image_file(root / "shots/train/bad/x.png", 1),
@@ -139,9 +139,9 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
     "a mask of another size": (
         lambda root: mask(root / MASK, (48, 40)),
         0,
-        "ground_truth/cut/001_mask.png: mask of 40x48 pixels for an image of 48x40",
+        "ground_truth/cut/001_mask.png: mask is 40x48 pixels, but the image is 48x40",
     ),
-    "a mask of nothing": (
+    "an all-zero mask": (
         lambda root: mask(root / MASK, value=0),
         0,
         "ground_truth/cut/001_mask.png: mask is empty",
@@ -161,7 +161,7 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
         0,
         "ambiguous: test/cut/001.png: ground_truth/cut/001.png and ground_truth/cut/001_mask.png could be its mask",
     ),
-    "two images of one name": (
+    "two images of the same name": (
         lambda root: image_file(root / "shots/test/cut/001.jpg", 5),
         0,
         "ambiguous: test/cut/001.jpg: 001.jpg and 001.png would share the mask",
@@ -170,7 +170,7 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_one_broken_thing_in_a_folder_is_named(case, tmp_path, monkeypatch, capsys):
+def test_one_problem_in_a_folder_is_named(case, tmp_path, monkeypatch, capsys):
     change, expected, text = FOLDERS[case]
     mvtec_class(tmp_path / "shots")
     change(tmp_path)
@@ -178,7 +178,7 @@ def test_one_broken_thing_in_a_folder_is_named(case, tmp_path, monkeypatch, caps
     assert code == expected, out + err
     named = [line for line in (out + err).splitlines() if text in line]
     assert len(named) == 1, out + err
-    # The lists are whole, and what cannot be read is not in them.
+    # The lists are complete except for unreadable files.
     for split, count in (("train", 3), ("test", 6)):
         lines = (tmp_path / f"data/parts/samples/{split}_parts.json").read_text().splitlines()
         assert abs(len(lines) - count) <= 1
@@ -229,8 +229,8 @@ USES: dict[str, tuple[Break, list[str], str]] = {
     "an image as root": (nothing, ["--dataset", "parts", "--root", GOOD], "neither a folder nor an archive"),
     "an empty folder": (emptied, OWN, "shots: no images found; expected"),
     "a folder of texts": (only("shots/a.txt.png/x.gif"), OWN, "shots/a.txt.png: no images found"),
-    "defects alone": (only("shots/bad/1.png"), OWN, "shots/bad: there is no folder of good images beside it"),
-    "ko alone": (only("shots/KO/1.png"), OWN, "shots/KO: there is no folder of good images beside it"),
+    "defects alone": (only("shots/bad/1.png"), OWN, "shots/bad: has no folder of good images beside it"),
+    "ko alone": (only("shots/KO/1.png"), OWN, "shots/KO: has no folder of good images beside it"),
     "no good image can be read": (all_broken, OWN, "no readable image of a good part"),
     "a class called uni": (renamed_class("uni"), OWN, "a class cannot be called 'uni'"),
     "a class called all": (renamed_class("all"), OWN, "a class cannot be called 'all'"),
@@ -240,22 +240,22 @@ USES: dict[str, tuple[Break, list[str], str]] = {
         f"a data set called {name!r}": (nothing, ["--dataset", name, "--root", "shots"], f"--dataset {name}")
         for name in ("../up", "/tmp/x", "a b", "1st", "a:b", ".hidden", "mvtec", "visa", "demo", "yes", "null")
     },
-    "a fraction of two": (nothing, [*OWN, "--test-fraction", "2"], "--test-fraction 2.0"),
-    "a split of a split": (nothing, [*OWN, "--test-fraction", "0.5"], "already say what is trained and tested on"),
-    "an input of no size": (nothing, [*OWN, "--input-size", "0", "256"], "--input-size 0 256"),
+    "a test fraction of 2": (nothing, [*OWN, "--test-fraction", "2"], "--test-fraction 2.0"),
+    "a second split": (nothing, [*OWN, "--test-fraction", "0.5"], "already say what is trained and tested on"),
+    "an input size of 0": (nothing, [*OWN, "--input-size", "0", "256"], "--input-size 0 256"),
     "settings for a known data set": (
         nothing,
         ["--dataset", "MPDD", "--root", "shots", "--foreground", "auto"],
         "not for MPDD",
     ),
-    "another data set than said": (nothing, ["--dataset", "MPDD", "--root", "shots"], "holds none of the classes"),
-    "a preview of nothing": (nothing, ["--dataset", "parts", "--preview"], "experiments/parts/realnet.yaml"),
+    "another data set than named": (nothing, ["--dataset", "MPDD", "--root", "shots"], "holds none of the classes"),
+    "a preview without settings": (nothing, ["--dataset", "parts", "--preview"], "experiments/parts/realnet.yaml"),
     "no textures": (emptied, ["--dataset", "DTD", "--root", "shots"], "shots: no textures found"),
 }
 
 
 @pytest.mark.parametrize("case", USES)
-def test_wrong_use_is_one_line_and_writes_nothing(case, tmp_path, monkeypatch, capsys):
+def test_wrong_use_prints_one_line_and_writes_nothing(case, tmp_path, monkeypatch, capsys):
     change, arguments, text = USES[case]
     mvtec_class(tmp_path / "shots")
     change(tmp_path)
@@ -273,8 +273,8 @@ def test_a_class_folder_in_place_of_the_data_set_is_recognised(tmp_path, monkeyp
     arguments = ["--dataset", "MVTec-AD", "--root", "mvtec/bottle"]
     code, _, err = run(prepare_data.main, arguments, tmp_path, monkeypatch, capsys)
     assert code == 2
-    assert "name the folder above it" in err
+    assert "pass the folder above it" in err
 
 
-def test_there_are_many():
+def test_there_are_more_than_sixty_cases():
     assert len(FOLDERS) + len(USES) > 60

@@ -1,4 +1,4 @@
-"""prepare_data.py: official layouts, one's own, what it refuses, and what it writes."""
+"""prepare_data.py: official layouts, the user's own images, what it refuses, and what it writes."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---- the field's data sets -------------------------------------------------------------------------------------------
+# ---- the benchmarks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tree", ["MVTec-AD", "MPDD", "BTAD", "VisA", "VisA reshaped"])
@@ -61,12 +61,12 @@ def test_official_layouts_give_complete_lists(tree, tmp_path, prepare):
     assert sorted(path.name for path in samples.iterdir()) == sorted(
         f"{split}_{name}.json" for split in ("train", "test") for name in (*info.classes, "uni")
     )
-    kinds = 2 if info.layout.startswith("C/train/good") else 1
+    defect_types = 2 if info.layout.startswith("C/train/good") else 1
     for name in info.classes:
         train, test = (read_list(samples / f"{split}_{name}.json", images) for split in ("train", "test"))
         assert [sample.label for sample in train] == [0] * TRAIN
-        assert sum(sample.label for sample in test) == kinds * BAD
-        assert len(test) == GOOD + kinds * BAD
+        assert sum(sample.label for sample in test) == defect_types * BAD
+        assert len(test) == GOOD + defect_types * BAD
         assert all(sample.maskname for sample in test if sample.label)
         assert {sample.clsname for sample in train + test} == {name}
         for sample in test:
@@ -74,9 +74,9 @@ def test_official_layouts_give_complete_lists(tree, tmp_path, prepare):
                 stem = Path(sample.filename).stem
                 assert Path(sample.maskname).stem in (stem, f"{stem}_mask")
     assert len(read_list(samples / "train_uni.json", images)) == TRAIN * len(info.classes)
-    # The counts are those of the made-up tree, and it says so for every class.
+    # The generated tree has other counts than published, and prepare_data.py says so for every class.
     first, (published, _) = next(iter(info.counts.items()))
-    assert f"{first}: {TRAIN} training images; published are {published}" in done.out
+    assert f"{first}: {TRAIN} training images (published: {published})" in done.out
     assert "unreadable" not in done.out
     assert done.err == ""
 
@@ -126,7 +126,7 @@ def test_findings_of_an_incomplete_download(tmp_path, prepare):
     assert "missing: tubes: the whole class" in written
     assert "without a mask: connector/test/crack/000.png: has no mask" in done.out
     assert "surplus: connector/ground_truth/crack/077_mask.png: is a mask without" in done.out
-    assert "surplus: gearbox: is no class of the data set" in done.out
+    assert "surplus: gearbox: is not a class of the data set" in done.out
     assert "unreadable: metal_plate/train/good/001.png: is not a readable image" in done.err
     assert "1 unreadable, 1 without a mask" in done.out
     assert "metal_plate/train/good/001.png" in written
@@ -138,7 +138,7 @@ def test_textures_are_found_and_counted(tmp_path, prepare):
     official("DTD", tmp_path / "tree")
     done = prepare("--dataset", "DTD", "--root", tmp_path / "tree")
     assert "6 textures in 3 folders" in done.out
-    assert "missing: images: 6; published are 5640" in done.out
+    assert "missing: images: 6 (published: 5640)" in done.out
     assert len(list((tmp_path / "data/DTD/images").rglob("*.jpg"))) == 6
     assert not (tmp_path / "data/DTD/samples").exists()
 
@@ -163,7 +163,7 @@ def test_copies_instead_of_links(tmp_path, prepare):
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.xz", ".tar.gz", ".zip"])
-def test_archives_are_taken_as_well_as_folders(suffix, tmp_path, prepare):
+def test_archives_work_like_folders(suffix, tmp_path, prepare):
     official("BTAD", tmp_path / "BTech")
     archive = tmp_path / f"btad{suffix}"
     if suffix == ".zip":
@@ -179,14 +179,14 @@ def test_archives_are_taken_as_well_as_folders(suffix, tmp_path, prepare):
     assert os.access(target, os.R_OK | os.X_OK)
     assert not target.is_symlink()
     before = sorted(target.rglob("*"))
-    assert "is there already" in prepare("--dataset", "BTAD", "--root", archive, code=2).err
+    assert "already exists" in prepare("--dataset", "BTAD", "--root", archive, code=2).err
     assert sorted(target.rglob("*")) == before
 
 
-# ---- one's own images ----------------------------------------------------------------------------------------------
+# ---- the user's own images -------------------------------------------------------------------------------------------
 
 
-def test_own_images_in_mvtec_s_layout(tmp_path, prepare):
+def test_own_images_in_the_layout_of_mvtec(tmp_path, prepare):
     mvtec_class(tmp_path / "shots", suffix=".jpg")
     done = prepare("--dataset", "MyParts", "--root", "shots")
     train = lines_of(tmp_path / "data/MyParts/samples/train_MyParts.json")
@@ -248,7 +248,7 @@ def test_a_split_follows_its_seed_and_fraction(tmp_path, prepare):
     assert len(split("--test-fraction", 0.5)) == 10
 
 
-def test_good_images_alone_are_all_trained_on(tmp_path, prepare):
+def test_if_all_images_are_good_all_are_for_training(tmp_path, prepare):
     for i in range(6):
         image_file(tmp_path / f"shots/{i}.png", i)
     prepare("--dataset", "parts", "--root", "shots")
@@ -258,11 +258,11 @@ def test_good_images_alone_are_all_trained_on(tmp_path, prepare):
     assert len(lines_of(tmp_path / "data/parts/samples/test_parts.json")) == 3
 
 
-def test_masks_beside_their_images_and_inside_their_kind(tmp_path, prepare):
+def test_masks_beside_their_images_and_inside_the_defect_folder(tmp_path, prepare):
     image_file(tmp_path / "shots/good/0.png", 0)
     image_file(tmp_path / "shots/good/1.png", 1)
-    for kind in ("a", "b"):
-        image_file(tmp_path / f"shots/{kind}/7.jpg", kind)
+    for defect_type in ("a", "b"):
+        image_file(tmp_path / f"shots/{defect_type}/7.jpg", defect_type)
     mask(tmp_path / "shots/a/7_mask.png")
     mask(tmp_path / "shots/b/ground_truth/7.png")
     prepare("--dataset", "parts", "--root", "shots")
@@ -281,18 +281,18 @@ def test_names_with_spaces_and_other_scripts(tmp_path, prepare):
 
 
 def test_near_duplicates_over_the_split_are_reported(tmp_path, prepare):
-    mvtec_class(tmp_path / "shots", kinds=["crack"])
+    mvtec_class(tmp_path / "shots", defect_types=["crack"])
     for i in range(8):
         image_file(tmp_path / f"shots/train/good/1{i}.png", ("more", i))
-    again = Image.open(tmp_path / "shots/train/good/12.png")
-    brighter = np.clip(np.asarray(again).astype(float) * 1.1, 0, 255).astype(np.uint8)
+    original = Image.open(tmp_path / "shots/train/good/12.png")
+    brighter = np.clip(np.asarray(original).astype(float) * 1.1, 0, 255).astype(np.uint8)
     Image.fromarray(brighter).save(tmp_path / "shots/test/good/again.jpg", quality=80)
     done = prepare("--dataset", "parts", "--root", "shots")
     assert (
         "on both sides of the split: test/good/again.jpg: is nearly the same as the training image train/good/12.png"
         in done.out
     )
-    assert "in all: 1 on both sides of the split" in done.out
+    assert "findings: 1 on both sides of the split" in done.out
 
 
 def test_near_duplicates_stay_on_one_side_of_a_made_split(tmp_path, prepare):
@@ -312,8 +312,8 @@ def test_lists_and_settings_that_differ_are_not_lost(tmp_path, prepare):
     mvtec_class(tmp_path / "shots")
     prepare("--dataset", "parts", "--root", "shots")
     samples, settings = tmp_path / "data/parts/samples/train_parts.json", tmp_path / "experiments/parts/realnet.yaml"
-    own = settings.read_text() + "# mine\n"
-    settings.write_text(own)
+    edited = settings.read_text() + "# edited\n"
+    settings.write_text(edited)
     done = prepare("--dataset", "parts", "--root", "shots")
     assert "existing files kept; they differ from the current defaults: realnet.yaml" in done.out
     image_file(tmp_path / "shots/train/good/new.png", "new")
@@ -322,7 +322,7 @@ def test_lists_and_settings_that_differ_are_not_lost(tmp_path, prepare):
     assert samples.read_text() == before
     prepare("--dataset", "parts", "--root", "shots", "--overwrite")
     assert len(lines_of(samples)) == TRAIN + 1
-    assert settings.read_text() == own
+    assert settings.read_text() == edited
 
 
 def test_sizes_that_the_diffusion_model_cannot_draw_are_rounded_up_for_it(tmp_path, prepare):
@@ -350,11 +350,11 @@ def test_real_photographs(folder, counts, tmp_path, prepare):
     defective = [line for line in test if line["label"]]
     masked = [line for line in defective if "maskname" in line]
     assert (len(train), len(test) - len(defective), len(defective), len(masked)) == counts
-    # Their makers split by physical tile and by place: no test image nearly equals a training image.
+    # Their authors split by physical tile and by place, so no test image nearly equals a training image.
     assert "both sides" not in done.out
 
 
-def test_preview_shows_what_there_is(tmp_path, prepare):
+def test_preview_shows_the_available_images(tmp_path, prepare):
     mvtec_class(tmp_path / "shots")
     done = prepare("--dataset", "parts", "--root", "shots", "--preview")
     assert "no sdas images in data/parts/sdas/parts yet" in done.out
@@ -365,7 +365,7 @@ def test_preview_shows_what_there_is(tmp_path, prepare):
     done = prepare("--dataset", "parts", "--preview")
     assert "yet" not in done.out
     assert sheet.read_bytes() != first
-    # Eight columns at most, three rows of images and four of anomalies.
+    # The sheet has at most eight columns, three rows of images and four of anomalies.
     width, height = Image.open(sheet).size
     assert width > 7 * 192
     assert height > 7 * 140

@@ -1,4 +1,4 @@
-"""Two hundred bad settings, made by changing good ones: each ends at once with the file and the key named."""
+"""Two hundred bad settings, made by changing good ones: each ends the run at once, and the error names file and key."""
 
 import copy
 import zlib
@@ -23,12 +23,12 @@ SCRIPTS = {
     "realnet": train_realnet,
 }
 PER_SCRIPT = 50
-# Free texts and values that may be anything, and what a wrong value of would only show elsewhere.
+# Keys that take any value, or whose wrong values show only later.
 FREE = ("name", "type", "sdas_dir", "dtd_dir", "results_dir", "foreground")
 
 
 def leaves(node: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The paths of all values that are no section."""
+    """The paths of all values that are not sections."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from leaves(value, (*path, key))
@@ -46,7 +46,7 @@ def at(config: Any, path: tuple) -> Any:
 
 
 def wrong_values(value: Any) -> list[Any]:
-    """Values that cannot stand where this one does."""
+    """Values that are wrong in place of this one."""
     if isinstance(value, bool):
         return ["perhaps", 3, [True]]
     if isinstance(value, (int, float)):
@@ -58,10 +58,10 @@ def wrong_values(value: Any) -> list[Any]:
     return []
 
 
-def mutations(kind: str) -> list[tuple[str, dict, str]]:
-    """(what was changed, settings, key that the message has to name), the same in every run."""
-    good = settings("data/tiny", "experiments/tiny")[kind]
-    found = []
+def mutations(stage: str) -> list[tuple[str, dict, str]]:
+    """(what was changed, settings, text that the message must contain), the same in every run."""
+    good = settings("data/tiny", "experiments/tiny")[stage]
+    cases = []
     for path in leaves(good):
         key = str(next(part for part in reversed(path) if isinstance(part, str)))
         parent, value = path[:-1], at(good, path)
@@ -70,18 +70,18 @@ def mutations(kind: str) -> list[tuple[str, dict, str]]:
         for wrong in wrong_values(value):
             changed = copy.deepcopy(good)
             at(changed, parent)[path[-1]] = wrong
-            found.append((f"{'.'.join(map(str, path))} = {wrong!r}", changed, key))
+            cases.append((f"{'.'.join(map(str, path))} = {wrong!r}", changed, key))
         changed = copy.deepcopy(good)
         del at(changed, parent)[path[-1]]
         at(changed, parent)[f"{key}x"] = value
-        found.append((f"{'.'.join(map(str, path))} misspelt", changed, f"{key}x"))
-    for path, wrong, key in SEMANTIC.get(kind, []):
+        cases.append((f"{'.'.join(map(str, path))} misspelt", changed, f"{key}x"))
+    for path, wrong, key in SEMANTIC.get(stage, []):
         changed = copy.deepcopy(good)
         at(changed, path[:-1])[path[-1]] = wrong
-        found.insert(0, (f"{'.'.join(map(str, path))} = {wrong!r}", changed, key))
-    special = len(SEMANTIC.get(kind, []))
-    order = np.random.default_rng(zlib.crc32(kind.encode())).permutation(len(found) - special) + special
-    return [found[i] for i in [*range(special), *order][:PER_SCRIPT]]
+        cases.insert(0, (f"{'.'.join(map(str, path))} = {wrong!r}", changed, key))
+    special = len(SEMANTIC.get(stage, []))
+    order = np.random.default_rng(zlib.crc32(stage.encode())).permutation(len(cases) - special) + special
+    return [cases[i] for i in [*range(special), *order][:PER_SCRIPT]]
 
 
 SEMANTIC = {
@@ -125,7 +125,7 @@ SEMANTIC = {
     ],
     "sample": [(("TestSampler", "section_counts"), [5, "x"], "section_counts")],
 }
-CASES = [(kind, *case) for kind in SCRIPTS for case in mutations(kind)]
+CASES = [(stage, *case) for stage in SCRIPTS for case in mutations(stage)]
 
 
 def test_there_are_two_hundred():
@@ -133,15 +133,15 @@ def test_there_are_two_hundred():
     assert len({case[1] + case[0] for case in CASES}) == 200
 
 
-IDS = [f"{kind} {name}" for kind, name, _, _ in CASES]
+IDS = [f"{stage} {name}" for stage, name, _, _ in CASES]
 
 
-@pytest.mark.parametrize(("kind", "config", "key"), [(kind, config, key) for kind, _, config, key in CASES], ids=IDS)
-def test_bad_settings_are_named_before_anything_starts(kind, config, key, workspace, tmp_path, monkeypatch, capsys):
-    path = tmp_path / f"{kind}.yaml"
+@pytest.mark.parametrize(("stage", "config", "key"), [(stage, config, key) for stage, _, config, key in CASES], ids=IDS)
+def test_bad_settings_are_named_before_anything_starts(stage, config, key, workspace, tmp_path, monkeypatch, capsys):
+    path = tmp_path / f"{stage}.yaml"
     path.write_text(yaml.safe_dump(config))
-    arguments = ["--config", str(path)] + (["--class_name", "dots"] if kind == "realnet" else [])
-    code, out, err = run(SCRIPTS[kind].main, arguments, workspace.root, monkeypatch, capsys)
+    arguments = ["--config", str(path)] + (["--class_name", "dots"] if stage == "realnet" else [])
+    code, out, err = run(SCRIPTS[stage].main, arguments, workspace.root, monkeypatch, capsys)
     assert code == 2, out + err
     assert key in err, err
     assert path.name in err or "--class_name" in err, err
@@ -149,7 +149,7 @@ def test_bad_settings_are_named_before_anything_starts(kind, config, key, worksp
     assert [other.name for other in tmp_path.iterdir()] == [path.name]
 
 
-def test_all_that_is_wrong_is_in_one_message(workspace, monkeypatch, capsys):
+def test_all_mistakes_are_in_one_message(workspace, monkeypatch, capsys):
     config = copy.deepcopy(settings("data/tiny", "experiments/tiny")["realnet"])
     config["structure"][0]["layers"][0]["planes"] = 100
     config["dataset"]["train"]["anomaly_types"] = {"normal": 0.5, "dtd": 0.2}

@@ -1,4 +1,4 @@
-"""A pickle that would run a command, in each place that loads a file: refused, and the command not run."""
+"""Every place that loads a file refuses a pickle that would run a command, and does not run it."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ from utils.checkpoint import LAST
 
 
 class Command:
-    """Unpickles to a call of os.system."""
+    """Calls os.system when unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -57,9 +57,9 @@ def test_a_command_in_a_file_is_not_run(place, wrapped, workspace, tmp_path, mon
         else:
             (folder / name).write_bytes(pickle.dumps(payload))
     values = {"file": folder / "ckpt_1.pth.tar", "folder": folder, "parent": tmp_path}
-    given = [argument.format(**values) for argument in arguments]
+    filled = [argument.format(**values) for argument in arguments]
     dataset = [] if script in (predict, export) else ["--dataset", "tiny", "--set", "saver.log_dir=hostile_log/"]
-    code, _, err = run(script.main, [*dataset, *given], workspace.root, monkeypatch, capsys)
+    code, _, err = run(script.main, [*dataset, *filled], workspace.root, monkeypatch, capsys)
     assert code == 2, err
     assert "ckpt_" in err
     assert len(err.splitlines()) == 1
@@ -67,7 +67,7 @@ def test_a_command_in_a_file_is_not_run(place, wrapped, workspace, tmp_path, mon
 
 
 @pytest.mark.parametrize("script", [train_diffusion, train_realnet, sample])
-def test_yaml_makes_no_objects(script, workspace, tmp_path, monkeypatch, capsys):
+def test_yaml_cannot_create_objects(script, workspace, tmp_path, monkeypatch, capsys):
     path = tmp_path / "settings.yaml"
     path.write_text(f"unet: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
     code, _, err = run(script.main, ["--config", str(path)], workspace.root, monkeypatch, capsys)

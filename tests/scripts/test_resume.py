@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, or fail: what they leave behind, and that they go on as if nothing had been."""
+"""Runs that are killed, stopped or fail: what they leave behind, and that they resume as if never interrupted."""
 
 import json
 import os
@@ -67,8 +67,8 @@ def position(folder: Path) -> int:
         return 0
 
 
-def assert_same_state(one: Path, other: Path) -> None:
-    first, second = load_checkpoint(one), load_checkpoint(other)
+def assert_same_state(first_path: Path, second_path: Path) -> None:
+    first, second = load_checkpoint(first_path), load_checkpoint(second_path)
     assert first["position"] == second["position"]
     for key in ("state_dict", "ema_state_dict"):
         if key in first:
@@ -93,7 +93,7 @@ def checkpoints_of(workspace: Workspace, stage: str, script: str) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=["TERM", "INT", "USR1"])
 @pytest.mark.parametrize(("script", "arguments"), TRAININGS, ids=[script for script, _ in TRAININGS])
-def test_a_stopped_training_goes_on_to_the_last_bit(script, arguments, number, workspace):
+def test_a_stopped_training_resumes_bit_for_bit(script, arguments, number, workspace):
     if number != signal.SIGTERM and "realnet" not in script:
         return
     whole, stopped = f"whole_{script}", f"stopped_{script}_{number}"
@@ -115,13 +115,13 @@ def test_a_stopped_training_goes_on_to_the_last_bit(script, arguments, number, w
     assert list(folder.glob(".*")) == []
 
 
-def test_a_killed_training_goes_on_to_the_last_bit_with_two_ranks(workspace):
+def test_a_killed_training_resumes_bit_for_bit_with_two_ranks(workspace):
     arguments = ["--class_name", "dots", *STEPS]
     workspace.run("train_realnet.py", *arguments, *elsewhere("whole_ranks"), launcher=TORCHRUN)
     folder = checkpoints_of(workspace, "killed_ranks", "realnet")
     process = start(workspace, "train_realnet.py", *arguments, *elsewhere("killed_ranks"), launcher=TORCHRUN)
     wait_for(lambda: (folder / PREVIOUS).is_file(), process)
-    # One rank dies: the job ends within a minute, and says so.
+    # Kill one rank: the job ends within a minute, and says so.
     killed = children_of(process.pid)[-1]
     os.kill(killed, signal.SIGKILL)
     began = time.monotonic()
@@ -137,12 +137,12 @@ def test_a_killed_training_goes_on_to_the_last_bit_with_two_ranks(workspace):
 
 
 def children_of(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in listing.stdout.split()]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["starting", "training"])
-def test_ranks_end_with_their_killed_launcher(training, workspace):
+def test_ranks_end_when_their_launcher_is_killed(training, workspace):
     folder = workspace.out / f"no_launcher_{training}"
     arguments = [*elsewhere(folder.name), *STEPS, "--set", "trainer.max_epoch=500"]
     process = start(workspace, "train_diffusion.py", *arguments, launcher=TORCHRUN)
@@ -151,16 +151,16 @@ def test_ranks_end_with_their_killed_launcher(training, workspace):
     else:
         wait_for(lambda: len(children_of(process.pid)) >= 2, process)
     process.kill()
-    # Their ends of the pipes close when the ranks have ended.
+    # This waits for the ranks, which hold the other ends of the pipes.
     _, err = process.communicate(timeout=60)
     assert "the launcher has ended" in err
-    # What the ranks were writing stays until a run resumes there; other tests look for leftovers.
+    # The ranks' unfinished files stay until a run resumes; delete them, as other tests look for leftovers.
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_two_ranks_with_loader_workers_stop_at_the_same_step(workspace):
     folder = workspace.out / "ranks_stop/checkpoints"
-    # The launcher signals whole process groups, loader workers too.
+    # The launcher signals whole process groups, which include loader workers.
     arguments = [*elsewhere("ranks_stop"), *STEPS, "--set", "trainer.max_epoch=500", "--set", "dataset.workers=1"]
     process = start(workspace, "train_diffusion.py", *arguments, launcher=TORCHRUN)
     wait_for(lambda: (folder / LAST).is_file(), process)
@@ -173,7 +173,7 @@ def test_two_ranks_with_loader_workers_stop_at_the_same_step(workspace):
     assert f"step {steps}" in done.stdout
 
 
-def test_killed_sampling_draws_the_rest(workspace):
+def test_killed_sampling_later_draws_the_rest(workspace):
     if not (workspace.out / "diffusion_checkpoints").exists():
         workspace.run("train_diffusion.py")
     arguments = ["--no-classifier", "--class_name", "dots", "--set", "sample_number=12"]
@@ -220,7 +220,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
         assert newest_readable(tmp_path) == {"step": 1}
     assert LAST in caplog.text
     assert "is used instead" in caplog.text
-    # The damaged one does not push the good one out.
+    # The damaged checkpoint does not replace the good one.
     save_for_resume(tmp_path, {"step": 3})
     assert newest_readable(tmp_path) == {"step": 3}
     assert load_checkpoint(tmp_path / LAST) == {"step": 3}
@@ -233,7 +233,7 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path):
         newest_readable(tmp_path)
 
 
-def test_a_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch):
+def test_a_checkpoint_exists_at_every_moment(tmp_path, monkeypatch):
     save_for_resume(tmp_path, {"step": 1})
 
     def crash(*args: object) -> None:
@@ -279,7 +279,7 @@ def test_a_second_run_is_refused_with_the_first_one_s_process(workspace):
     finally:
         process.kill()
         process.communicate()
-    # It is dead now: its lock does not count.
+    # The process has ended, so its lock does not count.
     assert (folder / ".lock").exists()
     workspace.run("train_classifier.py", *elsewhere("locked"), "--set", "trainer.max_epoch=1", "--resume")
     assert not (folder / ".lock").exists()
@@ -316,14 +316,14 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     request.receive(signal.SIGTERM, None)
     request.receive(signal.SIGTERM, None)
     assert request.agreed() == signal.SIGTERM
-    # A launcher's copy of the terminal's signal is no second one.
+    # A launcher's copy of the terminal's signal does not count as a second one.
     assert ended == []
     request.since -= 2
     request.receive(signal.SIGINT, None)
     assert ended == [128 + signal.SIGINT]
 
 
-def test_an_error_of_one_rank_alone_is_told(workspace, tmp_path):
+def test_an_error_of_one_rank_only_is_reported(workspace, tmp_path):
     (tmp_path / "fail.py").write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -384,7 +384,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(fused, value):
 def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(workspace):
     arguments = [*elsewhere("diverged"), "--class_name", "dots", "--set", "trainer.max_bad_steps=1"]
     arguments += ["--set", "trainer.save_freq_step=1", "--set", "trainer.max_epoch=30"]
-    # Finite, and far beyond what float32 features bear.
+    # Finite, but so large that float32 features overflow.
     done = workspace.run("train_realnet.py", *arguments, "--set", "trainer.optimizer.kwargs.lr=1e30", code=1)
     assert "not finite in 2 steps in a row (trainer.max_bad_steps: 1)" in done.stderr
     assert f"diverged/checkpoints/dots/{LAST}" in done.stderr
@@ -392,7 +392,7 @@ def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(workspace)
 
 
 def test_memory_does_not_grow_with_steps():
-    """The loop's own parts: steps, skipped steps, running means."""
+    """The parts of the training loop: steps and running means."""
     import resource
 
     from utils.log import Meter
@@ -420,7 +420,7 @@ def test_fewer_samples_than_ranks_do_not_hang():
         assert {len(rank) for rank in batches} == {1}
 
 
-def test_skipped_batches_are_those_of_the_beginning():
+def test_skip_leaves_out_the_first_batches():
     from datasets.loaders import EpochBatches
 
     batches = EpochBatches(10, 3, ALONE, 1)

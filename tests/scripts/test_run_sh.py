@@ -1,4 +1,4 @@
-"""The batch verbs of run.sh; they use the environment in .venv, which `run.sh test` has made."""
+"""The batch verbs of run.sh; they use the environment in .venv, which `run.sh test` makes."""
 
 import os
 import shutil
@@ -65,7 +65,7 @@ def test_a_failed_class_does_not_stop_the_rest(copy):
     assert (copy.out / "realnet_checkpoints/lines/ckpt_best.pth.tar").is_file()
     done = run_sh(copy.root, "evaluate", "tiny", "lines")
     assert any(line.startswith("mean") for line in done.stdout.splitlines())
-    # All classes but those that are not trained, which are named.
+    # Classes without a checkpoint are left out and named.
     done = run_sh(copy.root, "evaluate", "tiny")
     assert "left out: experiments/tiny/realnet_checkpoints/dots/ckpt_best.pth.tar does not exist" in done.stdout
     assert (copy.out / "realnet_results/metrics.md").is_file()

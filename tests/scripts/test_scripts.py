@@ -14,7 +14,7 @@ from tests.conftest import CLASSES, Workspace, settings
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-# A port for each process of the tests: two of them may launch at once.
+# One port per test process, because two of them may launch at the same time.
 LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={20000 + os.getpid() % 10000}")
 
 
@@ -37,7 +37,7 @@ def realnet(workspace: Workspace) -> Workspace:
 
 
 def elsewhere(workspace: Workspace, stage: str) -> list[str]:
-    """Settings that send a run's outputs to folders of their own."""
+    """Settings that send a run's outputs to separate folders."""
     folders = {"checkpoints_dir": "checkpoints", "log_dir": "log", "vis_dir": "vis", "results_dir": "results"}
     return [part for key, name in folders.items() for part in ("--set", f"saver.{key}={stage}/{name}")]
 
@@ -46,8 +46,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(path)["state_dict"]
 
 
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
+def assert_same_weights(first_path: Path, second_path: Path) -> None:
+    first, second = weights(first_path), weights(second_path)
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -73,7 +73,7 @@ def test_diffusion_writes_checkpoints_sheets_and_logs(diffusion):
     assert list((diffusion.out / "diffusion_log/train_diffusion").glob("events.*"))
 
 
-def test_diffusion_is_the_same_twice_and_for_any_number_of_workers(diffusion):
+def test_diffusion_is_reproducible_with_any_number_of_workers(diffusion):
     arguments = elsewhere(diffusion, "again")
     diffusion.run("train_diffusion.py", *arguments, "--set", "dataset.workers=2")
     name = "ckpt_2.pth.tar"
@@ -91,7 +91,7 @@ def test_diffusion_resumes_and_keeps_the_newest_checkpoints(diffusion):
     assert_same_weights(diffusion.out / "diffusion_checkpoints/ckpt_2.pth.tar", folder / "ckpt_2.pth.tar")
 
 
-def test_diffusion_starts_from_a_file_and_says_what_fitted(diffusion):
+def test_diffusion_starts_from_a_file_and_logs_what_fitted(diffusion):
     path = diffusion.out / "diffusion_checkpoints/ckpt_2.pth.tar"
     arguments = [*elsewhere(diffusion, "tuned"), "--set", "trainer.max_epoch=1"]
     done = diffusion.run("train_diffusion.py", *arguments, "--set", f"unet.pertrain_path={path}")
@@ -116,7 +116,7 @@ def test_diffusion_under_two_ranks(diffusion, launcher):
 # ---- classifier ------------------------------------------------------------------------------------------------------
 
 
-def test_classifier_reports_accuracy_also_against_t(classifier):
+def test_classifier_reports_accuracy_also_by_timestep(classifier):
     content = load_checkpoint(classifier.out / "classifier_checkpoints/ckpt_2.pth.tar")
     assert {"epoch", "arch", "state_dict", "acc"} <= set(content)
     log = (classifier.out / "classifier_log/train_classifier.log").read_text()
@@ -144,42 +144,42 @@ def test_classifier_resumes(classifier):
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
-def drawn(folder: Path) -> dict[int, np.ndarray]:
+def sampled_images(folder: Path) -> dict[int, np.ndarray]:
     return {int(path.stem.split("_")[1]): np.asarray(Image.open(path)) for path in folder.glob("*.jpg")}
 
 
 def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
     root = diffusion.data / "sdas"
     diffusion.run("sample.py")
-    plain = {name: drawn(root / name) for name in CLASSES}
+    plain = {name: sampled_images(root / name) for name in CLASSES}
     assert {name: sorted(images) for name, images in plain.items()} == {name: list(range(5)) for name in CLASSES}
     assert plain["dots"][0].shape == (16, 16, 3)
     assert not np.array_equal(plain["dots"][0], plain["lines"][0])
 
-    # What exists is not drawn again; what is missing is drawn as it was.
+    # Existing images are kept; a missing one is drawn again, identically.
     untouched = root / "dots/rank0_0.jpg"
     stamp = untouched.stat().st_mtime_ns
     (root / "dots/rank0_2.jpg").unlink()
     done = diffusion.run("sample.py", "--class_name", "dots")
-    assert "4 of them were there before" in done.stdout
+    assert "4 of them existed already" in done.stdout
     assert untouched.stat().st_mtime_ns == stamp
-    np.testing.assert_array_equal(drawn(root / "dots")[2], plain["dots"][2])
+    np.testing.assert_array_equal(sampled_images(root / "dots")[2], plain["dots"][2])
 
     for launcher in (TORCHRUN, LAUNCH):
         diffusion.run("sample.py", "--overwrite", launcher=launcher)
         for name in CLASSES:
             assert len(list((root / name).glob("rank*.jpg"))) == 5
             assert any(path.name.startswith("rank1_") for path in (root / name).iterdir())
-            for i, image in drawn(root / name).items():
+            for i, image in sampled_images(root / name).items():
                 np.testing.assert_array_equal(image, plain[name][i])
 
     diffusion.run("sample.py", "--class_name", "dots", "--overwrite", "--set", "dataset.batch_size=1")
-    for i, image in drawn(root / "dots").items():
+    for i, image in sampled_images(root / "dots").items():
         assert np.abs(image.astype(int) - plain["dots"][i]).max() <= 8  # JPEG of values rounded the other way
         assert np.abs(image.astype(int) - plain["dots"][i]).mean() < 0.05
 
     diffusion.run("sample.py", "--class_name", "dots", "--overwrite", "--seed", "5")
-    assert not np.array_equal(drawn(root / "dots")[0], plain["dots"][0])
+    assert not np.array_equal(sampled_images(root / "dots")[0], plain["dots"][0])
 
 
 def test_sampling_options_change_the_images(diffusion, classifier):
@@ -195,7 +195,7 @@ def test_sampling_options_change_the_images(diffusion, classifier):
         arguments = ["--set", f"workspace.root={root}", "--set", "sample_number=1", "--overwrite"]
         arguments += ["--set", "classifier_scale=30"]
         diffusion.run("sample.py", "--class_name", "dots", *arguments, *options)
-        seen.add(drawn(root / "dots")[0].tobytes())
+        seen.add(sampled_images(root / "dots")[0].tobytes())
     assert len(seen) == 5
 
 
@@ -204,7 +204,7 @@ def test_sampling_without_a_classifier_section(diffusion):
     path = diffusion.write_settings("sample_unguided", {**config, "classifier": None})
     root = diffusion.data / "unguided"
     diffusion.run("sample.py", "--config", str(path), "--set", f"workspace.root={root}", "--class_name", "lines")
-    assert sorted(drawn(root / "lines")) == list(range(5))
+    assert sorted(sampled_images(root / "lines")) == list(range(5))
 
 
 def test_preview_draws_a_strip_and_nothing_else(diffusion, classifier):
@@ -246,7 +246,7 @@ def test_tensorboard_shows_the_training(realnet):
     assert events.Histograms("afs/block1_layer1_loss")[0].histogram_value.num == 64
 
 
-def test_realnet_is_the_same_twice_and_for_any_number_of_workers(realnet):
+def test_realnet_is_reproducible_with_any_number_of_workers(realnet):
     arguments = [*elsewhere(realnet, "again"), "--set", "dataset.workers=2"]
     realnet.run("train_realnet.py", "--class_name", "dots", *arguments)
     name = "dots/ckpt_last.pth.tar"
@@ -275,7 +275,7 @@ def table_of(stdout: str) -> list[str]:
     return lines[start : start + 2 + len(CLASSES)]
 
 
-def test_evaluation_prints_the_same_for_any_number_of_ranks(realnet):
+def test_evaluation_gives_the_same_results_with_any_number_of_ranks(realnet):
     tables, files = [], []
     for launcher in ((), TORCHRUN, LAUNCH):
         done = realnet.run("evaluation_realnet.py", "--class_name", "all", launcher=launcher)
@@ -290,24 +290,24 @@ def test_evaluation_prints_the_same_for_any_number_of_ranks(realnet):
     assert [line.split()[0] for line in tables[0]] == ["class", *CLASSES, "mean"]
     metrics = json.loads(files[0][0])
     assert metrics["mean"]["pixel_auroc"] == pytest.approx(np.mean([metrics[c]["pixel_auroc"] for c in CLASSES]))
-    for kind, count in (("good", 4), ("spot", 4)):
-        images = list((realnet.out / f"realnet_vis/dots/{kind}").glob("*.png"))
+    for defect_type, count in (("good", 4), ("spot", 4)):
+        images = list((realnet.out / f"realnet_vis/dots/{defect_type}").glob("*.png"))
         assert len(images) == count
         assert np.asarray(Image.open(images[0])).shape[1] == 3 * 64 + 2 * 4
 
 
-def test_the_reference_s_checkpoints_evaluate(realnet):
+def test_checkpoints_of_the_reference_can_be_evaluated(realnet):
     from easydict import EasyDict
 
-    own = load_checkpoint(realnet.out / "realnet_checkpoints/dots/ckpt_best.pth.tar")
+    content = load_checkpoint(realnet.out / "realnet_checkpoints/dots/ckpt_best.pth.tar")
     path = realnet.root / "reference.pth.tar"
-    state = {f"module.{name}": value for name, value in own["state_dict"].items()}
-    arch = EasyDict({"net": own["arch"]})
+    state = {f"module.{name}": value for name, value in content["state_dict"].items()}
+    arch = EasyDict({"net": content["arch"]})
     torch.save({"epoch": 1, "arch": arch, "state_dict": state, "best_metric": 0.5}, path)
     arguments = ["--class_name", "dots", "--no-pictures"]
-    ours = realnet.run("evaluation_realnet.py", *arguments)
-    theirs = realnet.run("evaluation_realnet.py", *arguments, "--checkpoint", str(path))
-    assert table_of(ours.stdout)[:2] == table_of(theirs.stdout)[:2]
+    original = realnet.run("evaluation_realnet.py", *arguments)
+    converted = realnet.run("evaluation_realnet.py", *arguments, "--checkpoint", str(path))
+    assert table_of(original.stdout)[:2] == table_of(converted.stdout)[:2]
 
 
 def test_evaluation_without_masks_says_so(realnet, tmp_path):
@@ -389,12 +389,12 @@ def test_wrong_use_is_one_line_and_exit_code_2(diffusion, script, arguments, mes
     assert message in done.stderr
 
 
-def test_an_unknown_data_set_offers_the_known(workspace):
+def test_an_unknown_data_set_names_the_known_ones(workspace):
     done = workspace.run("train_diffusion.py", "--dataset", "nothing", code=2)
     assert "known are tiny" in done.stderr
 
 
-def test_a_broken_image_found_by_a_worker_is_named(tmp_path):
+def test_a_broken_image_in_a_loader_worker_is_named(tmp_path):
     workspace = Workspace(tmp_path)
     (workspace.data / "images/dots/train/good/003.png").write_bytes(b"broken")
     for workers in (0, 1):
@@ -403,7 +403,7 @@ def test_a_broken_image_found_by_a_worker_is_named(tmp_path):
         assert "dots/train/good/003.png is not a readable image" in done.stderr
 
 
-def test_wrong_use_is_printed_once_under_ranks(workspace):
+def test_wrong_use_is_printed_once_with_two_ranks(workspace):
     done = workspace.run("train_realnet.py", "--class_name", "squares", launcher=TORCHRUN, code=1)
     assert done.stderr.count("known are dots, lines") == 1
 
@@ -420,7 +420,7 @@ def test_offline_weights_end_in_one_line_and_exit_code_1(workspace):
     assert "Traceback" not in done.stderr
 
 
-def test_demo_data_is_made_whole(tmp_path):
+def test_demo_data_is_complete(tmp_path):
     from datasets.lists import read_list
     from preparation.demo import CLASSES as DEMO
     from preparation.demo import DEFECTS, SPLIT_COLUMN, make_demo

@@ -1,4 +1,4 @@
-"""Any height and width, through the scripts; where a network has a constraint, the nearest size is named."""
+"""The scripts take any height and width; if a network cannot, the message names the nearest size that fits."""
 
 import json
 
@@ -12,15 +12,15 @@ import train_diffusion
 import train_realnet
 from tests.in_process import run
 
-OWN = ["--dataset", "tiny", "--device", "cpu", "--set", "trainer.max_epoch=1"]
+COMMON = ["--dataset", "tiny", "--device", "cpu", "--set", "trainer.max_epoch=1"]
 
 
 @pytest.mark.parametrize("size", [(48, 80), (97, 61), (33, 128), (16, 16)])
 def test_realnet_trains_and_evaluates_at_any_size(size, workspace, monkeypatch, capsys):
     name = "{}x{}".format(*size)
-    own = ["--class_name", "dots", "--set", f"dataset.input_size={list(size)}"]
+    settings = ["--class_name", "dots", "--set", f"dataset.input_size={list(size)}"]
     folders = [f"saver.{key}_dir=sizes_{name}_{key}/" for key in ("checkpoints", "log", "vis", "results")]
-    arguments = [*OWN, *own, *(part for folder in folders for part in ("--set", folder))]
+    arguments = [*COMMON, *settings, *(part for folder in folders for part in ("--set", folder))]
     code, _, err = run(train_realnet.main, arguments, workspace.root, monkeypatch, capsys)
     assert code == 0, err
     code, _, err = run(evaluation_realnet.main, arguments, workspace.root, monkeypatch, capsys)
@@ -35,10 +35,10 @@ def test_realnet_trains_and_evaluates_at_any_size(size, workspace, monkeypatch, 
 def test_sdas_draws_images_that_are_not_square(workspace, monkeypatch, capsys):
     folders = ["--set", "saver.checkpoints_dir=wide_diffusion/", "--set", "saver.log_dir=wide_log/"]
     sizes = ["--set", "dataset.input_size=[16, 32]"]
-    code, _, err = run(train_diffusion.main, [*OWN, *folders, *sizes], workspace.root, monkeypatch, capsys)
+    code, _, err = run(train_diffusion.main, [*COMMON, *folders, *sizes], workspace.root, monkeypatch, capsys)
     assert code == 0, err
     folders[1] = "saver.checkpoints_dir=wide_classifier/"
-    code, _, err = run(train_classifier.main, [*OWN, *folders, *sizes], workspace.root, monkeypatch, capsys)
+    code, _, err = run(train_classifier.main, [*COMMON, *folders, *sizes], workspace.root, monkeypatch, capsys)
     assert code == 0, err
     values = {
         "dataset.H": 16,

@@ -21,7 +21,7 @@ from utils.errors import UsageError
 
 
 class Hostile:
-    """Its unpickling would run a command."""
+    """Runs a command when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -78,13 +78,13 @@ def test_pretrained_weights_load_where_they_fit_and_are_reported(tmp_path, caplo
     assert not torch.equal(target[2].weight, source[2].weight)
 
 
-def test_next_to_nothing_fitting_is_an_error(tmp_path):
+def test_too_few_fitting_tensors_are_an_error(tmp_path):
     torch.save({"state_dict": {"module.0.weight": torch.zeros(3, 2), "b": torch.zeros(1)}}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match="1 of 6 tensors fit this network; check the width"):
         load_pretrained(network(), tmp_path / "w.pt", hint="the width")
 
 
-def test_trained_weights_have_to_fit_wholly():
+def test_trained_weights_must_fit_completely():
     state = network().state_dict()
     del state["0.bias"]
     state["1.bias"] = torch.zeros(9)
@@ -93,7 +93,7 @@ def test_trained_weights_have_to_fit_wholly():
         load_weights(network(), state, "x.pth.tar", "the YAML")
 
 
-def test_newest_is_by_number_and_pruning_keeps_the_newest(tmp_path):
+def test_the_highest_number_is_the_newest_and_pruning_keeps_the_newest(tmp_path):
     assert numbered_checkpoints(tmp_path) == []
     for epoch in (5, 10, 9, 100):
         save_checkpoint(tmp_path / f"ckpt_{epoch}.pth.tar", {"epoch": epoch})
@@ -104,7 +104,7 @@ def test_newest_is_by_number_and_pruning_keeps_the_newest(tmp_path):
     assert left == ["ckpt_10.pth.tar", "ckpt_100.pth.tar", "ckpt_best.pth.tar"]
 
 
-def test_a_model_that_is_not_trained_yet(tmp_path):
+def test_a_model_that_is_not_trained_yet_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "none.pth.tar"):
         with pytest.raises(UsageError, match="train the model first"):
             trained_checkpoint(path)

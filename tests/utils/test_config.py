@@ -33,7 +33,7 @@ def test_every_data_set_has_its_settings():
     assert {path.stem for path in SHIPPED if path.parent.name == "demo"} >= names - {"realnet_unified"}
 
 
-def test_defaults_and_numbers_without_a_point(tmp_path):
+def test_defaults_and_exponents_without_a_decimal_point(tmp_path):
     text = yaml.safe_dump(CONFIG) + "random_seed: 7\n"
     config = load_config(written(tmp_path, text.replace("lr: 0.001", "lr: 1e-3")))
     assert config.trainer.optimizer.kwargs.lr == 0.001
@@ -62,7 +62,7 @@ def test_mistakes_are_named_with_file_and_key(tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-def test_all_mistakes_come_at_once(tmp_path):
+def test_all_mistakes_are_in_one_message(tmp_path):
     with pytest.raises(UsageError) as error:
         load_config(written(tmp_path, {**CONFIG, "trainer": {"a_key": 1, "amp": 2}, "sed": 1}))
     assert len(str(error.value).splitlines()) == 3
@@ -74,7 +74,7 @@ def test_a_missing_key_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [1", "just words", "", "a: {}: b", "x: 1"])
-def test_what_is_no_settings_file_is_refused(tmp_path, text):
+def test_files_that_are_not_settings_are_refused(tmp_path, text):
     path = written(tmp_path, text)
     with pytest.raises(UsageError, match=str(path)):
         load_config(path)

@@ -30,8 +30,8 @@ def _batchnorm_in_rank(run: Run) -> None:
     (network(x[run.rank * 3 : run.rank * 3 + 3]) ** 3).mean().backward()
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(network.module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    for one, other in zip(alone.parameters(), network.module.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-5)
+    for expected, parameter in zip(alone.parameters(), network.module.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_synchronised_batchnorm_equals_one_process_with_the_whole_batch():
@@ -88,8 +88,8 @@ def _accumulation_in_rank(run: Run) -> None:
     expected = network.weight.grad.clone()
     network.zero_grad()
     model = distributed.parallel(network, run)
-    mine = x[run.rank * 6 : run.rank * 6 + 6].chunk(3)
-    for micro, part in enumerate(mine):
+    own_batches = x[run.rank * 6 : run.rank * 6 + 6].chunk(3)
+    for micro, part in enumerate(own_batches):
         with distributed.no_sync(model, micro < 2):
             (model(part).square().mean() / 3).backward()
         if micro < 2:
@@ -111,7 +111,7 @@ def test_accumulation_groups_cover_the_epoch():
     assert accumulation_groups(2, 5) == [2]
 
 
-def test_a_step_clips_once_the_accumulated_gradient():
+def test_a_step_clips_the_accumulated_gradient_once():
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
     stepper = Stepper(network, torch.optim.SGD(network.parameters(), lr=1.0), "off", clip_max_norm=1.0)
