@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
-from datasets.build import build_realnet_test_set
+from datasets.build import build_realnet_test_set, preprocessing_of
 from datasets.catalog import find
 from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import SharedBatches, make_loader
@@ -30,13 +30,14 @@ from evaluation.results import ClassResult, draw_images, evaluate_class
 from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
 from evaluation.thresholds import thresholds_of, write_thresholds
-from models import build_realnet, check_realnet
+from evaluation.trained_model import load_trained, overruled_settings
 from utils import cli, distributed
-from utils.checkpoint import BEST, load_checkpoint, load_weights, state_dict_of
+from utils.checkpoint import BEST
 from utils.config import collect_errors, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.log import log, set_up_logging
+from utils.signals import StopRequest, stop_requests
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "realnet")
-    config = load_config(path, args.set)
+    config = load_config(path, args.set, "realnet")
     classes = check(config, path, args.class_name)
     options = check_options(args, classes)
     out = cli.experiment_dir(args)
-    with distributed.session(args.device) as run:
+    with distributed.session(args.device) as run, stop_requests(run) as stop:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
         results: list[ClassResult] = []
         for class_name, test_set, checkpoint in evaluable_classes(config, classes, args, out):
-            results += evaluate(config, class_name, test_set, checkpoint, run, options, out)
+            results += evaluate(config, class_name, test_set, checkpoint, run, options, out, stop)
         if run.is_main:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
 
@@ -87,7 +88,6 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
         path,
         [
             ("--class_name", choose_classes),
-            ("structure, net", lambda: check_realnet(config)),
             ("evaluator", lambda: pooling_window(config.evaluator)),
         ],
     )
@@ -135,21 +135,24 @@ def evaluate(
     run: Run,
     options: Options,
     out: Path,
+    stop: StopRequest,
 ) -> list[ClassResult]:
     """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
+    torch.manual_seed(config.random_seed)
+    trained = load_trained(checkpoint, config)
+    for line in overruled_settings(trained.config, config):
+        log.info("%s: uses the checkpoint's %s", class_name, line)
+    test_set = RealNetTestSet(test_set.images, preprocessing_of(trained.config.dataset))
     batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
     loader = make_loader(test_set, batches, config.dataset.workers, run)
-    content = load_checkpoint(checkpoint)
-    torch.manual_seed(config.random_seed)
-    model = build_realnet(config, "checkpoint")
-    load_weights(model, state_dict_of(content), checkpoint, "structure and net in the YAML")
     shown = range(len(test_set)) if options.pictures or options.gallery else ()
-    scored = predict_maps(model.to(run.device), test_set, loader, run, pooling_window(config.evaluator), show=shown)
+    window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
+    scored = predict_maps(model, test_set, loader, run, window, show=shown, stop=stop)
     if scored is None:
         return []
     if not scored.finite:
         raise RunError(f"{checkpoint}: its anomaly maps hold values that are not finite; train it with a lower lr")
-    log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, content.get("epoch", "?"), len(test_set))
+    log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(test_set))
     log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
     names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
     results = []
@@ -160,11 +163,14 @@ def evaluate(
         folder = out / config.saver.vis_dir / name if options.pictures else None
         draw_images(result, class_images, options.gallery, folder, run)
         results.append(result)
-    log.info("%s: thresholds in %s", class_name, save_thresholds(checkpoint, scored, results, options))
+    path = save_thresholds(checkpoint, scored, results, options, trained.fingerprint)
+    log.info("%s: thresholds in %s", class_name, path)
     return results
 
 
-def save_thresholds(checkpoint: Path, scored: ScoredImages, results: list[ClassResult], options: Options) -> Path:
+def save_thresholds(
+    checkpoint: Path, scored: ScoredImages, results: list[ClassResult], options: Options, fingerprint: str
+) -> Path:
     """Write the sidecar: thresholds for all images, and for each class if the model serves several classes."""
     thresholds = results[0].thresholds
     if len(results) > 1:
@@ -172,7 +178,7 @@ def save_thresholds(checkpoint: Path, scored: ScoredImages, results: list[ClassR
         rankings = scored.rankings()
         thresholds = thresholds_of(scored.scores, scored.maps, scored.labels, *rankings, options.target_fpr)
         thresholds = replace(thresholds, classes={result.name: result.thresholds for result in results})
-    return write_thresholds(checkpoint, thresholds)
+    return write_thresholds(checkpoint, replace(thresholds, fingerprint=fingerprint))
 
 
 def log_undefined_metrics(result: ClassResult) -> None:

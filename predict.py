@@ -1,43 +1,46 @@
 """Score images with a trained detector: numbers, verdicts, heat maps and masks.
 
     python predict.py --checkpoint experiments/MyParts/realnet_checkpoints/bolts --input new_images --output results
-    python predict.py --checkpoint model.onnx --input image.png --output results
+    python predict.py --checkpoint model.onnx --input image.png --output results               (or model.pt2)
     ls *.png | python predict.py --checkpoint FILE --input - --output results --threshold 0.4
     python predict.py --checkpoint FILE --input large.png --output results --tile 256 --overlap 64
+    python predict.py --checkpoint FILE --input new_images --output results --continue         (after Ctrl-C)
 
 Writes scores.csv and scores.jsonl (one line per image, as soon as it is done), heatmaps/ and masks/ (at the images' own
 size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside the checkpoint, or --threshold and
---pixel-threshold. Images that cannot be read are reported on stderr and skipped; the exit code is then 1.
+--pixel-threshold. Images that cannot be read or scored are reported on stderr and skipped; the exit code is then 1.
+Mask folders and earlier results below the input folder are not scored.
 """
 
 import argparse
-import csv
-import json
+import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets.images import read_image
-from evaluation.detector import Detection, Detector, Tiles
-from evaluation.inputs import Input, ResultNames, find_inputs, prefetch
+from datasets.build import preprocessing_of
+from datasets.images import MEGAPIXELS, allow_megapixels, count_pages, read_size
+from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path
+from evaluation.inputs import PIXELS_AHEAD, Input, find_inputs, groups, prefetch, printable
+from evaluation.prediction_files import SCORES, TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
 from utils import cli
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.log import log, log_to_terminal
-from utils.pictures import heat_overlay, write_image
 
-COLUMNS = ("file", "score", "verdict", "threshold", "anomalous_share", "width", "height")
+OVERLAP = 64  # pixels, or a quarter of a small tile
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, class folder with a checkpoint, or .onnx file")
+    model_help = "checkpoint, class folder with a checkpoint, or .onnx or .pt2 file"
+    parser.add_argument("--checkpoint", required=True, help=model_help)
     parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
     parser.add_argument("--input", required=True, help="image, folder, list of images, or - for paths on stdin")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
@@ -45,10 +48,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, help="image score from which an image is anomalous")
     parser.add_argument("--pixel-threshold", type=float, help="map value from which a pixel is anomalous")
     parser.add_argument("--tile", type=int, help="score large images in square tiles with this side, in pixels")
-    parser.add_argument("--overlap", type=int, default=64, help="pixels that neighbouring tiles share (64)")
+    parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles share (64, at most tile / 4)")
     parser.add_argument("--batch-size", type=int, help="images or tiles per batch (8; 1 for stdin)")
+    parser.add_argument(
+        "--max-megapixels", type=float, default=MEGAPIXELS, help=f"refuse images above this size ({MEGAPIXELS})"
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write no heat maps or masks")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing results in the folder")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace existing results in the folder")
+    existing.add_argument(
+        "--continue", dest="resume", action="store_true", help="score what is not in scores.jsonl yet"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: a GPU if there is one")
     return parser.parse_args()
 
@@ -60,45 +70,75 @@ class ReadInput:
     source: Input
     image: np.ndarray | None
     problem: str = ""
+    pages: int = 1
 
 
 def main() -> None:
+    as_one_process()
     args = parse_args()
     check_arguments(args)
     log_to_terminal()
+    allow_megapixels(args.max_megapixels)
     detector = Detector.load(args.checkpoint, args.config, args.device)
     detector = detector.with_thresholds(choose_thresholds(detector.thresholds, args))
-    reader = detector.config.dataset.image_reader.kwargs
-    inputs, count = find_inputs(args.input, reader.image_dir, sys.stdin)
+    preprocessing = preprocessing_of(detector.config.dataset)
+    inputs = find_inputs(args.input, detector.config.dataset.image_reader.kwargs.image_dir, sys.stdin, args.output)
     batch = args.batch_size or (1 if args.input == "-" else 8)
-    tiles = Tiles(args.tile, args.overlap, batch) if args.tile else None
+    tiles = Tiles(args.tile, overlap_of(args), batch) if args.tile else None
 
     def read(source: Input) -> ReadInput:
         try:
-            return ReadInput(source, read_image(source.path, color_mode=reader.color_mode))
+            return ReadInput(source, preprocessing.read_full(source.path), pages=count_pages(source.path))
         except UsageError as error:
             return ReadInput(source, None, str(error))
+        # Whatever one image raises must not end the run.
+        except Exception as error:
+            return ReadInput(source, None, f"{source.path}: {type(error).__name__}: {error}")
 
-    # Paths on stdin may arrive one by one. Reading ahead would delay the results of earlier ones.
-    images = map(read, inputs) if args.input == "-" else prefetch(read, inputs, 2 * batch)
-    with Results(args.output, detector.thresholds, args.overwrite, not args.no_pictures) as results:
-        unreadable = score(detector, images, tiles, batch, count, results)
+    options = {"overwrite": args.overwrite, "resume": args.resume, "drawn": not args.no_pictures}
+    with Results(args.output, detector.thresholds, run_of(args, detector.thresholds), **options) as results:
+        if results.done:
+            log.info("%d images were scored before; the others follow", len(results.done))
+        left = (source for source in inputs.images if source.name not in results.done)
+        # Paths on stdin may arrive one by one. Reading ahead would delay the results of earlier ones.
+        images = map(read, left) if args.input == "-" else prefetch(read, left, 2 * batch, pixels_of)
+        count = None if inputs.count is None else max(0, inputs.count - len(results.done))
+        try:
+            unreadable, failed = score(detector, images, tiles, batch, count, results)
+        except KeyboardInterrupt:
+            log.info("stopped after %d images; the same command with --continue scores the others", results.count)
+            raise
+    for problem in inputs.problems:
+        report("unreadable", problem)
+    unreadable += len(inputs.problems)
     verdicts = f", {results.anomalous} anomalous" if detector.thresholds.image is not None else ""
-    log.info("%s: %d images%s, %d unreadable", args.output / "scores.csv", results.count, verdicts, unreadable)
-    if unreadable:
+    scored = f", {failed} not scored" if failed else ""
+    table = printable(str(args.output / TABLE))
+    log.info("%s: %d images%s, %d unreadable%s", table, results.count, verdicts, unreadable, scored)
+    if unreadable or failed:
         sys.exit(1)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    for option, value in (("--threshold", args.threshold), ("--pixel-threshold", args.pixel_threshold)):
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"{option} {value}: has to be a finite number")
+    if not (math.isfinite(args.max_megapixels) and args.max_megapixels > 0):
+        raise UsageError(f"--max-megapixels {args.max_megapixels:g}: has to be a number above 0")
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: at least 1")
     if args.tile is not None and args.tile < 16:
         raise UsageError(f"--tile {args.tile}: at least 16 pixels")
-    if args.tile is not None and not 0 <= args.overlap < args.tile:
+    if args.tile is not None and not 0 <= overlap_of(args) < args.tile:
         raise UsageError(f"--overlap {args.overlap}: has to lie in 0 .. {args.tile - 1}, below --tile")
-    existing = args.output / "scores.csv"
-    if existing.exists() and not args.overwrite:
-        raise UsageError(f"{existing} already exists; choose another --output, or pass --overwrite")
+    existing = [path for path in (args.output / TABLE, args.output / SCORES) if path.exists()]
+    if existing and not (args.overwrite or args.resume):
+        advice = "choose another --output, or pass --overwrite, or --continue after an interrupted run"
+        raise UsageError(f"{existing[0]} already exists; {advice}")
+
+
+def overlap_of(args: argparse.Namespace) -> int:
+    return min(OVERLAP, args.tile // 4) if args.overlap is None else args.overlap
 
 
 def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) -> Thresholds:
@@ -108,11 +148,41 @@ def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) ->
         thresholds = Thresholds(None, None, "")
         if args.threshold is None:
             text = "no thresholds beside %s: scores without verdicts (evaluate it, or pass --threshold)"
-            log.info(text, args.checkpoint)
+            log.info(text, printable(args.checkpoint))
     if args.class_name:
         thresholds = thresholds.of_class(args.class_name)
+    if args.tile and args.threshold is None and thresholds.image is not None:
+        text = "warning: the threshold %.6g was chosen on whole images, and tiles score differently; pass --threshold, "
+        log.warning(text + "chosen on good images with the same --tile (docs/benchmarks.md)", thresholds.image)
     changes = {"image": args.threshold, "pixel": args.pixel_threshold}
     return replace(thresholds, **{name: value for name, value in changes.items() if value is not None})
+
+
+def run_of(args: argparse.Namespace, thresholds: Thresholds) -> dict[str, Any]:
+    """What decides the lines of the results: --continue refuses to go on with something else."""
+    model = checkpoint_path(args.checkpoint)
+    return {
+        "checkpoint": str(model.resolve()),
+        "checkpoint_time": datetime.fromtimestamp(model.stat().st_mtime).isoformat(timespec="seconds"),
+        "input": args.input if args.input == "-" else str(Path(args.input).resolve()),
+        "tile": args.tile,
+        "overlap": overlap_of(args) if args.tile else None,
+        "threshold": rounded(thresholds.image),
+        "pixel_threshold": rounded(thresholds.pixel),
+    }
+
+
+def pixels_of(source: Input) -> int:
+    try:
+        height, width = read_size(source.path)
+    except UsageError:
+        return 0
+    return height * width
+
+
+def report(kind: str, problem: str) -> None:
+    """Name an image without a result on stderr."""
+    tqdm.write(f"{kind}: {printable(problem)}", file=sys.stderr)
 
 
 def score(
@@ -121,78 +191,64 @@ def score(
     tiles: Tiles | None,
     batch: int,
     count: int | None,
-    results: "Results",
-) -> int:
-    """Score images batch by batch and write the results; returns how many images could not be read."""
-    unreadable = 0
+    results: Results,
+) -> tuple[int, int]:
+    """Score images batch by batch and write the results; returns how many could not be read, and not be scored."""
+    unreadable = failed = 0
+    paged: list[str] = []
     bar = tqdm(total=count, desc="images", leave=False, disable=None)
-    while group := list(islice(images, batch)):
+    # Tiles are batches of their own, so that one large image is held at a time.
+    for group in groups(images, 1 if tiles else batch, image_pixels, PIXELS_AHEAD):
+        readable = [item for item in group if item.image is not None]
         for item in group:
             if item.image is None:
-                print(f"unreadable: {item.problem}", file=sys.stderr)
-        readable = [item for item in group if item.image is not None]
-        if readable:
-            detections = detector.detect([item.image for item in readable], tiles)
-            for item, detection in zip(readable, detections, strict=True):
-                results.add(item.source, item.image, detection)
+                report("unreadable", item.problem)
+        detections = detect(detector, [item.image for item in readable], tiles)
+        for item, detection in zip(readable, detections, strict=True):
+            problem = detection if isinstance(detection, str) else write(results, item, detection)
+            if problem:
+                report("not scored", f"{item.source.path}: {problem}")
+                failed += 1
+            elif item.pages > 1:
+                paged.append(f"{item.source.name} ({item.pages})")
         unreadable += len(group) - len(readable)
         bar.update(len(group))
     bar.close()
-    return unreadable
+    if paged:
+        names = printable(", ".join(paged[:3])) + (", ..." if len(paged) > 3 else "")
+        log.info("images with several pages, of which the first was scored: %d, %s", len(paged), names)
+    return unreadable, failed
 
 
-class Results:
-    """Writes the result files; each line is flushed as soon as its image is done."""
+def image_pixels(item: ReadInput) -> int:
+    return 0 if item.image is None else item.image.shape[0] * item.image.shape[1]
 
-    def __init__(self, folder: Path, thresholds: Thresholds, overwrite: bool, pictures: bool) -> None:
-        self.folder, self.thresholds, self.pictures = folder, thresholds, pictures
-        self.mode = "w" if overwrite else "x"
-        self.names = ResultNames()
-        self.count, self.anomalous = 0, 0
 
-    def __enter__(self) -> "Results":
-        self.stack = ExitStack()
-        with cli.writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            paths = [self.folder / name for name in ("scores.csv", "scores.jsonl")]
-            files = [self.stack.enter_context(path.open(self.mode, encoding="utf-8", newline="")) for path in paths]
-        self.csv_file, self.json_file = files
-        self.writer = csv.DictWriter(self.csv_file, COLUMNS, lineterminator="\n")
-        self.writer.writeheader()
-        return self
+def detect(detector: Detector, images: list[np.ndarray], tiles: Tiles | None) -> list[Detection | str]:
+    """The result of each image, or the reason why there is none."""
+    if not images:
+        return []
+    try:
+        return list(detector.detect(images, tiles))
+    # Memory may be too small for the batch or for one image.
+    except Exception as error:
+        if len(images) == 1:
+            return [f"{type(error).__name__}: {error}".splitlines()[0]]
+    return [result for image in images for result in detect(detector, [image], tiles)]
 
-    def __exit__(self, *raised: object) -> None:
-        self.stack.close()
 
-    def add(self, source: Input, image: np.ndarray, detection: Detection) -> None:
-        """Write everything about one image."""
-        mask, anomalous = detection.mask, detection.is_anomalous
-        row = {
-            "file": source.name,
-            "score": round(detection.score, 6),
-            "verdict": None if anomalous is None else ("anomalous" if anomalous else "normal"),
-            "threshold": self.thresholds.image,
-            "anomalous_share": None if mask is None else round(float(mask.mean()), 6),
-            "width": image.shape[1],
-            "height": image.shape[0],
-        }
-        self.count += 1
-        self.anomalous += bool(anomalous)
-        if self.pictures:
-            self.draw(source, image, detection)
-        with cli.writing(self.folder):
-            self.writer.writerow(row)
-            self.json_file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.csv_file.flush()
-            self.json_file.flush()
-
-    def draw(self, source: Input, image: np.ndarray, detection: Detection) -> None:
-        """Write the heat map over the image, and the mask of the pixels that reach the pixel threshold."""
-        name, thresholds = self.names.of(source.name), self.thresholds
-        heat = heat_overlay(image, detection.map, thresholds.low, thresholds.high, thresholds.pixel)
-        write_image(self.folder / "heatmaps" / f"{name}.png", heat)
-        if detection.mask is not None:
-            write_image(self.folder / "masks" / f"{name}.png", detection.mask.astype(np.uint8) * 255)
+def write(results: Results, item: ReadInput, detection: Detection) -> str | None:
+    """Write the results of an image; returns what is wrong with it, if anything."""
+    if not detection.finite:
+        return NOT_FINITE
+    try:
+        results.add(item.source, item.image, detection)
+    except (RunError, UsageError):
+        # The folder cannot be written to, which holds for all images.
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 if __name__ == "__main__":

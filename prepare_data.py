@@ -3,20 +3,22 @@
     python prepare_data.py --dataset MVTec-AD --root ~/mvtec_anomaly_detection.tar.xz    (or MPDD, BTAD, VisA, DTD)
     python prepare_data.py --dataset MyParts  --root ~/images --preview
     python prepare_data.py --dataset MyParts  --preview                        (new preview, e.g. after sample.py)
+    python prepare_data.py --dataset MyParts  --root ~/images --good A B --defects C --masks M   (folders of any name)
 
 Any other name is a data set of your own. Its images may be sorted into train/good, test/<defect type> and
-ground_truth/<defect type>; into good and bad (or ok and ko), without a split; or all be good. The folder holds one
-class, or a folder per class. Writes data/<dataset>/samples/*.json, data/<dataset>/findings.txt, and for data sets of
-your own experiments/<dataset>/*.yaml. Exit code 1 means that some images cannot be read; the lists leave them out.
+ground_truth/<defect type>; into good and bad, OK and NG, or words of other languages, without a split; or all be good.
+The words are looked for inside the names of folders, and of files if the folders say nothing. The folder holds one
+class, or a folder per class. If it is not clear which images are good, --good and --defects name their folders.
+Writes data/<dataset>/samples/*.json, data/<dataset>/findings.txt, and for data sets of your own
+experiments/<dataset>/*.yaml. Exit code 1 means that some images cannot be read; the lists leave them out.
 """
 
 import argparse
+import os
 import re
-import shutil
+import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +27,19 @@ import yaml
 from datasets.catalog import CATALOG, TEXTURES
 from datasets.lists import UNIFIED, Sample, list_text, listed_classes
 from preparation import findings, placing, settings_files
-from preparation.archives import SUFFIXES, is_archive, unpack
+from preparation.archives import SUFFIXES
+from preparation.classes import UNSPLIT, DatasetOnDisk
 from preparation.duplicates import report_leaks, split_good
-from preparation.inspection import inspect
-from preparation.layouts import TEST, TRAIN, UNSPLIT, DatasetOnDisk, recognize, report_masks
+from preparation.inspection import inspect, report_bits
+from preparation.layouts import Chosen, recognize, report_masks
+from preparation.names import TEST, TRAIN
 from preparation.preview import preview_sheet
+from preparation.roles import roles_table
 from preparation.textures import recognize_textures
 from utils import cli
 from utils.config import load_config
-from utils.errors import RunError, UsageError
-from utils.files import PART, umask, write_text
+from utils.errors import UsageError
+from utils.files import write_text
 from utils.log import log, log_to_terminal
 from utils.pictures import write_image
 
@@ -50,6 +55,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that differ")
     parser.add_argument("--preview", action="store_true", help="write sheets of masks, foregrounds and anomalies")
     own = parser.add_argument_group("for data sets of your own")
+    folders = {"type": Path, "nargs": "+", "metavar": "DIR", "default": []}
+    own.add_argument("--good", **folders, help="folders of good images, in --root; the images are one class")
+    own.add_argument(
+        "--defects", **folders, help="folders of defective images: each a defect type, or a folder of those"
+    )
+    own.add_argument("--masks", **folders, help="folders of masks, with the images' names, with or without _mask")
     own.add_argument(
         "--test-fraction", type=float, help=f"share of good images to test on, if not split (default {TEST_FRACTION})"
     )
@@ -89,63 +100,49 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"--dataset {name}: did you mean {known}?")
     if not re.fullmatch(r"[^\W\d_][\w.-]*", name) or yaml.safe_load(name) != name:
         raise UsageError(f"--dataset {name}: a name starts with a letter and holds letters, digits, '_', '-' and '.'")
+    if (args.defects or args.masks) and not args.good:
+        raise UsageError("--good is missing: --defects and --masks go with the folders of good images")
+    if args.root is None and args.good:
+        args.root = common_folder([*args.good, *args.defects, *args.masks])
     if args.root is None and not args.preview:
         raise UsageError("--root is missing: pass the folder or archive of the images")
     if args.preview and name in TEXTURES:
         raise UsageError(f"--preview: {name} has no lists to preview")
-    if not own and (args.test_fraction is not None or args.input_size or args.foreground != "none"):
-        raise UsageError(f"--test-fraction, --input-size and --foreground: not for {name}, which has its own settings")
+    if not own and (args.test_fraction is not None or args.input_size or args.foreground != "none" or args.good):
+        options = "--test-fraction, --input-size, --foreground and --good"
+        raise UsageError(f"{options}: not for {name}, which has its own settings")
     if args.test_fraction is not None and not 0 <= args.test_fraction < 1:
         raise UsageError(f"--test-fraction {args.test_fraction}: has to lie in 0 .. 1")
     if args.input_size and min(args.input_size) < 32:
         raise UsageError(f"--input-size {' '.join(map(str, args.input_size))}: at least 32 pixels a side")
+    args.foreground = settings_files.foreground_value(args.foreground, name)
+
+
+def common_folder(folders: list[Path]) -> Path:
+    """The folder that holds all of the chosen folders, or the only one of them."""
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise UsageError(f"{missing}: there is no such folder; the folders of --good are relative to --root, if given")
+    try:
+        root = Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    except ValueError:
+        # On Windows, they may lie on several drives.
+        root = Path(os.path.abspath(folders[0])).parents[-1]
+    if root == root.parent:
+        raise UsageError("--good and --defects: the folders have no folder in common; move them into one")
+    return root
 
 
 # ---- the images ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def opened(root: Path, target: Path) -> Iterator[Path]:
-    """The folder of the images. An archive is unpacked beside `target`; unless moved there, its files are deleted."""
-    if not root.exists():
-        raise UsageError(f"--root {root} does not exist")
-    if root.is_dir():
-        yield root
-        return
-    if not is_archive(root):
-        raise UsageError(f"--root {root} is neither a folder nor an archive ({' '.join(SUFFIXES)})")
-    if target.exists():
-        raise UsageError(f"{target} already exists; use it with --root {target}, or move it away")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PART, dir=target.parent) as folder:
-            unpack(root, Path(folder))
-            yield Path(folder)
-    except OSError as error:
-        raise RunError(f"{target.parent}: cannot be written ({error.strerror or error})") from None
-
-
-def place(args: argparse.Namespace, root: Path, target: Path, names: list[str]) -> None:
-    """Move, copy or link the images to data/<dataset>/."""
-    if args.root.is_file():
-        shutil.move(root, target)
-        # mkdtemp makes private folders.
-        target.chmod(0o777 & ~umask())
-    elif args.copy:
-        placing.copy(root, target, names, args.overwrite)
-    else:
-        placing.link(root, target)
-    how = "link to " + str(target.resolve()) if target.is_symlink() else "images"
-    log.info("%s: %s", target, how)
-
-
 def prepare_textures(args: argparse.Namespace) -> bool:
     """Put a collection of textures into data/<dataset>/; returns whether some are unreadable."""
     target = Path("data") / args.dataset / TEXTURES[args.dataset].type
-    with opened(args.root, target) as folder:
+    with placing.opened(args.root, target) as folder:
         root, names, differences = recognize_textures(folder, args.dataset)
         _, readable, unreadable = inspect(root, [Sample(name, 0, args.dataset) for name in names])
-        place(args, root, target, [sample.filename for sample in readable])
+        placing.place(args.root, root, target, [sample.filename for sample in readable], args.copy, args.overwrite)
     log.info("%s: %d textures in %d folders", args.dataset, len(readable), len({Path(n).parts[0] for n in names}))
     return findings.report(differences + unreadable, findings_file(args.dataset))
 
@@ -154,20 +151,23 @@ def prepare(args: argparse.Namespace) -> bool:
     """Write the lists and settings of a data set; returns whether some images are unreadable."""
     own = args.dataset not in CATALOG
     target = Path("data") / args.dataset / (settings_files.IMAGES if own else CATALOG[args.dataset].type)
-    with opened(args.root, target) as folder:
-        data = recognize(folder, args.dataset)
+    with placing.opened(args.root, target) as folder:
+        chosen = Chosen(args.good, args.defects, args.masks) if args.good else None
+        data = recognize(folder, args.dataset, chosen)
         log.info("%s: %s", args.root, data.layout)
+        if own:
+            log.info("%s", "\n".join(roles_table(data)))
         infos, readable, unreadable = inspect(data.root, data.all())
         fingerprints = {name: info.fingerprint for name, info in infos.items()}
         train, test = divide(data, readable, fingerprints, args.test_fraction, args.seed)
         if not train:
             raise UsageError(f"{args.root}: no readable image of a good part to train on")
-        leaks = report_leaks(train, test, fingerprints)
-        problems = data.findings + unreadable + report_masks(test) + leaks
+        problems = data.findings + unreadable + report_masks(test) + report_bits(readable, infos)
+        problems += report_too_few(train) + report_leaks(train, test, fingerprints)
         lists = list_texts(folder_of_lists(args.dataset), train, test)
         check_existing(lists, args.overwrite)
         names = [name for sample in train + test for name in (sample.filename, sample.maskname) if name]
-        place(args, data.root, target, names)
+        placing.place(args.root, data.root, target, names, args.copy, args.overwrite)
     for path, text in lists.items():
         write_text(path, text)
     print_counts(train, test)
@@ -176,6 +176,13 @@ def prepare(args: argparse.Namespace) -> bool:
         write_settings(args.dataset, len({sample.clsname for sample in train}), size, args.foreground)
     log_stale_lists(args.dataset, {sample.clsname for sample in train})
     return findings.report(problems, findings_file(args.dataset))
+
+
+def report_too_few(train: list[Sample]) -> list[findings.Finding]:
+    """Findings for classes with a single training image."""
+    counts = Counter(sample.clsname for sample in train)
+    text = "has one training image; a model of good parts needs dozens"
+    return [findings.Finding(findings.CHECK, name, text) for name, count in counts.items() if count == 1]
 
 
 def folder_of_lists(dataset: str) -> Path:
@@ -290,7 +297,7 @@ def print_next(args: argparse.Namespace) -> None:
     """Print the commands that train and evaluate."""
     name = args.dataset
     classes = listed_classes(f"data/{name}/samples/train_{{}}.json")
-    chosen = "all" if len(classes) > 1 else classes[0]
+    chosen = "all" if len(classes) > 1 else shlex.quote(classes[0])
     commands = [
         "" if args.preview else f"prepare_data.py --dataset {name} --preview    # what training will see",
         f"train_diffusion.py --dataset {name}",

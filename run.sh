@@ -7,6 +7,9 @@
 # bash run.sh evaluate DATASET [CLASS...]           all classes in one report; GPUS=0,1 uses both together
 # bash run.sh tensorboard DATASET                   training curves and pictures in a browser; PORT=6006
 # SET="trainer.max_epoch=10 dataset.workers=2"      settings to override in training, sampling and evaluation
+# EARLIER=resume|overwrite                          what training does with the checkpoints of an earlier run
+#
+# Written for bash 3.2, which macOS has: without mapfile and associative arrays, and no array may be empty.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -14,7 +17,7 @@ VENV=.venv
 PYTHON=$VENV/bin/python
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
 
@@ -48,11 +51,11 @@ demo() {
         "$PYTHON" "$@"
     }
     stage -m preparation.demo
-    stage train_diffusion.py --dataset demo
-    stage train_classifier.py --dataset demo
+    stage train_diffusion.py --dataset demo --overwrite
+    stage train_classifier.py --dataset demo --overwrite
     stage sample.py --dataset demo --preview
     stage sample.py --dataset demo --overwrite
-    stage train_realnet.py --dataset demo --class_name all
+    stage train_realnet.py --dataset demo --class_name all --overwrite
     stage evaluation_realnet.py --dataset demo --class_name all
     echo
     echo "The report is experiments/demo/realnet_results/report.html: open it in a browser. Pictures to look at:"
@@ -72,71 +75,85 @@ run_tests() {
 
 # ---- batches over classes and GPUs -----------------------------------------------------------------------------------
 
-declare -A SCRIPTS=(
-    [diffusion]=train_diffusion.py [classifier]=train_classifier.py [sample]=sample.py
-    [realnet]=train_realnet.py [evaluate]=evaluation_realnet.py
-)
-
-overrides() {
-    local pair
+# Sets `script`: a stage's script with its data set and the overrides of SET.
+choose_script() {
+    local stage=$1 dataset=$2 pair
+    case $stage in
+        diffusion | classifier | realnet) script=("train_$stage.py") ;;
+        sample) script=(sample.py) ;;
+        evaluate) script=(evaluation_realnet.py) ;;
+    esac
+    script+=(--dataset "$dataset")
+    if [[ -n ${EARLIER:-} && $stage != sample && $stage != evaluate ]]; then
+        script+=("--$EARLIER")
+    fi
+    set -f # the words of SET are no file patterns
     for pair in ${SET:-}; do
-        printf -- '--set\n%s\n' "$pair"
+        script+=(--set "$pair")
     done
+    set +f
 }
 
 # Runs a script with one process per GPU; further arguments go to the script.
 run_together() {
-    local stage=$1 dataset=$2 count=1
+    local count=1
+    choose_script "$1" "$2"
     shift 2
-    mapfile -t extra < <(overrides)
-    extra+=("$@")
     if [[ -n ${GPUS:-} ]]; then
         export CUDA_VISIBLE_DEVICES=$GPUS
         count=$(awk -F, '{print NF}' <<< "$GPUS")
     fi
     if ((count > 1)); then
-        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$count" \
-            "${SCRIPTS[$stage]}" --dataset "$dataset" "${extra[@]}"
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$count" "${script[@]}" "$@"
     else
-        "$PYTHON" "${SCRIPTS[$stage]}" --dataset "$dataset" "${extra[@]}"
+        "$PYTHON" "${script[@]}" "$@"
     fi
+}
+
+# Prints each line with a class in front.
+name_lines() {
+    local line
+    while IFS= read -r line || [[ -n $line ]]; do
+        printf '[%s] %s\n' "$1" "$line"
+    done
 }
 
 # Runs unclaimed classes until none is left. mkdir claims a class: it succeeds for one worker only.
 work_on_queue() {
-    local gpu=$1 stage=$2 dataset=$3 name i
+    local gpu=$1 name i
     [[ $gpu == default ]] || export CUDA_VISIBLE_DEVICES=$gpu
     for i in "${!classes[@]}"; do
         mkdir "$state/$i" 2> /dev/null || continue
         name=${classes[$i]}
-        local arguments=(--dataset "$dataset" --class_name "$name" "${extra[@]}")
-        if ! "$PYTHON" "${SCRIPTS[$stage]}" "${arguments[@]}" 2>&1 | sed -u "s|^|[$name] |"; then
-            echo "$name" >> "$state/failed"
+        if ! "$PYTHON" "${script[@]}" --class_name "$name" 2>&1 | name_lines "$name"; then
+            printf '%s\n' "$name" >> "$state/failed"
         fi
     done
 }
 
 queue_classes() {
-    local stage=$1 dataset=$2
+    local stage=$1 dataset=$2 settings=realnet listed name
+    choose_script "$stage" "$dataset"
     shift 2
-    mapfile -t extra < <(overrides)
-    classes=("$@")
-    if ((${#classes[@]} == 0)); then
-        local listed
-        listed=$("$PYTHON" -m datasets.lists "experiments/$dataset/$([[ $stage == sample ]] && echo diffusion || echo realnet).yaml")
-        mapfile -t classes <<< "$listed"
+    if (($# == 0)); then
+        [[ $stage != sample ]] || settings=diffusion
+        listed=$("$PYTHON" -m datasets.lists "experiments/$dataset/$settings.yaml")
+        while IFS= read -r name; do
+            set -- "$@" "$name"
+        done <<< "$listed"
     fi
+    classes=("$@")
     state=$(mktemp -d)
     trap 'rm -rf "$state"' EXIT
     trap 'trap - INT TERM; kill 0' INT TERM
     local gpus=(default) gpu
     [[ -z ${GPUS:-} ]] || IFS=, read -ra gpus <<< "$GPUS"
     for gpu in "${gpus[@]}"; do
-        work_on_queue "$gpu" "$stage" "$dataset" &
+        work_on_queue "$gpu" &
     done
     wait
     if [[ -f $state/failed ]]; then
-        echo "failed: $(sort "$state/failed" | paste -sd' ')" >&2
+        echo "failed: $(sort "$state/failed" | paste -s -d' ' -)" >&2
         exit 1
     fi
 }
@@ -163,9 +180,10 @@ main() {
         evaluate)
             (($# >= 1)) || usage
             setup
-            local dataset=$1
+            local dataset=$1 names
             shift
-            run_together evaluate "$dataset" --class_name "$(IFS=,; echo "${*:-all}")"
+            names=$(IFS=, && printf '%s' "$*")
+            run_together evaluate "$dataset" --class_name "${names:-all}"
             ;;
         tensorboard)
             (($# == 1)) || usage

@@ -25,11 +25,11 @@ from datasets.catalog import find
 from datasets.loaders import SharedBatches
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet, create_diffusion_unet
 from models.sdas.guidance import classifier_guidance
+from models.sdas.trained import load_averaged, load_networks
 from utils import cli, distributed
-from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
-from utils.config import collect_errors, load_config, model_kwargs, pretrained_path
+from utils.config import collect_errors, load_config, model_kwargs
 from utils.distributed import Run
-from utils.errors import Stopped, UsageError
+from utils.errors import RunError, Stopped, UsageError
 from utils.files import remove_parts
 from utils.lock import folder_lock
 from utils.log import log, progress_bar, set_up_logging
@@ -84,6 +84,8 @@ class Sampler:
             generator=generators,
             progress=progress,
         )
+        if not images.isfinite().all():
+            raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
         return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
 
 
@@ -103,17 +105,17 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "sample")
-    config = load_config(path, args.set)
+    config = load_config(path, args.set, "sample")
     apply_arguments(config, args)
-    check(config, path)
+    collect_errors(path, [("TestSampler", lambda: SpacedDiffusion(**config.TestSampler))])
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
         board = set_up_logging(run, out / config.saver.log_dir, "sample")
-        unet_path = trained_checkpoint(pretrained_path(config.unet) or "unet.pertrain_path")
-        content = load_checkpoint(unet_path)
-        classes = class_list(config, content, args.dataset, unet_path)
+        networks = load_networks(config)
+        check_networks(config, path)
+        classes = class_list(config, networks, args.dataset)
         chosen = choose_classes(args.class_name, classes)
-        sampler = set_up_sampler(config, run, content, unet_path)
+        sampler = set_up_sampler(config, run, networks)
         for name in chosen:
             number = classes.index(name)
             if args.preview:
@@ -136,7 +138,9 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
         config.strength = list(args.strength)
     if args.sampler:
         config.sampler = args.sampler
-    if args.steps:
+    if args.steps is not None:
+        if args.steps < 1:
+            raise UsageError(f"--steps {args.steps}: at least 1")
         config.TestSampler.section_counts = f"ddim{args.steps}"
     if args.seed is not None:
         config.random_seed = args.seed
@@ -146,8 +150,8 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
         raise UsageError(f"strength: {config.strength} is not a range [low, high] with 0 <= low <= high")
 
 
-def check(config: EasyDict, path: Path) -> None:
-    """Check the settings before anything is loaded."""
+def check_networks(config: EasyDict, path: Path) -> None:
+    """Check the networks' settings, which the checkpoints may have brought, before anything is drawn."""
     size = (config.dataset.H, config.dataset.W)
 
     def networks() -> None:
@@ -161,21 +165,39 @@ def check(config: EasyDict, path: Path) -> None:
         [
             ("dataset", lambda: check_size(size, config.unet.channel_mult, "dataset.H, dataset.W")),
             ("unet, classifier", networks),
-            ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
         ],
     )
 
 
-def class_list(config: EasyDict, content: dict, dataset: str | None, path: Path) -> list[str]:
-    """The classes in the order of their numbers: from the checkpoint, the settings, or the known data sets."""
-    if content.get("classes"):
-        return list(content["classes"])
-    if config.classes:
-        return [str(name) for name in config.classes]
+def class_list(config: EasyDict, networks: dict[str, tuple[Path, dict]], dataset: str | None) -> list[str]:
+    """The classes in the order of their numbers: from the checkpoint, the settings, or the known data sets.
+
+    Raises:
+        UsageError: the classes are unknown, or the classifier was trained on other ones and would guide wrongly.
+    """
+    path, content = networks["unet"]
+    classes = list(content.get("classes") or [str(name) for name in config.classes or []])
+    if "classifier" in networks:
+        check_same_classes(config, networks, classes)
+    if classes:
+        return classes
     info = find(dataset or "")
     if info is None or len(info.classes) != config.unet.class_number:
         raise UsageError(f"{path} does not name its classes; list them in their order under `classes` in sample.yaml")
     return list(info.classes)
+
+
+def check_same_classes(config: EasyDict, networks: dict[str, tuple[Path, dict]], classes: list[str]) -> None:
+    """Refuse a classifier whose class numbers mean other classes than those of the diffusion model."""
+    (path, _), (classifier_path, content) = networks["unet"], networks["classifier"]
+    hint = "train both on the same image list, or pass --no-classifier"
+    others = list(content.get("classes") or [])
+    if classes and others and others != classes:
+        lists = f"the classes {', '.join(others)}, and {path} on {', '.join(classes)}"
+        raise UsageError(f"{classifier_path} was trained on {lists}; {hint}")
+    numbers = config.classifier.class_number, config.unet.class_number
+    if numbers[0] != numbers[1]:
+        raise UsageError(f"{classifier_path} knows {numbers[0]} classes, and {path} {numbers[1]}; {hint}")
 
 
 def choose_classes(wanted: str, classes: list[str]) -> list[str]:
@@ -188,23 +210,17 @@ def choose_classes(wanted: str, classes: list[str]) -> list[str]:
     return chosen
 
 
-def set_up_sampler(config: EasyDict, run: Run, content: dict, unet_path: Path) -> Sampler:
-    """Load the networks and set up the diffusion process."""
+def set_up_sampler(config: EasyDict, run: Run, networks: dict[str, tuple[Path, dict]]) -> Sampler:
+    """Load the weights and set up the diffusion process."""
     size = (config.dataset.H, config.dataset.W)
     unet = create_diffusion_unet(**model_kwargs(config.unet))
-    averaged = "ema_state_dict" in content
-    state = content["ema_state_dict"] if averaged else state_dict_of(content)
-    load_weights(unet, state, unet_path, "the unet section of sample.yaml")
-    log.info("%s: epoch %s%s", unet_path, content.get("epoch", "?"), ", averaged weights" if averaged else "")
+    load_averaged(unet, *networks["unet"], "the unet section of sample.yaml")
     unet.requires_grad_(False).eval().to(run.device)
     cond_fn = None
-    if config.classifier is not None:
-        path = trained_checkpoint(pretrained_path(config.classifier) or "classifier.pertrain_path")
+    if "classifier" in networks:
         classifier = create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
-        weights = load_checkpoint(path)
-        state = weights.get("ema_state_dict") or state_dict_of(weights)
-        load_weights(classifier, state, path, "the classifier section of sample.yaml")
-        log.info("%s: guidance scale %g", path, config.classifier_scale)
+        load_averaged(classifier, *networks["classifier"], "the classifier section of sample.yaml")
+        log.info("guidance scale %g", config.classifier_scale)
         classifier.requires_grad_(False).eval().to(run.device)
         cond_fn = classifier_guidance(classifier, config.classifier_scale)
     process = SpacedDiffusion(**config.TestSampler)

@@ -22,13 +22,14 @@ from datasets.build import build_sdas_dataset, check_sdas_list
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
 from utils import cli, distributed
-from utils.checkpoint import load_for_resume, save_numbered
+from utils.checkpoint import clear_earlier_run, load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
 from utils.lock import folder_lock
-from utils.log import Meter, log, progress_bar, set_up_logging
+from utils.log import log, progress_bar, set_up_logging
 from utils.optim import accumulation_groups, seed_step
 from utils.precision import autocast
-from utils.signals import stop_requests
+from utils.run_record import record_run
+from utils.signals import StopRequest, stop_requests
 from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
 
 T_BINS = 10
@@ -49,19 +50,20 @@ class TestImages(Dataset):
 
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this run")
+    cli.add_resume_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "classifier")
-    config = load_config(path, args.set)
+    config = load_config(path, args.set, "classifier")
     check(config, path)
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
     with distributed.session(args.device) as run, stop_requests(run) as stop, folder_lock(checkpoints, run):
         board = set_up_logging(run, out / config.saver.log_dir, "train_classifier")
+        record_run(run, out / config.saver.log_dir, "train_classifier", config)
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
         test_set = TestImages(build_sdas_dataset(config.dataset, "test", classes, config.random_seed))
@@ -72,12 +74,16 @@ def main() -> None:
         log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
 
         torch.manual_seed(config.random_seed)
-        saved = load_for_resume(checkpoints, run, args.resume)
+        saved = load_for_resume(checkpoints, run, args.resume, args.overwrite)
         network = build_network(config, saved is not None).to(run.device)
         settings = {"arch": plain(config.classifier), "classes": classes}
-        training = set_up_training(config, network, run, settings, figures={"acc": 0.0})
+        training = set_up_training(config, network, run, settings, train_set.images.summary(), figures={"acc": 0.0})
+        training.steps_per_epoch = len(accumulation_groups(len(batches), config.trainer.accumulate))
+        training.json_log = out / config.saver.log_dir / "train_classifier.jsonl"
         if saved:
             training.resume(saved, checkpoints)
+        elif args.overwrite:
+            clear_earlier_run(checkpoints, run)
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process, test_process = SpacedDiffusion(**config.TrainSampler), SpacedDiffusion(**config.TestSampler)
@@ -87,7 +93,8 @@ def main() -> None:
             progress.finish_epoch()
             last = progress.epoch == config.trainer.max_epoch
             if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
-                training.figures["acc"] = validate(training, test_process, test_loader, board)
+                with training.meter.paused(), saver.save_if_stopped():
+                    training.figures["acc"] = validate(training, test_process, test_loader, board, stop)
             if progress.epoch % config.trainer.save_freq_epoch == 0 or last:
                 if run.is_main:
                     save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
@@ -130,8 +137,8 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
     """One pass over the images, or over the remaining ones if the epoch was resumed."""
     config, run, progress = training.config, training.run, training.progress
     training.model.train()
-    meter = Meter()
-    stream = iter(progress_bar(loader, run, f"epoch {progress.epoch + 1}"))
+    meter = training.meter
+    stream = meter.waiting_for(progress_bar(loader, run, f"epoch {progress.epoch + 1}"))
     for group in accumulation_groups(len(loader), config.trainer.accumulate):
         seed_step(config.random_seed, progress.step, run.rank)
         for micro, batch in enumerate(islice(stream, group)):
@@ -149,8 +156,9 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
         if training.ema is not None:
             training.ema.update(training.network, progress.step)
         progress.finish_step()
+        meter.finish_step()
         if progress.step % config.trainer.print_freq_step == 0:
-            report_step(training, meter, board)
+            report_step(training, board)
         saver.after_step()
 
 
@@ -161,7 +169,7 @@ def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any) -> float:
+def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, stop: StopRequest) -> float:
     """Log top-1 and top-3 accuracy on the noisy test images of all ranks, overall and by t; returns top-1.
 
     Each image is classified once in each of T_BINS equal ranges of t, with its own noise.
@@ -170,7 +178,7 @@ def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, b
     model = training.ema.model if training.ema is not None else training.network
     model.eval()
     counts = torch.zeros(3, T_BINS, dtype=torch.float64)  # images, top-1, top-3 by range of t
-    for batch in progress_bar(loader, run, "validation"):
+    for batch in progress_bar(loader, run, "validation", stop=stop):
         image, label = (batch[name].to(run.device) for name in ("image", "label"))
         for k in range(T_BINS):
             t, noise = draw_for(batch["index"], k, process.num_timesteps, image)

@@ -9,6 +9,7 @@ and, at every validation, one contact sheet per class to diffusion_vis/.
 """
 
 import argparse
+import math
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,14 +26,16 @@ from datasets.sdas import SDASDataset
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
 from utils import cli, distributed
-from utils.checkpoint import load_for_resume, save_numbered
+from utils.checkpoint import clear_earlier_run, load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
+from utils.errors import RunError
 from utils.lock import folder_lock
-from utils.log import Meter, log, progress_bar, set_up_logging
+from utils.log import log, progress_bar, set_up_logging
 from utils.optim import EpochLoss, accumulation_groups, seed_step
 from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.precision import autocast
-from utils.signals import stop_requests
+from utils.run_record import record_run
+from utils.signals import StopRequest, stop_requests
 from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
 
 STRENGTHS = (0.0, 0.1, 0.2)
@@ -41,19 +44,20 @@ IMAGES_PER_CLASS = 4
 
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this run")
+    cli.add_resume_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "diffusion")
-    config = load_config(path, args.set)
+    config = load_config(path, args.set, "diffusion")
     check(config, path)
     out = cli.experiment_dir(args)
     checkpoints = out / config.saver.checkpoints_dir
     with distributed.session(args.device) as run, stop_requests(run) as stop, folder_lock(checkpoints, run):
         board = set_up_logging(run, out / config.saver.log_dir, "train_diffusion")
+        record_run(run, out / config.saver.log_dir, "train_diffusion", config)
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
         test_set = build_sdas_dataset(config.dataset, "test", classes, config.random_seed)
@@ -62,12 +66,17 @@ def main() -> None:
         log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
 
         torch.manual_seed(config.random_seed)
-        saved = load_for_resume(checkpoints, run, args.resume)
+        saved = load_for_resume(checkpoints, run, args.resume, args.overwrite)
         network = build_network(config, saved is not None).to(run.device)
         settings = {"arch": plain(config.unet), "classes": classes}
-        training = set_up_training(config, network, run, settings, epoch_loss=EpochLoss(run.device))
+        images = train_set.images.summary()
+        training = set_up_training(config, network, run, settings, images, epoch_loss=EpochLoss(run.device))
+        training.steps_per_epoch = len(accumulation_groups(len(batches), config.trainer.accumulate))
+        training.json_log = out / config.saver.log_dir / "train_diffusion.jsonl"
         if saved:
             training.resume(saved, checkpoints)
+        elif args.overwrite:
+            clear_earlier_run(checkpoints, run)
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process = SpacedDiffusion(**config.TrainSampler)
@@ -78,10 +87,12 @@ def main() -> None:
             last = progress.epoch == config.trainer.max_epoch
             if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
                 # Save first: validation takes long, and a run killed during it then loses only the validation.
-                if run.is_main:
-                    save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
-                saver.save()
-                validate(training, test_set, classes, board, out / config.saver.vis_dir)
+                with training.meter.paused():
+                    if run.is_main:
+                        save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
+                    saver.save()
+                    with saver.save_if_stopped():
+                        validate(training, test_set, classes, board, out / config.saver.vis_dir, stop)
         board.close()
 
 
@@ -100,7 +111,7 @@ def check(config: EasyDict, path: Path) -> None:
             ("unet", network),
             ("TrainSampler", lambda: SpacedDiffusion(**config.TrainSampler)),
             ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
-            ("criterion", lambda: build_criterion(config.criterion)),
+            ("criterion", lambda: build_criterion(config.criterion, ["ImageMSELoss"])),
             *trainer_checks(config.trainer),
             *lists,
         ],
@@ -119,10 +130,10 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
     """One pass over the images, or over the remaining ones if the epoch was resumed."""
     config, run, progress = training.config, training.run, training.progress
     training.model.train()
-    meter = Meter()
+    meter = training.meter
     if progress.step_in_epoch == 0:
         training.epoch_loss.reset()
-    stream = iter(progress_bar(loader, run, f"epoch {progress.epoch + 1}"))
+    stream = meter.waiting_for(progress_bar(loader, run, f"epoch {progress.epoch + 1}"))
     for group in accumulation_groups(len(loader), config.trainer.accumulate):
         seed_step(config.random_seed, progress.step, run.rank)
         for micro, batch in enumerate(islice(stream, group)):
@@ -142,8 +153,9 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
         training.stepper.step()
         training.ema.update(training.network, progress.step)
         progress.finish_step()
+        meter.finish_step()
         if progress.step % config.trainer.print_freq_step == 0:
-            report_step(training, meter, board)
+            report_step(training, board)
         saver.after_step()
 
 
@@ -151,21 +163,23 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
 
 
 @torch.no_grad()
-def validate(training: Training, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path) -> None:
+def validate(
+    training: Training, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path, stop: StopRequest
+) -> None:
     """Write a sheet per class: real images, their DDIM reconstructions, and samples of one noise at rising strength.
 
     Logs the reconstruction error over `val_batch_number` batches of test images; ranks share the classes.
     """
     config, run, epoch = training.config, training.run, training.progress.epoch
     process = SpacedDiffusion(**config.TestSampler)
-    criterion = build_criterion(config.criterion)
+    criterion = build_criterion(config.criterion, ["ImageMSELoss"])
     per_class = max(1, config.trainer.val_batch_number * config.dataset.batch_size // len(classes))
     totals = torch.zeros(2, dtype=torch.float64)  # summed error, images
     sheets = {}
     for number, name in progress_bar(list(enumerate(classes))[run.rank :: run.world_size], run, "validation"):
         chosen = test_set.images.of_class(name)[:per_class]
         rows = []
-        for start in range(0, len(chosen), config.dataset.batch_size):
+        for start in stop.heeded(range(0, len(chosen), config.dataset.batch_size)):
             indices = chosen[start : start + config.dataset.batch_size]
             images = torch.stack([test_set[epoch, i]["image"] for i in indices]).to(run.device)
             recon = reconstruct(training, process, images, number)
@@ -183,6 +197,8 @@ def validate(training: Training, test_set: SDASDataset, classes: list[str], boar
             board.add_image(f"validation/{name}", sheet, training.progress.step, dataformats="HWC")
         if totals[1]:
             error = float(totals[0] / totals[1])
+            if not math.isfinite(error):
+                raise RunError(f"epoch {epoch}: the reconstruction error is not finite; lower the learning rate")
             board.add_scalar("validation/reconstruction_error", error, training.progress.step)
             log.info("epoch %d  reconstruction error %.5f  pictures in %s", epoch, error, vis_dir / f"epoch_{epoch}")
 

@@ -26,19 +26,20 @@ from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from evaluation.metrics import Ranking
 from evaluation.score import ScoredImages, pooling_window, predict_maps
-from evaluation.thresholds import heat_range
+from evaluation.thresholds import heat_range, sidecar
 from models import build_realnet, check_realnet
-from models.losses import build_criterion
+from models.losses import DETECTOR_LOSSES, build_criterion
 from utils import cli, distributed
-from utils.checkpoint import BEST, load_for_resume, save_checkpoint
+from utils.checkpoint import BEST, clear_earlier_run, load_for_resume, save_checkpoint
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.lock import folder_lock
-from utils.log import Meter, log, progress_bar, set_up_logging
+from utils.log import log, progress_bar, set_up_logging
 from utils.optim import seed_step
 from utils.pictures import contact_sheet, heat_overlay, spread, to_uint8, write_image
 from utils.precision import autocast
+from utils.run_record import record_run
 from utils.signals import StopRequest, stop_requests
 from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
 
@@ -49,21 +50,21 @@ SHEET_IMAGES = 8
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--class_name", help="one class, several separated by commas, or all")
-    parser.add_argument("--resume", action="store_true", help="continue from ckpt_last.pth.tar of each class")
+    cli.add_resume_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "realnet")
-    config = load_config(path, args.set)
+    config = load_config(path, args.set, "realnet")
     classes = check(config, path, args.class_name)
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
         for class_name in classes:
             board = set_up_logging(run, out / config.saver.log_dir / class_name, "train_realnet")
             with folder_lock(out / config.saver.checkpoints_dir / class_name, run):
-                train_class(config, class_name, run, out, board, args.resume, stop)
+                train_class(config, class_name, run, out, board, args, stop)
             board.close()
 
 
@@ -78,7 +79,7 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
         yield "--class_name", choose_classes
         yield "structure, net", lambda: check_realnet(config)
         yield "net.afs.kwargs.init_bsn", lambda: afs_batches(config)
-        yield "criterion", lambda: build_criterion(config.criterion)
+        yield "criterion", lambda: build_criterion(config.criterion, DETECTOR_LOSSES)
         yield "evaluator", lambda: pooling_window(config.evaluator)
         yield from trainer_checks(config.trainer)
         for name in classes:
@@ -89,10 +90,11 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
 
 
 def train_class(
-    config: EasyDict, class_name: str, run: Run, out: Path, board: Any, resume: bool, stop: StopRequest
+    config: EasyDict, class_name: str, run: Run, out: Path, board: Any, args: argparse.Namespace, stop: StopRequest
 ) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
     seed = config.random_seed
+    record_run(run, out / config.saver.log_dir / class_name, "train_realnet", config)
     train_set = build_realnet_train_set(config.dataset, class_name, seed)
     test_set = build_realnet_test_set(config.dataset, class_name)
     log.info("%s: %d training images, %d test images", class_name, len(train_set), len(test_set))
@@ -105,17 +107,22 @@ def train_class(
     checkpoints = out / config.saver.checkpoints_dir / class_name
 
     torch.manual_seed(seed)
-    saved = load_for_resume(checkpoints, run, resume)
+    saved = load_for_resume(checkpoints, run, args.resume, args.overwrite)
     network = build_realnet(config, "checkpoint" if saved else None).to(run.device)
     if not saved:
-        prepare_features(network, train_set, config, run, board)
+        prepare_features(network, train_set, config, run, board, stop)
     # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
     settings = {"arch": plain(config.net), "config": plain(config)}
-    training = set_up_training(config, network, run, settings, figures={"best_metric": -1.0})
+    images, figures = train_set.images.summary(), {"best_metric": -1.0}
+    training = set_up_training(config, network, run, settings, images, figures)
+    training.steps_per_epoch = len(batches)
+    training.json_log = out / config.saver.log_dir / class_name / "train_realnet.jsonl"
     if saved:
         training.resume(saved, checkpoints)
+    elif args.overwrite:
+        clear_earlier_run(checkpoints, run)
 
-    criterion = build_criterion(config.criterion)
+    criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
     progress = training.progress
     saver = Saver(checkpoints, training, stop)
     sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
@@ -124,22 +131,25 @@ def train_class(
         train_one_epoch(training, criterion, loader, board, saver, sheet_path if progress.step == 0 else None)
         progress.finish_epoch()
         if progress.epoch % config.trainer.val_freq_epoch == 0 or progress.epoch == config.trainer.max_epoch:
-            metric = validate(training, test_set, test_loader, board)
-            if run.is_main:
-                save_best(training, metric, checkpoints)
-            saver.save()
+            with training.meter.paused(), saver.save_if_stopped():
+                metric = validate(training, test_set, test_loader, board, stop)
+                if run.is_main:
+                    save_best(training, metric, checkpoints)
+                saver.save()
 
 
-def prepare_features(network: nn.Module, train_set: RealNetTrainSet, config: EasyDict, run: Run, board: Any) -> None:
+def prepare_features(
+    network: nn.Module, train_set: RealNetTrainSet, config: EasyDict, run: Run, board: Any, stop: StopRequest
+) -> None:
     """Calibrate the backbone if its weights are random, and select channels (AFS)."""
     init_batches = afs_batches(config)
     batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed + 1)
     batches.epochs = -(-init_batches // len(batches))
     loader = make_loader(train_set.anomalous_only(), batches, config.dataset.workers, run)
     if network.backbone.needs_calibration:
-        gt_images = (batch["gt_image"].to(run.device) for batch in loader)
+        gt_images = (batch["gt_image"].to(run.device) for batch in stop.heeded(loader))
         network.backbone.calibrate(gt_images, min(CALIBRATION_BATCHES, init_batches))
-    bar = progress_bar(loader, run, "AFS", total=init_batches)
+    bar = progress_bar(loader, run, "AFS", total=init_batches, stop=stop)
     losses = network.afs.init_indexes(network.backbone, bar, init_batches)
     for name, loss in losses.items():
         kept = len(getattr(network.afs.indexes, name))
@@ -172,8 +182,8 @@ def train_one_epoch(
     """
     run, progress = training.run, training.progress
     training.model.train()
-    meter = Meter()
-    for batch in progress_bar(loader, run, f"epoch {progress.epoch + 1}"):
+    meter = training.meter
+    for batch in meter.waiting_for(progress_bar(loader, run, f"epoch {progress.epoch + 1}")):
         if sheet_path is not None:
             show_samples(batch, training, board, sheet_path)
             sheet_path = None
@@ -192,8 +202,9 @@ def train_one_epoch(
         progress.finish_step()
         values = {name: value.detach() for name, value in losses.items()}
         meter.add({"loss": total.detach(), **values}, len(batch["image"]) * run.world_size)
+        meter.finish_step()
         if progress.step % training.config.trainer.print_freq_step == 0:
-            report_step(training, meter, board)
+            report_step(training, board)
         saver.after_step()
 
 
@@ -217,7 +228,9 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any,
 # ---- validation and checkpoints --------------------------------------------------------------------------------------
 
 
-def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Any) -> float | None:
+def validate(
+    training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Any, stop: StopRequest
+) -> float | None:
     """The metric that selects the best checkpoint, on rank 0; None on other ranks.
 
     Without test images it is always 0, so that the newest checkpoint counts as the best.
@@ -226,7 +239,7 @@ def validate(training: Training, test_set: RealNetTestSet, loader: DataLoader, b
         return 0.0 if training.run.is_main else None
     shown = spread([sample.defect_type for sample in test_set.samples], SHEET_IMAGES)
     window = pooling_window(training.config.evaluator)
-    scored = predict_maps(training.network, test_set, loader, training.run, window, training.precision, shown)
+    scored = predict_maps(training.network, test_set, loader, training.run, window, training.precision, shown, stop)
     if scored is None:
         return None
     epoch = training.progress.epoch
@@ -274,6 +287,8 @@ def save_best(training: Training, metric: float, checkpoints: Path) -> None:
     best = metric >= figures["best_metric"]
     figures["best_metric"] = max(metric, figures["best_metric"])
     if best:
+        # They were chosen on the scores of the checkpoint that is replaced.
+        sidecar(checkpoints / BEST).unlink(missing_ok=True)
         save_checkpoint(checkpoints / BEST, training.checkpoint())
         log.info("saved %s (%.4f)", checkpoints / BEST, metric)
 

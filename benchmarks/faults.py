@@ -173,7 +173,7 @@ def leak(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]
     sizes: dict[int, int] = {}
     for line in process.stdout:
         if "  step " in line:
-            step = int(line.split("  step ")[1].split()[0])
+            step = int(line.split("  step ")[1].split("/")[0])
             sizes[step] = resident(process.pid)
     process.wait()
     steps = np.array([step for step in sizes if step >= LEAK_WARM_UP])

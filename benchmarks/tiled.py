@@ -92,7 +92,7 @@ def main() -> None:
     make_textures(work / "textures", 0)
     run("prepare_data.py", "--dataset", "metal", "--root", "metal", folder=work)
     detector = ["--config", str(ROOT / "experiments/demo/realnet.yaml"), "--class_name", "metal", *settings(work)]
-    run("train_realnet.py", *detector, folder=work)
+    run("train_realnet.py", *detector, "--overwrite", folder=work)
     run("evaluation_realnet.py", *detector, "--no-pictures", "--target-fpr", "0", folder=work)
     predict = ["predict.py", "--checkpoint", "checkpoints/metal", "--input", "large", "--overwrite"]
     run(*predict, "--output", "whole", folder=work)

@@ -20,8 +20,9 @@ AUTO_IMAGES = 32  # training images that `foreground: auto` examines
 
 def preprocessing_of(config: dict) -> Preprocessing:
     """How a realnet.yaml's `dataset` section turns images into tensors."""
-    mode = config.image_reader.kwargs.color_mode
-    return Preprocessing(tuple(config.input_size), tuple(config.pixel_mean), tuple(config.pixel_std), mode)
+    reader = config.image_reader.kwargs
+    mean, std = tuple(config.pixel_mean), tuple(config.pixel_std)
+    return Preprocessing(tuple(config.input_size), mean, std, reader.color_mode, reader.bits)
 
 
 def _augmentation(section: dict) -> Augmentation:
@@ -52,8 +53,8 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
         classes = class_names(samples)
     if not samples:
         raise UsageError(f"{section.meta_file}: holds no good image" + (f" of {', '.join(classes)}" if classes else ""))
-    half = (0.5, 0.5, 0.5)
-    preprocessing = Preprocessing(tuple(config.input_size), half, half, config.image_reader.kwargs.color_mode)
+    half, reader = (0.5, 0.5, 0.5), config.image_reader.kwargs
+    preprocessing = Preprocessing(tuple(config.input_size), half, half, reader.color_mode, reader.bits)
     augmentation = _augmentation(section) if split == "train" else Augmentation()
     cache_mb = config.cache_mb if split == "train" else 0
     return SDASDataset(ImageList(samples, Path(root)), classes, preprocessing, augmentation, seed, cache_mb)

@@ -2,36 +2,46 @@
 
 import logging
 import os
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from datasets.folders import SUFFIXES as SUFFIXES
+from datasets.folders import list_images as list_images
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
 
 COLOR_MODES = ("RGB", "BGR", "GRAY")
 RESAMPLING = Image.Resampling.BILINEAR  # antialiased in Pillow
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MEGAPIXELS = 178  # default limit, about that of Pillow, against small files that unpack to gigabytes
+# Pillow warns at half of its limit. What is above the limit is refused, and said in one line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def read_image(path: str | Path, size: Sequence[int] | None = None, color_mode: str = "RGB") -> np.ndarray:
+def read_image(
+    path: str | Path, size: Sequence[int] | None = None, color_mode: str = "RGB", bits: int | None = None
+) -> np.ndarray:
     """Decode an image, turn it upright by its EXIF data, and resize it with Pillow's antialiased bilinear filter.
 
     Args:
         size: (height, width), or None to keep the image's own.
         color_mode: "RGB", "BGR", or "GRAY" (three equal channels).
+        bits: bits that the camera fills in 16-bit files, e.g. 12: white is 2**bits - 1. None means 16.
 
     Returns:
-        (H,W,3) uint8. 16-bit grey is scaled to 8 bits; transparency is dropped.
+        (H,W,3) uint8. 16-bit values are scaled to 8 bits; transparency is dropped. Of several pages, it is the first.
 
     Raises:
-        UsageError: the file is missing, is not a readable image, or holds floating-point values.
+        UsageError: the file is missing, too large, not a readable image, or holds floating-point values.
 
     Example:
         >>> import io
@@ -40,11 +50,10 @@ def read_image(path: str | Path, size: Sequence[int] | None = None, color_mode: 
         >>> read_image(file, size=(15, 20)).shape
         (15, 20, 3)
     """
-    opened = _open(path)
-    if opened.mode == "F":
-        raise UsageError(f"{path} holds floating-point values, whose range is not known; save it with 8 or 16 bits")
+    opened = _open(path, bits)
+    _refuse_floats(path, opened)
     if opened.mode.startswith("I;16") or opened.mode == "I":
-        opened = Image.fromarray((np.asarray(opened, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        opened = Image.fromarray(_eight_bits(np.asarray(opened, dtype=np.uint32), bits))
     opened = opened.convert("L" if color_mode == "GRAY" else "RGB")
     if size is not None and opened.size != (size[1], size[0]):
         opened = opened.resize((size[1], size[0]), RESAMPLING)
@@ -85,9 +94,37 @@ def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray
 def read_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright image, read from the file's header only."""
     with _reporting(path), Image.open(path) as opened:
-        width, height = opened.size
+        # The newer versions of Pillow give the size of a TIFF as it is upright; its tags say how it is stored.
+        tags = getattr(opened, "tag_v2", {})
+        width, height = tags.get(256, opened.width), tags.get(257, opened.height)
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (width, height) if turned else (height, width)
+
+
+def allow_megapixels(limit: float) -> None:
+    """Set the size from which images are refused, for the whole process."""
+    # Pillow refuses images with more than twice this number of pixels.
+    Image.MAX_IMAGE_PIXELS = int(limit * 1e6 / 2)
+
+
+def count_pages(path: str | Path) -> int:
+    """Number of pages of a TIFF, or of images of an animation; 1 for all other images, and for unreadable files."""
+    try:
+        with Image.open(path) as opened:
+            # The second image in a phone's JPEG (MPO) is a preview.
+            return 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+    except Exception:
+        return 1
+
+
+def header_problem(path: str | Path) -> str | None:
+    """Why an image cannot be read, as far as its header tells, or None."""
+    try:
+        with _reporting(path), Image.open(path) as opened:
+            _refuse_floats(path, opened)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def same_aspect_ratio(first: Sequence[int], second: Sequence[int]) -> bool:
@@ -96,10 +133,38 @@ def same_aspect_ratio(first: Sequence[int], second: Sequence[int]) -> bool:
     return abs(cross[0] - cross[1]) <= 0.01 * max(cross)
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: str | Path, bits: int | None = None) -> Image.Image:
     with _reporting(path), Image.open(path) as opened:
+        if bits is not None and _is_deep_colour(opened):
+            # OpenCV turns a TIFF upright itself.
+            orientation = 1 if opened.format == "TIFF" else opened.getexif().get(ExifTags.Base.Orientation, 1)
+            opened = _read_deep_colour(path, bits)
+            opened.getexif()[ExifTags.Base.Orientation] = orientation
         opened.load()
         return ImageOps.exif_transpose(opened)
+
+
+def _is_deep_colour(opened: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has several channels of 16 bits, of which Pillow keeps the upper 8."""
+    return len(opened.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", []))
+
+
+def _read_deep_colour(path: str | Path, bits: int) -> Image.Image:
+    # Not imread: on some systems it fails if the path is not ASCII.
+    values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        raise UsageError(f"{path}: its 16-bit colours cannot be read; save it as PNG or TIFF without compression")
+    return Image.fromarray(_eight_bits(values[..., 2::-1], bits))
+
+
+def _eight_bits(values: np.ndarray, bits: int | None) -> np.ndarray:
+    """Values of which `bits` bits are filled (None: 16), as uint8."""
+    return (values >> ((bits or 16) - 8)).clip(0, 255).astype(np.uint8)
+
+
+def _refuse_floats(path: str | Path, opened: Image.Image) -> None:
+    if opened.mode == "F":
+        raise UsageError(f"{path} holds floating-point values, whose range is not known; save it with 8 or 16 bits")
 
 
 @contextmanager
@@ -111,6 +176,14 @@ def _reporting(path: str | Path) -> Iterator[None]:
         raise UsageError(f"{path} does not exist") from None
     except Image.UnidentifiedImageError:
         raise UsageError(f"{path} is not a readable image (empty, or of an unknown format)") from None
+    except UsageError:
+        raise
+    except Image.DecompressionBombError as error:
+        size = re.search(r"\d+", str(error))
+        megapixels = f"{int(size[0]) / 1e6:.4g}" if size else "too many"
+        limit = f"the limit of {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.3g}"
+        advice = "shrink or cut it; predict.py reads it with a larger --max-megapixels"
+        raise UsageError(f"{path} has {megapixels} megapixels, above {limit}; {advice}") from None
     # Pillow's decoders raise many exception types on broken input, struct.error and zlib.error among them.
     except Exception as error:
         raise UsageError(f"{path} is not a readable image ({error or type(error).__name__})") from None
@@ -123,7 +196,7 @@ class Preprocessing:
     Args:
         size: (height, width).
         mean, std: per channel, for values in [0, 1].
-        color_mode: see read_image.
+        color_mode, bits: see read_image.
 
     Example:
         >>> preprocessing = Preprocessing((2, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -135,10 +208,15 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     color_mode: str = "RGB"
+    bits: int | None = None
 
     def read(self, path: str | Path) -> np.ndarray:
         """The image at `path`, (H,W,3) uint8 at the input size."""
-        return read_image(path, self.size, self.color_mode)
+        return read_image(path, self.size, self.color_mode, self.bits)
+
+    def read_full(self, path: str | Path) -> np.ndarray:
+        """The image at `path`, (H,W,3) uint8 at its own size."""
+        return read_image(path, None, self.color_mode, self.bits)
 
     def tensor(self, image: np.ndarray) -> torch.Tensor:
         """(H,W,3) in [0, 255] at the input size -> (3,H,W) float32, normalised."""
@@ -150,13 +228,6 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     scale = np.float32(1 / 255) / np.asarray(std, np.float32)
     shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
     return torch.from_numpy(image * scale - shift).permute(2, 0, 1).contiguous()
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """All images under a folder, sorted by path."""
-    paths = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    # Skip hidden files: a killed run may have left them half-written.
-    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 @dataclass(frozen=True)

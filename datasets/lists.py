@@ -3,7 +3,9 @@
 python -m datasets.lists experiments/MVTec-AD/realnet.yaml        prints the classes of a data set
 """
 
+import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,6 +16,7 @@ from utils.errors import UsageError
 from utils.files import write_text
 
 UNIFIED = "uni"
+SPLIT_FOLDERS = ("train", "training", "test", "testing")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,12 @@ class Sample:
 
     @property
     def defect_type(self) -> str:
-        """Name of the image's folder: "good" or the defect type."""
-        return PurePosixPath(self.filename).parent.name or "good"
+        """The first folder below that of the split, else the folder of the image: "good" or the defect type."""
+        folders = list(PurePosixPath(self.filename).parts[:-1])
+        split = next((i for i, name in enumerate(folders) if name.lower() in SPLIT_FOLDERS), None)
+        if split is not None and folders[split + 1 :]:
+            return folders[split + 1]
+        return folders[-1] if folders else ("defective" if self.label else "good")
 
 
 def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = False) -> list[Sample]:
@@ -83,10 +90,11 @@ def _parse(line: str, where: str, root: Path) -> Sample:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
+        reason += "; write / or \\\\ between folders" * ("escape" in reason)
         raise UsageError(f"{where}: not a JSON object ({reason})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
         raise UsageError(f"{where}: has to be a JSON object with a filename")
-    filename, label = entry["filename"], entry.get("label")
+    filename, label = _with_slashes(entry["filename"], root), entry.get("label")
     if label not in (0, 1):
         raise UsageError(f"{where}: label is {label!r}, not 0 or 1")
     parts = PurePosixPath(filename).parts
@@ -96,11 +104,22 @@ def _parse(line: str, where: str, root: Path) -> Sample:
     # Results go to a folder with the class's name.
     if not str(clsname).strip(". ") or any(character in str(clsname) for character in "/\\\0"):
         raise UsageError(f"{where}: clsname {clsname!r} cannot be the name of a folder")
-    maskname = entry.get("maskname") if label else None
+    maskname = _with_slashes(entry.get("maskname"), root) if label else None
     for key, name in (("filename", filename), ("maskname", maskname)):
         if name is not None:
             _check_file(key, name, where, root)
     return Sample(filename, int(label), str(clsname), maskname)
+
+
+def _with_slashes(name: object, root: Path) -> object:
+    """A name from a list that was written on Windows; elsewhere, a backslash may be part of a file's name."""
+    if not isinstance(name, str) or "\\" not in name or ".." in name.split("\\"):
+        return name
+    try:
+        kept = os.sep == "/" and (root / name).is_file()
+        return name if kept else name.replace("\\", "/")
+    except (OSError, ValueError):
+        return name
 
 
 def _check_file(key: str, name: object, where: str, root: Path) -> None:
@@ -117,7 +136,16 @@ def _check_file(key: str, name: object, where: str, root: Path) -> None:
     if folder:
         raise UsageError(f"{where}: {name} under {root} is a folder, not an image")
     if not exists:
-        raise UsageError(f"{where}: {name} does not exist under {root}")
+        raise UsageError(f"{where}: {name} does not exist under {root}{_moved(root / name)}")
+
+
+def _moved(path: Path) -> str:
+    """If a folder above a missing file is a link whose target is gone: that, and what to do."""
+    for above in path.parents:
+        if above.is_symlink() and not above.exists():
+            target = os.readlink(above)
+            return f": {above} is a link to {target}, which is gone; run prepare_data.py with --root and its new place"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +166,11 @@ class ImageList:
     def path(self, index: int) -> Path:
         """Path of an image."""
         return self.image_dir / self.samples[index].filename
+
+    def summary(self) -> str:
+        """The number of images and a hash of their names, by which a changed list is noticed."""
+        names = "\n".join(sample.filename for sample in self.samples)
+        return f"{len(self)} images, {hashlib.sha256(names.encode('utf-8', 'backslashreplace')).hexdigest()[:12]}"
 
     def of_class(self, clsname: str) -> list[int]:
         """Indices of the images of a class."""

@@ -1,8 +1,11 @@
 """Images for RealNet: training samples with synthetic anomalies, and test images with their masks."""
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +14,13 @@ from torch.utils.data import Dataset
 
 from datasets.anomaly import augment_texture, blend
 from datasets.catalog import ForegroundRule
+from datasets.folders import FoundImages, find_images, not_read
 from datasets.foreground import apply_rule
 from datasets.images import (
     Augmentation,
     Preprocessing,
     SharedCache,
-    list_images,
-    read_image,
+    header_problem,
     read_mask,
     read_size,
     resize,
@@ -26,6 +29,11 @@ from datasets.images import (
 from datasets.lists import ImageList, Sample
 from datasets.perlin import perlin_mask
 from utils.errors import UsageError
+
+log = logging.getLogger("realnet")
+
+THREADS = 16  # that open source images: most of the time is spent waiting for the disk
+ATTEMPTS = 20  # source images in a row that may turn out to be broken while they are decoded
 
 
 @dataclass(frozen=True)
@@ -49,43 +57,101 @@ class Synthesis:
     perlin_scale: int = 6
     sources: dict[str, list[Path]] = field(default_factory=dict, init=False, compare=False)
 
-    def open(self, classes: Sequence[str]) -> None:
-        """Find the source images for these classes.
+    def open(self, classes: Sequence[str], tell: bool = False) -> None:
+        """Find the source images for these classes; those that cannot be read are left out.
+
+        Args:
+            tell: whether to log what is left out.
 
         Raises:
-            UsageError: a folder that an anomaly type needs is missing or empty.
+            UsageError: a folder that an anomaly type needs is missing, empty, or holds broken images only.
         """
         if self.anomaly_types.get("dtd"):
             hint = "put the DTD textures there (data/README.md) or set dataset.train.anomaly_types without dtd"
-            self.sources["dtd"] = _source_images(self.dtd_dir, "dtd_dir", hint)
+            self.sources["dtd"] = _source_images(self.dtd_dir, "dtd_dir", hint, tell)
         if self.anomaly_types.get("sdas"):
             hint = "run sample.py first, or set dataset.train.anomaly_types: {normal: 0.5, dtd: 0.5}"
             for name in classes:
                 folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
-                self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint)
+                self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint, tell)
 
     def draw(
         self, types: dict[str, float], clsname: str, preprocessing: Preprocessing, rng: np.random.Generator
     ) -> tuple[np.ndarray, float] | None:
         """Draw (source image (H,W,3) uint8, opacity), or None for a normal sample."""
         names = list(types)
-        chosen = names[int(rng.choice(len(names), p=list(types.values())))]
+        # numpy wants a sum of 1 to 1.5e-8; settings may be rounded to 1e-6.
+        probabilities = np.array(list(types.values())) / sum(types.values())
+        chosen = names[int(rng.choice(len(names), p=probabilities))]
         if chosen == "normal":
             return None
         paths = self.sources["dtd" if chosen == "dtd" else f"sdas/{clsname}"]
-        path = paths[int(rng.integers(len(paths)))]
+        index = int(rng.integers(len(paths)))
         if chosen == "sdas":
-            return preprocessing.read(path), float(rng.uniform(*self.sdas_transparency_range))
-        texture = augment_texture(read_image(path, color_mode=preprocessing.color_mode), rng)
+            source = _first_readable(paths, index, preprocessing.read)
+            return source, float(rng.uniform(*self.sdas_transparency_range))
+        texture = augment_texture(_first_readable(paths, index, preprocessing.read_full), rng)
         return resize(texture, preprocessing.size), float(rng.uniform(*self.dtd_transparency_range))
 
 
-def _source_images(folder: str | None, setting: str, hint: str) -> list[Path]:
-    paths = list_images(folder) if folder else []
-    if not paths:
+def _source_images(folder: str | None, setting: str, hint: str, tell: bool) -> list[Path]:
+    """The images in a folder whose headers can be read."""
+    found = find_images(folder) if folder else None
+    if found is None or not found.images:
         problem = f"{folder} holds no image" if folder else "not set"
-        raise UsageError(f"dataset.train.{setting}: {problem}; {hint}")
-    return paths
+        others = not_read(found.others) if found else ""
+        raise UsageError(f"dataset.train.{setting}: {problem}{f' ({others})' if others else ''}; {hint}")
+    problems = _header_problems(tuple(found.images))
+    readable = [path for path, problem in zip(found.images, problems, strict=True) if problem is None]
+    broken = [problem for problem in problems if problem is not None]
+    if not readable:
+        raise UsageError(f"dataset.train.{setting}: no image in {folder} can be read ({broken[0]}); {hint}")
+    if tell:
+        _tell_left_out(f"dataset.train.{setting}", len(problems), broken, found)
+    return readable
+
+
+def _tell_left_out(setting: str, count: int, broken: list[str], found: FoundImages) -> None:
+    if broken:
+        more = f"\n  and {len(broken) - 3} more" if len(broken) > 3 else ""
+        lines = "".join(f"\n  {_printable(problem)}" for problem in broken[:3])
+        text = "%s: %d of %d images cannot be read and are left out:%s%s"
+        log.warning(text, setting, len(broken), count, lines, more)
+    if found.others:
+        log.warning("%s: %s", setting, not_read(found.others))
+    for path, reason in found.closed:
+        log.warning("%s: %s cannot be opened (%s)", setting, _printable(str(path)), reason)
+
+
+@cache
+def _header_problems(paths: tuple[Path, ...]) -> list[str | None]:
+    """The header_problem of each image. Kept, because settings are checked before the data set is built."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(header_problem, paths, chunksize=64))
+
+
+def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """The image at `index`, or the next one that can be decoded, so that a broken one does not end the training.
+
+    Raises:
+        UsageError: the next ATTEMPTS images are all broken.
+    """
+    for step in range(ATTEMPTS):
+        path = paths[(index + step) % len(paths)]
+        try:
+            return read(path)
+        except UsageError as error:
+            _warn_once(_printable(str(error)))
+    raise UsageError(f"{paths[index]} and the {ATTEMPTS - 1} images after it cannot be read; are they still there?")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s; the next image is used instead", text)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class RealNetTrainSet(Dataset):
@@ -118,7 +184,7 @@ class RealNetTrainSet(Dataset):
         self.always_anomalous = False
         # The foreground mask is cached with the image, as a fourth channel.
         self.cache = SharedCache(len(images), (*preprocessing.size, 4), cache_mb)
-        synthesis.open(list(rules))
+        synthesis.open(list(rules), tell=True)
 
     @property
     def samples(self) -> list[Sample]:

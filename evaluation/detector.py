@@ -1,6 +1,8 @@
-"""Load a trained detector (a RealNet checkpoint, or an ONNX model that export.py wrote) and score images with it."""
+"""Load a trained detector (a RealNet checkpoint, or a model that export.py wrote) and score images with it."""
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +12,19 @@ import torch
 from easydict import EasyDict
 
 from datasets.build import preprocessing_of
-from datasets.images import read_image, resize
+from datasets.images import resize
+from evaluation.exported import load_program
 from evaluation.metrics import image_scores
 from evaluation.score import pooling_window
-from evaluation.thresholds import Thresholds, read_thresholds, thresholds_from
+from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
 from evaluation.tiling import resize_map, tiled_map
-from models.realnet import RealNet, build_realnet, check_realnet
+from evaluation.trained_model import load_trained
 from utils import distributed
-from utils.checkpoint import BEST, load_checkpoint, load_weights, state_dict_of
-from utils.config import checked, collect_errors, load_config
+from utils.checkpoint import BEST
+from utils.config import checked, load_config
 from utils.errors import RunError, UsageError
+
+NOT_FINITE = "the model's weights, score or anomaly map hold values that are not numbers, so there is no verdict"
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,19 @@ class Detection:
         map: (H,W) float32 anomaly map in [0, 1], at the image's own size.
         mask: (H,W) bool, True where the map reaches the pixel threshold; None without a threshold.
         is_anomalous: whether the score reaches the image threshold; None without a threshold.
+
+    A result that is not finite has no mask and no verdict.
     """
 
     score: float
     map: np.ndarray
     mask: np.ndarray | None
     is_anomalous: bool | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the score and the map hold numbers only."""
+        return math.isfinite(self.score) and bool(np.isfinite(self.map).all())
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Detector:
         """Load a detector.
 
         Args:
-            path: a checkpoint, a class folder with a checkpoint, or an exported .onnx file.
+            path: a checkpoint, a class folder with a checkpoint, or an exported .onnx or .pt2 file.
             config: a realnet.yaml, for checkpoints that hold no settings (those of the reference program).
             device: "cpu", "cuda", "mps", or None for the best available.
 
@@ -90,25 +102,39 @@ class Detector:
         path = checkpoint_path(path)
         if path.suffix == ".onnx":
             return _from_onnx(path)
-        model, settings = load_realnet(path, config)
+        if path.suffix == ".pt2":
+            trained, thresholds = load_program(path)
+        else:
+            trained = load_trained(path, None if config is None else load_config(config), config)
+            thresholds = matching_thresholds(path, trained.fingerprint)
         target = distributed.pick_device(device)
-        model = model.to(target)
+        model, sound = trained.network.to(target), has_finite_weights(trained.network)
 
         @torch.inference_mode()
         def infer(images: torch.Tensor) -> np.ndarray:
-            return model({"image": images.to(target)})["anomaly_score"][:, 0].float().cpu().numpy()
+            maps = model({"image": images.to(target)})["anomaly_score"][:, 0].float().cpu().numpy()
+            # A nan that only chooses channels leaves the maps finite, but wrong.
+            return maps if sound else np.full_like(maps, np.nan)
 
-        return cls(settings, read_thresholds(path), infer)
+        return cls(trained.config, thresholds, infer)
 
     def with_thresholds(self, thresholds: Thresholds | None) -> "Detector":
         """The same model with other thresholds."""
         return replace(self, thresholds=thresholds)
 
     def __call__(self, image: str | Path | np.ndarray) -> Detection:
-        """Score one image: a file, or (H,W,3) uint8 RGB of any size."""
+        """Score one image: a file, or (H,W,3) uint8 RGB of any size.
+
+        Raises:
+            RunError: the model's result is not finite.
+        """
+        source = "the image"
         if not isinstance(image, np.ndarray):
-            image = read_image(image, color_mode=self.config.dataset.image_reader.kwargs.color_mode)
-        return next(self.detect([image]))
+            source, image = image, preprocessing_of(self.config.dataset).read_full(image)
+        detection = next(self.detect([image]))
+        if not detection.finite:
+            raise RunError(f"{source}: {NOT_FINITE}")
+        return detection
 
     def detect(self, images: Sequence[np.ndarray], tiles: Tiles | None = None) -> Iterator[Detection]:
         """Score images (H,W,3) uint8 of any sizes: all in one batch, or each one in tiles."""
@@ -132,11 +158,26 @@ class Detector:
     def _detection(self, values: np.ndarray, window: tuple[int, int], size: tuple[int, int]) -> Detection:
         score = float(image_scores(values[None], window)[0])
         values = resize_map(values, size)
-        image = None if self.thresholds is None else self.thresholds.image
-        pixel = None if self.thresholds is None else self.thresholds.pixel
-        return Detection(
-            score, values, None if pixel is None else values >= pixel, None if image is None else score >= image
+        detection = Detection(score, values, None, None)
+        if self.thresholds is None or not detection.finite:
+            return detection
+        image, pixel = self.thresholds.image, self.thresholds.pixel
+        return replace(
+            detection,
+            mask=None if pixel is None else values >= pixel,
+            is_anomalous=None if image is None else score >= image,
         )
+
+
+def has_finite_weights(network: torch.nn.Module) -> bool:
+    """Whether all weights and statistics of a network are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
+
+
+def as_one_process() -> None:
+    """Forget the ranks of a launcher that are left in the environment, for commands that need none."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -152,28 +193,6 @@ def checkpoint_path(path: str | Path) -> Path:
     return file
 
 
-def load_realnet(path: Path, config_path: str | Path | None) -> tuple[RealNet, EasyDict]:
-    """Load a trained network in eval mode, and its settings, which our checkpoints hold.
-
-    Args:
-        config_path: a realnet.yaml to use instead; checkpoints of the reference program need it.
-
-    Raises:
-        UsageError: the file is not a checkpoint, does not fit its settings, or holds no settings.
-    """
-    content = load_checkpoint(path)
-    if config_path is not None:
-        config = load_config(config_path)
-    elif isinstance(content.get("config"), dict):
-        config = checked(content["config"], path)
-    else:
-        raise UsageError(f"{path} holds no settings; pass the realnet.yaml that it was trained with as --config")
-    collect_errors(config_path or path, [("structure, net", lambda: check_realnet(config))])
-    model = build_realnet(config, "checkpoint")
-    load_weights(model, state_dict_of(content), path, "structure and net in the settings")
-    return model.requires_grad_(False).eval(), config
-
-
 def _from_onnx(path: Path) -> Detector:
     try:
         import onnxruntime
@@ -183,13 +202,14 @@ def _from_onnx(path: Path) -> Detector:
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
         metadata = session.get_modelmeta().custom_metadata_map
         config = checked(json.loads(metadata["config"]), path)
-        exported = json.loads(metadata["thresholds"])
+        exported, fingerprint = json.loads(metadata["thresholds"]), metadata["fingerprint"]
     except Exception as error:
         # onnxruntime raises a dozen types of errors on files that export.py did not write.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} is not a model that export.py wrote ({reason})") from None
     # A thresholds file beside the model overrides the thresholds exported with it.
-    thresholds = read_thresholds(path) or (thresholds_from(exported, str(path)) if exported else None)
+    beside = matching_thresholds(path, fingerprint)
+    thresholds = beside or (thresholds_from(exported, str(path)) if exported else None)
 
     def infer(images: torch.Tensor) -> np.ndarray:
         return session.run(["anomaly_map"], {"image": images.numpy()})[0]

@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from datasets.images import SUFFIXES, list_images
+from datasets.folders import SUFFIXES, FoundImages, find_images, has_image_content, is_mask_folder, not_read
 from utils.errors import UsageError
+from utils.log import log
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+PIXELS_AHEAD = 64_000_000  # of images that are read in advance
+SCORES, HEAT_MAPS, MASKS = "scores.jsonl", "heatmaps", "masks"  # what predict.py writes into its output folder
+_MASK_ENDING = re.compile(r"[_-](mask|gt|ground_?truth)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,38 +33,98 @@ class Input:
     name: str
 
 
-def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str]) -> tuple[Iterable[Input], int | None]:
-    """The images that --input names, and how many there are (None if not known in advance).
+@dataclass(frozen=True)
+class Inputs:
+    """The images that --input names.
+
+    Args:
+        images: in the order in which they are to be scored.
+        count: how many there are, or None if that is not known in advance.
+        problems: what is wrong with parts of the input, e.g. a folder that cannot be opened.
+    """
+
+    images: Iterable[Input]
+    count: int | None
+    problems: list[str] = field(default_factory=list)
+
+
+def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str], output: Path | None = None) -> Inputs:
+    """Find the images that --input names.
 
     Args:
         argument: an image, a folder, a text file with a path per line (relative to the working directory or to the
             file), an image list (.json, relative to image_dir), or "-" for paths on stdin.
         image_dir: image folder of the settings that the model was trained with.
+        stdin: lines of standard input; bytes if it has a buffer.
+        output: the results' folder, whose images are no inputs.
 
     Raises:
         UsageError: the input does not exist, or holds no image.
     """
     if argument == "-":
-        return (Input(Path(line.strip()), line.strip()) for line in stdin if line.strip()), None
+        # File names that are not UTF-8 come through undamaged.
+        lines = (os.fsdecode(line).strip() for line in getattr(stdin, "buffer", stdin))
+        return Inputs((Input(Path(line), line) for line in lines if line), None)
     path = Path(argument)
     if path.is_dir():
-        inputs = [Input(file, file.relative_to(path).as_posix()) for file in list_images(path)]
-        if not inputs:
-            raise UsageError(f"--input {path}: holds no image ({' '.join(SUFFIXES)})")
-    elif not path.is_file():
+        return _in_folder(path, output)
+    if not path.is_file():
         raise UsageError(f"--input {path} does not exist")
-    elif path.suffix.lower() in SUFFIXES:
-        inputs = [Input(path, path.name)]
-    else:
-        inputs = _listed(path, image_dir)
-    return inputs, len(inputs)
+    # A single image is read whatever its ending, because it was named.
+    single = path.suffix.lower() in SUFFIXES or has_image_content(path)
+    inputs = [Input(path, path.name)] if single else _listed(path, image_dir)
+    return Inputs(inputs, len(inputs))
+
+
+def _in_folder(folder: Path, output: Path | None) -> Inputs:
+    results = output.resolve() if output else None
+
+    def leave_out(path: Path) -> bool:
+        drawn = path.name in (HEAT_MAPS, MASKS) and (path.parent / SCORES).is_file()
+        return drawn or is_mask_folder(path) or (results is not None and path.resolve() == results)
+
+    found = find_images(folder, leave_out)
+    images, masks = _without_masks(found.images)
+    _tell_left_out(folder, found, len(masks))
+    if not images:
+        others = not_read(found.others)
+        raise UsageError(f"--input {folder}: holds no image ({others or ' '.join(SUFFIXES)})")
+    problems = [f"{path} cannot be opened ({reason})" for path, reason in found.closed]
+    return Inputs([Input(path, path.relative_to(folder).as_posix()) for path in images], len(images), problems)
+
+
+def _without_masks(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The images, and the masks that lie beside them: x_mask.png beside x.jpg."""
+    stems = {(path.parent, path.stem) for path in paths}
+    images: list[Path] = []
+    masks: list[Path] = []
+    for path in paths:
+        base = _MASK_ENDING.sub("", path.stem)
+        (masks if base != path.stem and (path.parent, base) in stems else images).append(path)
+    return images, masks
+
+
+def _tell_left_out(folder: Path, found: FoundImages, masks: int) -> None:
+    if found.left_out:
+        names = [f"{path.relative_to(folder).as_posix()}/" for path in found.left_out]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        text = "left out: masks or results, not images to score: %s%s (to score such a folder, pass it as --input)"
+        log.info(text, printable(", ".join(names[:5])), more)
+    if masks:
+        log.info("left out: masks that lie beside their images (x_mask.png beside x.png): %d", masks)
+    if found.others:
+        log.info("%s", printable(not_read(found.others)))
 
 
 def _listed(path: Path, image_dir: str | None) -> list[Input]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError:
-        raise UsageError(f"--input {path}: neither an image nor UTF-8 text that lists images") from None
+        # surrogateescape: file names need not be UTF-8.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(f"--input {path}: cannot be read ({error.strerror})") from None
+    if "\0" in text:
+        raise UsageError(f"--input {path}: neither an image nor text that lists images")
+    lines = [line.strip() for line in text.split("\n")]
     inputs = []
     for number, line in enumerate(lines, start=1):
         if line.startswith("{"):
@@ -78,15 +143,24 @@ def _listed(path: Path, image_dir: str | None) -> list[Input]:
 
 
 class ResultNames:
-    """Gives each input a distinct name for its pictures, in the same subfolder as the input."""
+    """Gives each image a distinct name for its result files, in the same subfolder as the image."""
 
-    def __init__(self) -> None:
-        self.taken: set[str] = set()
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self.taken = {name.lower() for name in taken}
 
     def of(self, name: str) -> str:
-        """A relative path without suffix that no other input has."""
-        parts = [part for part in Path(os.path.splitext(name)[0]).parts if part not in ("/", "..", os.sep)]
-        base = "/".join(part.replace(":", "") for part in parts) or "image"
+        """A relative path without suffix that no other image has.
+
+        Example:
+            >>> names = ResultNames()
+            >>> [names.of(name) for name in ("a/x.png", "a/x.bmp", "b/x.png")]
+            ['a/x', 'a/x_2', 'b/x']
+        """
+        path = os.path.splitext(name)[0].replace("\\", "/")
+        parts = [part.replace(":", "") for part in path.split("/") if part not in ("", ".", "..")] or ["image"]
+        # A folder "x.png" could not lie beside the result file "x.png".
+        *folders, stem = parts
+        base = "/".join([*(re.sub(r"\.png$", "_png", part, flags=re.IGNORECASE) for part in folders), stem or "image"])
         chosen, number = base, 2
         while chosen.lower() in self.taken:
             chosen, number = f"{base}_{number}", number + 1
@@ -94,12 +168,73 @@ class ResultNames:
         return chosen
 
 
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """Yield function(item) for every item, in order. Threads compute up to `ahead` results in advance."""
-    items = iter(items)
-    with ThreadPoolExecutor(min(ahead, os.cpu_count() or 1)) as pool:
-        waiting = [pool.submit(function, item) for item in islice(items, ahead)]
-        while waiting:
-            result = waiting.pop(0).result()
-            waiting += [pool.submit(function, item) for item in islice(items, 1)]
-            yield result
+def prefetch(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    ahead: int,
+    pixels: Callable[[Item], int] = lambda item: 0,
+    most: int = PIXELS_AHEAD,
+) -> Iterator[Result]:
+    """Yield function(item) for every item, in order. Threads compute some results in advance.
+
+    Args:
+        ahead: most items in advance.
+        pixels: size of an item.
+        most: most pixels in advance; a larger item is computed alone.
+    """
+    items, following = iter(items), None
+    waiting: deque = deque()
+    held = 0
+    with ThreadPoolExecutor(max(1, min(ahead, os.cpu_count() or 1))) as pool:
+        try:
+            while True:
+                while len(waiting) < ahead:
+                    if following is None:
+                        item = next(items, None)
+                        if item is None:
+                            break
+                        following = item, pixels(item)
+                    if waiting and held + following[1] > most:
+                        break
+                    waiting.append((pool.submit(function, following[0]), following[1]))
+                    held += following[1]
+                    following = None
+                if not waiting:
+                    return
+                future, size = waiting.popleft()
+                result = future.result()
+                held -= size
+                yield result
+        finally:
+            # After an error or Ctrl-C nobody wants the rest.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def groups(items: Iterable[Item], count: int, pixels: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Groups of up to `count` consecutive items with up to `most` pixels together; a larger item is alone.
+
+    An item is not waited for when its group is full.
+
+    Example:
+        >>> list(groups([1, 2, 3, 9, 1], 3, lambda item: item, most=5))
+        [[1, 2], [3], [9], [1]]
+    """
+    group: list[Item] = []
+    held = 0
+    for item in items:
+        size = pixels(item)
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size
+        if len(group) == count:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def printable(text: str) -> str:
+    """The text with file names that are not UTF-8 escaped, because they cannot be printed."""
+    return text.encode("utf-8", "backslashreplace").decode()

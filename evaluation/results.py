@@ -6,11 +6,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from datasets.lists import Sample
+from evaluation.inputs import ResultNames
 from evaluation.metrics import PRO_LIMIT, Ranking, summarize
 from evaluation.score import ScoredImages
 from evaluation.tables import Row
 from evaluation.thresholds import Thresholds, thresholds_of
 from utils.distributed import Run
+from utils.errors import RunError
 from utils.log import log, progress_bar
 from utils.pictures import heat_overlay, result_picture, thumbnail, write_image
 
@@ -88,7 +90,13 @@ def evaluate_class(
     Args:
         target_fpr: see thresholds_of.
         pro_limit: false positive rate up to which PRO is integrated.
+
+    Raises:
+        RunError: a score or a map is not finite.
     """
+    for sample, score, values in zip(scored.samples, scored.scores, scored.maps, strict=True):
+        if not (np.isfinite(score) and np.isfinite(values).all()):
+            raise RunError(f"{sample.filename}: its anomaly map is not finite; train {name} again with a lower lr")
     image, pixel = scored.rankings()
     labels, defect_types = scored.labels, scored.defect_types
     defects = sorted(set(defect_types[labels]))
@@ -113,9 +121,9 @@ def draw_images(result: ClassResult, scored: ScoredImages, gallery: int, folder:
     Args:
         scored: the images of the class, kept for pictures (see score.predict_maps).
         gallery: number of images in the gallery.
-        folder: where to write <defect type>/<name>.png, or None to write none.
+        folder: where to write <defect type>/<name>.png, or None to write none. Subfolders of the defect type are kept.
     """
-    thresholds, errors = result.thresholds, result.errors()
+    thresholds, errors, names = result.thresholds, result.errors(), ResultNames()
     worst = set(np.argsort(-errors, kind="stable")[:gallery].tolist())
     for index in progress_bar(range(len(scored)), run, f"{result.name} pictures"):
         if folder is None and index not in worst:
@@ -124,13 +132,20 @@ def draw_images(result: ClassResult, scored: ScoredImages, gallery: int, folder:
         mask = scored.masks[index] if sample.mask_known else None
         heat = heat_overlay(image, scored.maps[index], thresholds.low, thresholds.high, thresholds.pixel)
         if folder is not None:
-            path = folder / sample.defect_type / f"{PurePosixPath(sample.filename).stem}.png"
-            write_image(path, result_picture(image, mask, heat))
+            write_image(folder / f"{names.of(_name_in_class(sample))}.png", result_picture(image, mask, heat))
         if index in worst:
             score, error = float(result.scores[index]), float(errors[index])
             result.gallery.append(_gallery_item(sample, score, error, image, heat, mask))
     if folder is not None:
         log.info("%s: pictures in %s", result.name, folder)
+
+
+def _name_in_class(sample: Sample) -> str:
+    """The image's path below its class: the defect type, its subfolders, and the file name."""
+    *folders, name = PurePosixPath(sample.filename).parts
+    kind = sample.defect_type
+    inner = folders[folders.index(kind) + 1 :] if kind in folders else []
+    return "/".join([kind, *inner, name])
 
 
 def _gallery_item(

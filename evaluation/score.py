@@ -18,6 +18,7 @@ from utils.errors import UsageError
 from utils.log import progress_bar
 from utils.pictures import to_uint8
 from utils.precision import autocast
+from utils.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def predict_maps(
     window: tuple[int, int],
     precision: str = "off",
     show: Collection[int] = (),
+    stop: StopRequest | None = None,
 ) -> ScoredImages | None:
     """Score a test set: the result on rank 0, None on the other ranks.
 
@@ -106,12 +108,13 @@ def predict_maps(
         window: (height, width) of the pooling that gives image scores.
         precision: "off", "bf16" or "fp16".
         show: indices of the images to keep for pictures, so that they need not be decoded again.
+        stop: ends the scoring between two batches when a signal has arrived.
     """
     was_training = model.training
     model.eval()
     preprocessing, show = test_set.preprocessing, set(show)
     indices, maps, masks, images, seconds = [], [], [], {}, []
-    for batch in progress_bar(loader, run, "test images"):
+    for batch in progress_bar(loader, run, "test images", stop=stop):
         for i, index in enumerate(batch["index"].tolist()):
             if index in show:
                 tensor = batch["image"][i : i + 1].numpy()

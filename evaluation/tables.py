@@ -17,6 +17,7 @@ COLUMNS = {
     "image_f1": "image F1",
     "pixel_f1": "pixel F1",
 }
+FIRST_COLUMN = {"metrics_by_defect": "defect"}  # heading of the first column, by name of the table; else "class"
 MEAN, PAPER = "mean", "paper (mean)"
 Row = dict[str, float | None]
 
@@ -61,16 +62,16 @@ def markdown_table(table: dict[str, Row], first: str = "class") -> str:
 
 def write_tables(folder: str | Path, name: str, table: dict[str, Row], paper: dict[str, float]) -> list[Path]:
     """Write <name>.csv and .json (fractions) and <name>.md (percent, with the paper's row); returns their paths."""
-    folder = Path(folder)
+    folder, first = Path(folder), FIRST_COLUMN.get(name, "class")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["class", *COLUMNS])
+    writer.writerow([first, *COLUMNS])
     for key, row in table.items():
         writer.writerow([key, *("" if row[metric] is None else repr(row[metric]) for metric in COLUMNS)])
     contents = {
         f"{name}.csv": buffer.getvalue(),
         f"{name}.json": json.dumps(table, indent=2, ensure_ascii=False) + "\n",
-        f"{name}.md": markdown_table(with_paper(table, paper)),
+        f"{name}.md": markdown_table(with_paper(table, paper), first),
     }
     for file, content in contents.items():
         write_text(folder / file, content)

@@ -1,6 +1,7 @@
 """Thresholds for image scores and anomaly maps: choosing them, and the JSON file (sidecar) beside the checkpoint."""
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from evaluation.metrics import Ranking
 from utils.errors import UsageError
 from utils.files import write_text
+
+log = logging.getLogger("realnet")
 
 BEST_F1 = "best F1 on the evaluation set"
 
@@ -24,6 +27,7 @@ class Thresholds:
         rule: how they were chosen.
         low, high: values of the first and the last colour of heat maps.
         classes: thresholds of each class, if one model serves several classes.
+        fingerprint: of the model whose scores they were chosen on (trained_model.fingerprint_of).
 
     Example:
         >>> thresholds = Thresholds(0.5, 0.4, "by hand", classes={"bolts": Thresholds(0.6, 0.5, "by hand")})
@@ -37,6 +41,7 @@ class Thresholds:
     low: float = 0.0
     high: float = 1.0
     classes: dict[str, "Thresholds"] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def of_class(self, name: str) -> "Thresholds":
         """The thresholds of one class.
@@ -139,7 +144,7 @@ def as_content(thresholds: Thresholds) -> dict[str, Any]:
     content = asdict(thresholds)
     classes = content.pop("classes")
     for class_content in classes.values():
-        del class_content["classes"]
+        del class_content["classes"], class_content["fingerprint"]
     return {**content, "classes": classes} if classes else content
 
 
@@ -162,7 +167,8 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
     if not isinstance(classes, dict):
         raise UsageError(f"{where}: classes is not a JSON object; evaluate the model again")
     of_classes = {str(name): thresholds_from(value, f"{where}, class {name}") for name, value in classes.items()}
-    return Thresholds(**values, rule=str(content.get("rule", "")), classes=of_classes)
+    texts = {name: str(content.get(name, "")) for name in ("rule", "fingerprint")}
+    return Thresholds(**values, **texts, classes=of_classes)
 
 
 def read_thresholds(checkpoint: str | Path) -> Thresholds | None:
@@ -179,3 +185,14 @@ def read_thresholds(checkpoint: str | Path) -> Thresholds | None:
     except (ValueError, RecursionError):
         raise UsageError(f"{path}: not readable as JSON; evaluate the model again") from None
     return thresholds_from(content, str(path))
+
+
+def matching_thresholds(checkpoint: str | Path, fingerprint: str) -> Thresholds | None:
+    """The thresholds beside a checkpoint, if they were chosen on scores of this very model; others are not used."""
+    thresholds = read_thresholds(checkpoint)
+    if thresholds is not None and thresholds.fingerprint != fingerprint:
+        unknown = "does not say for which model it was written"
+        reason = "was written for other weights or another preprocessing" if thresholds.fingerprint else unknown
+        log.warning("%s %s and is not used; evaluate the model again", sidecar(checkpoint), reason)
+        return None
+    return thresholds

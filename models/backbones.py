@@ -1,6 +1,7 @@
 """Frozen ImageNet backbones: torchvision networks tapped at named layers (RealNet, section 3)."""
 
 import logging
+import pickle
 import ssl
 import sys
 import urllib.error
@@ -105,12 +106,17 @@ class Backbone(nn.Module):
     def _probe(self) -> tuple[dict[str, int], dict[str, int]]:
         """Measure the channels and strides of the layers with one 256x256 image."""
         device = next(self.feature_extractor.parameters()).device
-        features = self.feature_extractor(torch.zeros(1, 3, 256, 256, device=device))
+        try:
+            features = self.feature_extractor(torch.zeros(1, 3, 256, 256, device=device))
+        except (AssertionError, RuntimeError) as error:
+            # Networks of tokens take images of their own size only.
+            where = "net.backbone.kwargs.backbone"
+            raise UsageError(f"{where}: {self.name} does not take 256x256 images ({error})") from None
         for layer, feature in features.items():
-            if feature.dim() != 4:
-                raise UsageError(
-                    f"structure: {self.name}'s {layer} outputs a {feature.dim()}-dimensional tensor, not a feature map"
-                )
+            # A square image has square maps; other shapes hold the channels last, or tokens.
+            if not torch.is_tensor(feature) or feature.dim() != 4 or feature.shape[2] != feature.shape[3]:
+                shape = tuple(feature.shape) if torch.is_tensor(feature) else type(feature).__name__
+                raise UsageError(f"structure: {self.name}'s {layer} outputs {shape}, not a feature map (N, C, h, w)")
         channels = {layer: feature.shape[1] for layer, feature in features.items()}
         return channels, {layer: round(256 / feature.shape[2]) for layer, feature in features.items()}
 
@@ -202,9 +208,15 @@ def _build_network(name: str) -> nn.Module:
 def find_weights(name: str) -> Path:
     """Find a network's weights file in pretrain/, under timm's or torchvision's name, or download it to there.
 
+    Rank 0 looks and downloads; all ranks get its answer.
+
     Raises:
         RunError: the file is missing and cannot be downloaded.
     """
+    return distributed.on_main(lambda: _find_or_download(name))
+
+
+def _find_or_download(name: str) -> Path:
     choices = list(torchvision.models.get_model_weights(name))
     # Published results were measured with the first generation of ImageNet weights.
     first = choices[0]
@@ -214,16 +226,11 @@ def find_weights(name: str) -> Path:
         if (Path(PRETRAIN_DIR) / file).is_file():
             return Path(PRETRAIN_DIR) / file
     path = Path(PRETRAIN_DIR) / Path(urllib.parse.urlparse(first.url).path).name
-    # One rank downloads, the others wait and then find the file.
-    problem = None
-    if distributed.is_main():
-        try:
-            first.get_state_dict(model_dir=PRETRAIN_DIR, check_hash=True, progress=sys.stderr.isatty())
-        except (urllib.error.URLError, ssl.SSLError, OSError, RuntimeError) as error:
-            problem = str(getattr(error, "reason", error))
-    problem = distributed.broadcast(problem)
-    if problem:
+    try:
+        first.get_state_dict(model_dir=PRETRAIN_DIR, check_hash=True, progress=sys.stderr.isatty(), weights_only=True)
+    except (urllib.error.URLError, ssl.SSLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        problem = getattr(error, "reason", error)
         raise RunError(
             f"{path} is missing and cannot be downloaded ({problem}). Fetch {first.url} and put it into {PRETRAIN_DIR}/"
-        )
+        ) from error
     return path

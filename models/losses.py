@@ -81,11 +81,17 @@ class ImageMSELoss(nn.Module):
 LOSSES = {loss.__name__: loss for loss in (SegmentCrossEntropyLoss, FeatureMSELoss, SegmentFocalLoss, ImageMSELoss)}
 
 
-def build_criterion(criterion: Sequence[dict]) -> dict[str, nn.Module]:
+DETECTOR_LOSSES = ("SegmentCrossEntropyLoss", "SegmentFocalLoss", "FeatureMSELoss")
+
+
+def build_criterion(criterion: Sequence[dict], types: Sequence[str] = tuple(LOSSES)) -> dict[str, nn.Module]:
     """Build the losses of the YAML's `criterion` list, by name; each maps a model's outputs to a scalar.
 
+    Args:
+        types: the losses that fit the model's outputs.
+
     Raises:
-        UsageError: unknown type or argument.
+        UsageError: no loss, an unknown type or argument, or a type that does not fit.
 
     Example:
         >>> losses = build_criterion([{"name": "segmentation", "type": "SegmentFocalLoss", "kwargs": {"gamma": 2.0}}])
@@ -93,10 +99,12 @@ def build_criterion(criterion: Sequence[dict]) -> dict[str, nn.Module]:
         >>> round(float(losses["segmentation"]({"logit": logit, "mask": mask})), 3)
         0.173
     """
+    if not criterion:
+        raise UsageError(f"criterion: is empty; list losses of the types {', '.join(types)}")
     built = {}
     for entry in criterion:
-        if entry["type"] not in LOSSES:
-            raise UsageError(f"criterion: {entry['type']!r} is not one of {', '.join(LOSSES)}")
+        if entry["type"] not in types:
+            raise UsageError(f"criterion: {entry['type']!r} is not one of {', '.join(types)}")
         where, loss = f"criterion.{entry['name']}.kwargs", LOSSES[entry["type"]]
         built[entry["name"]] = call_with_settings(where, loss, **(entry.get("kwargs") or {}))
     return built

@@ -90,6 +90,9 @@ def split_good(
     for g in rng.permutation(len(groups)):
         if len(test) + len(groups[g]) <= wanted:
             test.update(groups[g])
+    if wanted and not test and len(groups) > 1:
+        # Every group is larger than wanted: better too many test images than none.
+        test.update(min(groups, key=len))
     chosen = [sample for i, sample in enumerate(samples) if i in test]
     return [sample for i, sample in enumerate(samples) if i not in test], chosen
 

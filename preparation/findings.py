@@ -11,15 +11,16 @@ from utils.files import write_text
 log = logging.getLogger("realnet")
 
 # Kinds of findings, in the order of the report.
-MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK = (
+MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, CHECK, LEAK = (
     "missing",
     "surplus",
     "unreadable",
     "without a mask",
     "ambiguous",
+    "to check",
     "on both sides of the split",
 )
-KINDS = (MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, LEAK)
+KINDS = (MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, CHECK, LEAK)
 SHOWN = 10  # findings of each kind printed on the terminal
 
 

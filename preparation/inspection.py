@@ -1,4 +1,4 @@
-"""Opens every image once, to find sizes, unreadable files, and masks that do not fit."""
+"""Opens every image and mask once, to find sizes, unreadable files, unusual values, and masks that do not fit."""
 
 import os
 from collections.abc import Sequence
@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from datasets.images import read_image, read_mask, same_aspect_ratio
 from datasets.lists import Sample
 from preparation.duplicates import fingerprint
-from preparation.findings import NO_MASK, UNREADABLE, Finding
+from preparation.findings import CHECK, NO_MASK, UNREADABLE, Finding
 from utils.errors import UsageError
+
+CAMERA_BITS = (8, 10, 12, 14)  # of cameras that write 16-bit files
+_SOFT_VALUES = 4  # A mask with more grey values than this is soft; class numbers are fewer, and small.
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,12 @@ class ImageInfo:
     Args:
         size: (height, width) of the upright image.
         fingerprint: (255,) float32, see duplicates.fingerprint.
+        largest: the largest value of a 16-bit image; None for others.
     """
 
     size: tuple[int, int]
     fingerprint: np.ndarray
+    largest: int | None = None
 
 
 def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo], list[Sample], list[Finding]]:
@@ -36,7 +42,7 @@ def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo]
         ImageInfo by file name; the readable samples, without unusable masks; findings.
     """
     infos, readable, findings = {}, [], []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         results = pool.map(lambda sample: _inspect_one(root, sample), samples)
         # disable=None hides the bar if there is no terminal.
         for sample, info, problems in tqdm(results, "reading images", len(samples), leave=False, disable=None):
@@ -47,16 +53,47 @@ def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo]
     return infos, readable, findings
 
 
+def _cores() -> int:
+    # A container or a job may have fewer cores than the machine; macOS and Windows cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def report_bits(samples: Sequence[Sample], infos: dict[str, ImageInfo]) -> list[Finding]:
+    """Findings for classes whose 16-bit images are filled to 12 bits, say: they would come out nearly black."""
+    findings = []
+    for name in sorted({sample.clsname for sample in samples}):
+        largest = [infos[sample.filename].largest for sample in samples if sample.clsname == name]
+        deep = [value for value in largest if value is not None]
+        bits = next((bits for bits in CAMERA_BITS if deep and max(deep) < 1 << bits), None)
+        if bits is not None:
+            text = (
+                f"its {len(deep)} 16-bit images hold no value above {max(deep)}, so they have {bits} bits and come out "
+                f"dark; set dataset.image_reader.kwargs.bits: {bits} in the YAML files"
+            )
+            findings.append(Finding(CHECK, name, text))
+    return findings
+
+
 def _inspect_one(root: Path, sample: Sample) -> tuple[Sample, ImageInfo | None, list[Finding]]:
     try:
         image = read_image(root / sample.filename)
     except UsageError as error:
         return sample, None, [Finding(UNREADABLE, sample.filename, _reason(error, root / sample.filename))]
     size = image.shape[:2]
-    problem = _mask_problem(root, sample, size)
-    if problem is not None:
+    unusable = _mask_problem(root, sample, size)
+    problems = [unusable] if unusable else _mask_doubts(root, sample)
+    if unusable:
         sample = replace(sample, maskname=None)
-    return sample, ImageInfo(size, fingerprint(image)), [problem] if problem else []
+    return sample, ImageInfo(size, fingerprint(image), _largest(root / sample.filename, image)), problems
+
+
+def _largest(path: Path, image: np.ndarray) -> int | None:
+    """The largest value of a 16-bit image; of a colour image, which Pillow decodes to 8 bits, its upper 8 bits."""
+    with Image.open(path) as opened:
+        # Before loading, its tiles name the encoding: RGB;16B, for instance.
+        if len(opened.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", [])):
+            return int(image.max()) << 8 | 0xFF
+        return int(np.asarray(opened).max()) if opened.mode.startswith("I") else None
 
 
 def _mask_problem(root: Path, sample: Sample, size: tuple[int, int]) -> Finding | None:
@@ -75,6 +112,38 @@ def _mask_problem(root: Path, sample: Sample, size: tuple[int, int]) -> Finding 
     if not mask.any():
         return Finding(NO_MASK, sample.maskname, "mask is empty although the image is defective; the mask is ignored")
     return None
+
+
+def _mask_doubts(root: Path, sample: Sample) -> list[Finding]:
+    """What looks wrong in a mask that is used all the same."""
+    if sample.maskname is None:
+        return []
+    path = root / sample.maskname
+    doubts, share = [], float(read_mask(path).mean())
+    if share == 1:
+        doubts.append("mask is white all over: the whole image counts as defective")
+    elif share > 0.5:
+        doubts.append(
+            f"mask marks {min(round(100 * share), 99)}% of the image; if it is inverted, white has to be the defect"
+        )
+    between = _values_between(path)
+    if between > _SOFT_VALUES:
+        doubts.append(
+            f"mask has soft edges ({between} grey values): all above 0 count as defective, so save it as 0 / 255"
+        )
+    return [Finding(CHECK, sample.maskname, text) for text in doubts]
+
+
+def _values_between(path: Path) -> int:
+    """Number of grey values between black and white in a mask. In a JPEG they come from compression."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        return 0
+    with Image.open(path) as opened:
+        values = np.unique(
+            np.asarray(opened if opened.mode in ("L", "F") or opened.mode[0] == "I" else opened.convert("L"))
+        )
+    # VisA's masks hold the numbers of defects instead of white.
+    return int(np.sum((values > 0) & (values < values.max()))) if values.max() > 127 else 0
 
 
 def _reason(error: UsageError, path: Path) -> str:

@@ -6,67 +6,81 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from preparation.findings import AMBIGUOUS, SURPLUS
-from preparation.folders import Reader
+from preparation.folders import MASK_FOLDERS, Reader
+from preparation.names import read_name
 
-_MASK_ENDING = re.compile(r"[_-](mask|gt|ground_?truth)$", re.IGNORECASE)
+# A name such as x_label.png is a mask's only if x.png lies beside it.
+_MASK_ENDING = re.compile(r"[ _.-](masks?|gt|ground_?truth|label|maske|掩码)$", re.IGNORECASE)
+_SURELY_MASK = re.compile(r"[ _.-](masks?|ground_?truth|maske|掩码)$", re.IGNORECASE)
 
 
 class MaskIndex:
     """Finds the mask of an image by folder and name.
 
     The mask of <defect>/x.jpg is <mask folder>/<defect>/x.png or x_mask.png, in any image format. The mask
-    folder may lack the <defect> level or lie inside the defect's folder, and x_mask.png may lie beside x.jpg.
+    folder may lack the <defect> level, name it ("crack masks") or lie inside the defect's folder, and x_mask.png may
+    lie beside x.jpg.
     """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.masks: dict[tuple[str, ...], list[Path]] = defaultdict(list)
-        self.used: set[Path] = set()
 
-    def add_folder(self, folder: Path, defect_type: str = "") -> None:
-        """Index a mask folder; `defect_type` names the defect's folder if the mask folder lies inside it."""
-        for path in self.reader.images(folder):
-            parts = path.relative_to(folder).parts[:-1]
-            self.masks[_key(*([defect_type] if defect_type else []), *parts, path.stem)].append(path)
+    def add_folder(self, folder: Path, inside: Path | None = None) -> None:
+        """Index a mask folder; `inside` is the folder of a defect type in which it lies."""
+        # "crack masks" names a defect type; the folder of a class, or one that the user chose, does not.
+        first = inside.name if inside else folder.name * read_name(folder.name).mask
+        for path in self.reader.images(folder, masks=True):
+            self.masks[_key(first, *path.relative_to(folder).parts[:-1], path.stem)].append(path)
 
     def split_off(self, images: list[Path], defect_folder: Path) -> list[Path]:
         """Index the masks that lie beside their images, and return the images without them."""
-        stems = {(path.parent, path.stem.lower()) for path in images}
-        rest = []
-        for path in images:
-            base = _MASK_ENDING.sub("", path.stem)
-            if base != path.stem and (path.parent, base.lower()) in stems:
-                parts = path.relative_to(defect_folder).parts[:-1]
-                self.masks[_key(defect_folder.name, *parts, base)].append(path)
-            else:
-                rest.append(path)
-        return rest
+        masks = masks_beside(images)
+        for path in masks:
+            parts = path.relative_to(defect_folder).parts[:-1]
+            self.masks[_key(defect_folder.name, *parts, path.stem)].append(path)
+        return [path for path in images if path not in masks]
 
     def of(self, image: Path, defect_folder: Path) -> Path | None:
         """The mask of an image, or None; if several masks match, report them and return None."""
         parts = image.relative_to(defect_folder).parts[:-1]
-        for key in (_key(defect_folder.name, *parts, image.stem), _key(*parts, image.stem)):
+        for key in dict.fromkeys((_key(defect_folder.name, *parts, image.stem), _key(*parts, image.stem))):
             masks = self.masks.get(key, [])
             if len(masks) > 1:
                 names = " and ".join(self.reader.name(mask) for mask in masks)
                 self.reader.report(AMBIGUOUS, image, f"{names} could be its mask; none is used")
-                self.used.update(masks)
+                self.reader.told.update(masks)
                 return None
             if masks:
-                self.used.add(masks[0])
                 return masks[0]
         return None
 
-    def report_unused(self, but: Iterable[str] = ()) -> None:
-        """Report masks that belong to no image, except those in folders named in `but`."""
-        for key, masks in self.masks.items():
-            if len(key) > 1 and key[0] in but:
-                continue
-            for mask in masks:
-                if mask not in self.used:
-                    self.reader.report(SURPLUS, mask, "is a mask without a defective image of that name")
+
+def masks_beside(images: Iterable[Path]) -> set[Path]:
+    """Those of the images that are masks by their names: x_mask.png, and x_gt.png or x_label.png beside x.png."""
+    images = list(images)
+    stems = {(path.parent, path.stem.lower()) for path in images}
+    found = set()
+    for path in images:
+        base = _MASK_ENDING.sub("", path.stem)
+        if base != path.stem and ((path.parent, base.lower()) in stems or _SURELY_MASK.search(path.stem)):
+            found.add(path)
+    return found
+
+
+def without_masks(reader: Reader, images: list[Path]) -> list[Path]:
+    """Good images without the masks among them, which are reported."""
+    masks = masks_beside(images)
+    for path in sorted(masks):
+        reader.report(SURPLUS, path, "looks like the mask of a good image; it is left out")
+    return [path for path in images if path not in masks]
 
 
 def _key(*parts: str) -> tuple[str, ...]:
+    """The words of the folders, so that "Bad - crack" fits "crack masks", and the image's name without _mask.
+
+    Folders that say nothing, such as `images` and `masks`, are left out.
+    """
     *folders, stem = parts
-    return (*(folder.lower() for folder in folders), _MASK_ENDING.sub("", stem).lower())
+    cores = (read_name(folder).core for folder in folders if folder.lower() not in MASK_FOLDERS)
+    return (*filter(None, cores), _MASK_ENDING.sub("", stem).lower())

@@ -1,14 +1,19 @@
-"""Places images under data/<dataset>/, as a link to their folder or as copies."""
+"""Opens the folder or archive of the images, and places them under data/<dataset>/ as a link or as copies."""
 
 import filecmp
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
+from preparation.archives import SUFFIXES, is_archive, unpack
 from utils.errors import RunError, UsageError
-from utils.files import PART, write_atomic
+from utils.files import PART, umask, write_atomic
+from utils.log import log
 
 
 def link(source: Path, target: Path) -> None:
@@ -69,3 +74,44 @@ def _same(source: Path, target: Path) -> bool:
         return False
     # Copies keep the modification time, as precisely as the file system allows.
     return original.st_mtime_ns == copied.st_mtime_ns or filecmp.cmp(source, target, shallow=False)
+
+
+@contextmanager
+def opened(root: Path, target: Path) -> Iterator[Path]:
+    """The folder of the images. An archive is unpacked beside `target`; unless moved there, its files are deleted."""
+    if not root.exists():
+        raise UsageError(f"--root {root} does not exist")
+    if root.is_dir():
+        yield root
+        return
+    if not is_archive(root):
+        raise UsageError(f"--root {root} is neither a folder nor an archive ({' '.join(SUFFIXES)})")
+    if target.exists():
+        raise UsageError(f"{target} already exists; use it with --root {target}, or move it away")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PART, dir=target.parent) as folder:
+            unpack(root, Path(folder))
+            yield Path(folder)
+    except OSError as error:
+        raise RunError(f"{target.parent}: cannot be written ({error.strerror or error})") from None
+
+
+def place(given: Path, root: Path, target: Path, names: list[str], as_copies: bool, overwrite: bool) -> None:
+    """Move (from an unpacked archive), copy or link the images to data/<dataset>/.
+
+    Args:
+        given: the folder or archive that the user passed.
+        root: the folder of the images, in it or unpacked from it.
+        names: the files to copy, relative to `root`.
+    """
+    if given.is_file():
+        shutil.move(root, target)
+        # mkdtemp makes private folders.
+        target.chmod(0o777 & ~umask())
+    elif as_copies:
+        copy(root, target, names, overwrite)
+    else:
+        link(root, target)
+    how = "link to " + str(target.resolve()) if target.is_symlink() else "images"
+    log.info("%s: %s", target, how)

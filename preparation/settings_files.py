@@ -1,16 +1,25 @@
-"""Makes the YAML files of a user's own data set from MVTec-AD's."""
+"""Makes the YAML files of a user's own data set from templates/, where @DATASET@ and the like stand for its values."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 
-from datasets.catalog import CATALOG
+from datasets.foreground import rule_for
+from utils.errors import RunError, UsageError
 
-SOURCE = "MVTec-AD"
-TEMPLATES = Path(__file__).resolve().parent.parent / "experiments" / SOURCE
-FILES = ("diffusion.yaml", "classifier.yaml", "sample.yaml", "realnet.yaml", "realnet_unified.yaml")
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+_ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
+# The values that each file names.
+FILES = {
+    "diffusion.yaml": (*_ALL, "CLASSES"),
+    "classifier.yaml": (*_ALL, "CLASSES"),
+    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH", "CLASSES"),
+    "realnet.yaml": (*_ALL, "FOREGROUND"),
+    "realnet_unified.yaml": _ALL,
+}
 IMAGES = "images"  # folder under data/<dataset>/
 STEP, AREA = 32, 256 * 256
 FOREGROUND_HINT = "or auto, a rule such as MVTec-AD/bottle, or {channel: gray, threshold: otsu, close: 6, open: 6}"
@@ -34,6 +43,28 @@ def diffusion_size(size: Sequence[int]) -> tuple[int, int]:
     return tuple(STEP * -(-side // STEP) for side in size)
 
 
+def foreground_value(text: str, dataset: str) -> str:
+    """The value of --foreground as it stands in the YAML file, on one line.
+
+    Raises:
+        UsageError: it is not a foreground rule that training can read.
+    """
+    try:
+        value = yaml.safe_load(text)
+        rule = None if value == "auto" else rule_for(value, dataset, "", lambda: [])
+    except yaml.YAMLError:
+        raise UsageError(f"--foreground {text}: not readable as YAML; write none, {FOREGROUND_HINT}") from None
+    except UsageError as error:
+        raise UsageError(str(error).replace("dataset.foreground", "--foreground", 1)) from None
+    for name in ("close", "open") if rule else ():
+        side = getattr(rule, name)
+        if not isinstance(side, int) or isinstance(side, bool) or side < 0:
+            raise UsageError(f"--foreground {text}: {name} is {side!r}, not a number of pixels")
+    if rule and not isinstance(rule.invert, bool):
+        raise UsageError(f"--foreground {text}: invert is {rule.invert!r}, not True or False")
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).splitlines()[0]
+
+
 def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: str) -> dict[str, str]:
     """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
@@ -41,33 +72,39 @@ def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: 
         classes: number of classes. One class needs neither a classifier nor a model for all classes.
         size: input size of RealNet.
         foreground: value of dataset.foreground, as YAML.
+
+    Raises:
+        RunError: a template was changed so that a value has no place in it.
     """
-    info = CATALOG[SOURCE]
-    diffusion = diffusion_size(size)
     texts = {}
-    for name in FILES:
+    for name, keys in FILES.items():
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
-        text = (TEMPLATES / name).read_text(encoding="utf-8")
-        text = re.sub(r"^#.*\n", f"# {name} of {dataset}, made from {SOURCE}'s.\n", text, count=1)
-        network_size = diffusion if name in ("diffusion.yaml", "classifier.yaml") else size
-        changes = {
-            f"data/{SOURCE}/{info.type}/": f"data/{dataset}/{IMAGES}/",
-            f"data/{SOURCE}/": f"data/{dataset}/",
-            f"experiments/{SOURCE}/": f"experiments/{dataset}/",
-            f"--dataset {SOURCE}": f"--dataset {dataset}",
-            f"type: {info.type}\n": f"type: {dataset}\n",
-            f"class_number: {len(info.classes)}\n": f"class_number: {classes}\n",
-            "input_size: [256, 256]\n": f"input_size: [{network_size[0]}, {network_size[1]}]\n",
-            "H: 256, W: 256": f"H: {diffusion[0]}, W: {diffusion[1]}",
+        height, width = size if name.startswith("realnet") else diffusion_size(size)
+        values = {
+            "DATASET": dataset,
+            "IMAGES": IMAGES,
+            "CLASSES": classes,
+            "HEIGHT": height,
+            "WIDTH": width,
+            "FOREGROUND": f"{foreground}  # {FOREGROUND_HINT}",
         }
-        for old, new in changes.items():
-            text = text.replace(old, new)
-        if name == "realnet.yaml":
-            text = text.replace("  train:\n", f"  foreground: {foreground}  # {FOREGROUND_HINT}\n  train:\n", 1)
+        path = TEMPLATES / name
+        text = path.read_text(encoding="utf-8")
+        for key in keys:
+            text = _replaced(path, f"@{key}@", str(values[key]), text)
         if name == "sample.yaml" and classes == 1:
-            text = re.sub(
-                r"^classifier:.*?(?=^TestSampler)", "classifier: null  # one class\n", text, flags=re.M | re.S
-            )
+            section = r"^classifier:.*?(?=^TestSampler)"
+            text = _replaced(path, section, "classifier: null  # one class\n", text)
+        left = re.search("@[A-Z]+@", text)
+        if left:
+            raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")
         texts[name] = text
     return texts
+
+
+def _replaced(path: Path, pattern: str, value: str, text: str) -> str:
+    text, count = re.subn(pattern, lambda _: value, text, flags=re.MULTILINE | re.DOTALL)
+    if not count:
+        raise RunError(f"{path}: {pattern} is missing; restore the file")
+    return text

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from datasets.catalog import TEXTURES
 from preparation.findings import MISSING, SURPLUS, Finding
 from preparation.folders import Reader, has_images
-from preparation.layouts import DEPTH
+from preparation.official import DEPTH
 from utils.errors import UsageError
 
 

@@ -142,7 +142,14 @@ def settings(data: str, out: str) -> dict[str, dict]:
 
 
 REALNET = {
-    "structure": [{"name": "block1", "layers": [{"idx": "layer1", "planes": 64}], "stride": 4}],
+    # Half of layer1's channels and a quarter of layer2's, so that AFS has a choice.
+    "structure": [
+        {
+            "name": "block1",
+            "layers": [{"idx": "layer1", "planes": 32}, {"idx": "layer2", "planes": 32}],
+            "stride": 4,
+        }
+    ],
     "net": [
         {
             "name": "backbone",

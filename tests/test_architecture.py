@@ -18,6 +18,7 @@ ALLOWED = {
 PACKAGES = set(ALLOWED)
 LIBRARIES = {
     "torch", "torchvision", "numpy", "sklearn", "skimage", "cv2", "yaml", "easydict", "tqdm", "PIL", "jinja2",
+    "filelock",
 }  # fmt: skip
 # Optional libraries: a script may import them, but must run without them.
 EXTRAS = {"export.py": {"onnx", "onnxruntime", "onnxscript"}, "evaluation/detector.py": {"onnxruntime"}}

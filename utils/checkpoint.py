@@ -3,7 +3,6 @@
 import logging
 import re
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from utils import distributed
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import remove_parts, write_atomic
+from utils.safe_globals import SAFE_GLOBALS
 
 log = logging.getLogger("realnet")
 
@@ -42,7 +42,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Allows tensors, plain Python values and the reference's EasyDict (as a dict).
+    """Read a checkpoint onto the CPU. Allows tensors, plain Python values, and what safe_globals.py names.
 
     Raises:
         UsageError: the file is missing or truncated, or needs another pickled class.
@@ -53,8 +53,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         fetch = f"; download it from {source}" if source else ""
         raise UsageError(f"{path} does not exist{fetch}")
     try:
-        # The reference's files need one pickled class, EasyDict, which is read as an OrderedDict instead.
-        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises UnpicklingError, RuntimeError, EOFError and others if a file is not a readable checkpoint.
@@ -138,14 +137,15 @@ def save_numbered(folder: str | Path, content: dict[str, Any], keep: int) -> Non
     """Write `ckpt_<epoch>.pth.tar`, with the epoch in `content`, and delete all but the newest `keep`."""
     path = Path(folder) / f"ckpt_{content['epoch']}.pth.tar"
     save_checkpoint(path, content)
-    prune_checkpoints(folder, keep)
+    prune_checkpoints(folder, keep, path)
     log.info("saved %s", path)
 
 
-def prune_checkpoints(folder: str | Path, keep: int) -> None:
+def prune_checkpoints(folder: str | Path, keep: int, written: Path | None = None) -> None:
     """Delete all but the newest `keep` numbered checkpoints."""
     for path in numbered_checkpoints(folder)[:-keep]:
-        path.unlink()
+        if path != written:
+            path.unlink()
 
 
 def trained_checkpoint(path: str | Path) -> Path:
@@ -178,22 +178,47 @@ def save_for_resume(folder: str | Path, content: dict[str, Any]) -> None:
     (folder / NEXT).replace(last)
 
 
-def load_for_resume(folder: str | Path, run: Run, wanted: bool) -> dict[str, Any] | None:
+def load_for_resume(folder: str | Path, run: Run, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The checkpoint that --resume continues from, on every rank; None means to start from the beginning.
 
     Args:
         folder: of the checkpoints. Half-written files are removed, so no other run may write there (lock.folder_lock).
-        wanted: whether --resume was given.
+        resume, overwrite: whether --resume or --overwrite was given.
+
+    Raises:
+        UsageError: the folder holds checkpoints of an earlier run, and neither option says what to do with them, or
+            none of them can be resumed.
     """
     content = None
     if run.is_main:
         clear_leftovers(folder)
-        content = newest_readable(folder) if wanted else None
-        if wanted and content is None:
+        earlier = files_of_run(folder)
+        if earlier and not resume and not overwrite:
+            raise UsageError(
+                f"{folder} holds the checkpoints of an earlier run ({earlier[0].name}): --resume continues that run, "
+                "--overwrite deletes its checkpoints and starts anew"
+            )
+        content = newest_readable(folder) if resume else None
+        if resume and content is None:
+            if earlier:
+                raise UsageError(f"{folder} holds no {LAST} to resume; --overwrite deletes its files and starts anew")
             log.info("%s: nothing to resume; starting from the beginning", folder)
     # Rank 0 renames damaged files before the other ranks read the folder.
     distributed.barrier()
-    return content if run.is_main or not wanted else newest_readable(folder)
+    return content if run.is_main or not resume else newest_readable(folder)
+
+
+def clear_earlier_run(folder: str | Path, run: Run) -> None:
+    """Delete the checkpoints of an earlier run, as --overwrite asks for; last thing before the new run trains."""
+    if run.is_main:
+        for path in files_of_run(folder):
+            path.unlink()
+
+
+def files_of_run(folder: str | Path) -> list[Path]:
+    """The checkpoints of a training, with damaged ones and the thresholds that belong to them."""
+    patterns = ("ckpt_*.pth.tar", "ckpt_*.damaged", "ckpt_*.thresholds.json")
+    return sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
 
 
 def newest_readable(folder: str | Path) -> dict[str, Any] | None:

@@ -30,6 +30,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return arguments
 
 
+def add_resume_options(arguments: argparse.ArgumentParser) -> None:
+    """What a training does with the checkpoints of an earlier run."""
+    choice = arguments.add_mutually_exclusive_group()
+    choice.add_argument("--resume", action="store_true", help="continue the run whose checkpoints are in the folder")
+    choice.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run, start anew")
+
+
 def config_path(args: argparse.Namespace, name: str) -> Path:
     """The settings file: --config, else experiments/<dataset>/<name>.yaml."""
     if args.config:
@@ -69,6 +76,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UsageError, RunError) as error:
+        if os.environ.get("REALNET_DEBUG"):
+            raise
         _report(_message(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Stopped as stopped:
@@ -96,7 +105,7 @@ def _report(text: str) -> None:
     if not distributed.is_main():
         # If rank 0 ended with the same error, the launcher ends this rank during the wait.
         time.sleep(SECONDS_FOR_RANK_0)
-        text = f"rank {os.environ['RANK']}: {text}"
+        text = f"rank {os.environ.get('RANK')}: {text}"
     # File names that are not UTF-8 cannot be printed unescaped.
     print(f"error: {text.encode('utf-8', 'backslashreplace').decode()}", file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,18 @@ from utils.settings import SETTINGS
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number; YAML 1.1 alone would require 1.0e-4."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 alone requires 1.0e-4), and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            # Merge keys (<<) may come several times, and other keys than texts fail the check of settings.
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    text = f"the key {key_node.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -29,11 +41,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
+def load_config(path: str | Path, overrides: Sequence[str] = (), script: str | None = None) -> EasyDict:
     """Read a settings file, apply `key.path=value` overrides, check it and fill in the defaults.
 
     The sections in the file show which script it is for. List entries are addressed by number or by `name`:
     `net.backbone.kwargs.weights=random`.
+
+    Args:
+        script: which file it has to be: diffusion, classifier, sample or realnet; None for any.
 
     Raises:
         UsageError: the file is missing or not YAML, or a key is unknown, missing or has a wrong value. One message
@@ -51,6 +66,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EasyDict:
         raise UsageError(f"{path}: has to hold settings, one `key: value` per line")
     for override in overrides:
         _apply(raw, override)
+    if script is not None and _script_of(raw, path) != script:
+        other = _script_of(raw, path)
+        raise UsageError(f"{path}: holds the settings of a {other}.yaml; a {script}.yaml is needed here")
     return checked(raw, path)
 
 
@@ -130,7 +148,8 @@ def _check(raw: Any, section: Section, prefix: str, problems: list[str]) -> dict
         if isinstance(entry, Section):
             checked[name] = _check(raw.get(name), entry, f"{prefix}{name}.", problems)
         elif name in raw:
-            checked[name] = raw[name]
+            # YAML 1.1 reads `off` as False.
+            checked[name] = raw[name] = "off" if raw[name] is False and "off" in entry.choices else raw[name]
             problem = _problem(raw[name], entry)
             if problem:
                 problems.append(f"{prefix}{name}: {_shortened(raw[name])} {problem}. {entry.help}")
@@ -229,8 +248,10 @@ def collect_errors(path: str | Path, checks: Iterable[tuple[str, Callable[[], An
         except RunError:
             # Not a mistake in the settings but, for example, missing weights: reported when the run needs them.
             continue
-        # Torch and Python raise these on values that they cannot use.
+        # Torch and Python raise these on values that they cannot use; REALNET_DEBUG=1 shows the traceback.
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if os.environ.get("REALNET_DEBUG"):
+                raise
             problems.append(f"{path}: {section}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     if problems:
         raise UsageError("\n".join(dict.fromkeys(problems)))
@@ -266,3 +287,16 @@ def call_with_settings(where: str, function: Callable, *args: Any, **kwargs: Any
     except TypeError as error:
         raise UsageError(f"{where}: {error}") from None
     return function(*args, **kwargs)
+
+
+def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The settings that differ, as "key: old -> new"; entries of a list are named by their `name` or number."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        lines = [changed_settings(old.get(key), new.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+        return [line for part in lines for line in part]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old and isinstance(old[0], dict):
+        names = [str(entry.get("name", i)) if isinstance(entry, dict) else str(i) for i, entry in enumerate(old)]
+        lines = [changed_settings(a, b, f"{prefix}.{name}") for name, a, b in zip(names, old, new, strict=True)]
+        return [line for part in lines for line in part]
+    return [] if old == new else [f"{prefix}: {_shortened(old)} -> {_shortened(new)}"]

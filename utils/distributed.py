@@ -1,11 +1,9 @@
 """Device and ranks: determined here once, and passed on as a Run."""
 
+import inspect
 import os
-import socket
 import sys
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,14 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_fn
 from torch import nn
 
 from utils.errors import RunError, UsageError
+from utils.launcher import end_with_launcher, launched_ranks
 
-TIMEOUT = timedelta(minutes=30)
-LAUNCHER_SECONDS = 5.0
-LAUNCHER_ENDED = "the launcher has ended; so does this rank"
+# How long ranks may take to start, and how long they wait for each other afterwards. The latter is long, because GPUs
+# may differ and rank 0 has work of its own (metrics, pictures). It need not find lost ranks: a rank that ends closes
+# its connections, and its launcher ends the others.
+START_TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ class Run:
 
 def is_main() -> bool:
     """Whether this process is rank 0; also known before the process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0
+    try:
+        world_size, rank, _ = launched_ranks()
+    except UsageError:
+        return True
+    return world_size == 1 or rank == 0
 
 
 def pick_device(wanted: str | None = None, local_rank: int = 0) -> torch.device:
@@ -84,67 +88,53 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def usable_cores() -> int:
+    """The number of cores that this process may use; a job scheduler may grant fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def session(device: str | None = None) -> Iterator[Run]:
     """Set up device and process group from the launcher's environment; tear them down at the end, even after errors.
 
     Args:
         device: "cpu", "cuda", "mps", or None for the best available.
+
+    Raises:
+        UsageError: the environment describes ranks, but not completely; or the device is missing.
+        RunError: the other ranks did not come.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    world_size, rank, local_rank = launched_ranks()
+    picked = pick_device(device, local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if world_size > 1:
         # gloo carries the Python objects and CPU tensors, nccl the gradients.
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-        _end_with_launcher()
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        end_with_launcher()
+        _meet(backend, rank, world_size)
     try:
         yield Run(rank, world_size, picked)
-        if world_size > 1:
-            dist.barrier()
+        barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _end_with_launcher() -> None:
-    """End this rank when its launcher is killed; otherwise it would wait for the other ranks until TIMEOUT.
-
-    A thread does this, because Python runs no signal handlers while the main thread is blocked in a collective.
-
-    Raises:
-        RunError: the launcher ended while this rank was starting.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LAUNCHER_SECONDS)
-        print(f"error: {LAUNCHER_ENDED}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    # If the launcher died before getppid() was read, its store no longer answers.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not _store_answers():
-        raise RunError(LAUNCHER_ENDED)
-
-
-def _store_answers() -> bool:
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    end = time.monotonic() + LAUNCHER_SECONDS
-    while True:
-        try:
-            socket.create_connection(address, timeout=LAUNCHER_SECONDS).close()
-            return True
-        except OSError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.5)
+def _meet(backend: str, rank: int, world_size: int) -> None:
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
+    except dist.DistError as error:
+        raise RunError(
+            f"rank {rank} has not met all {world_size} ranks ({str(error).splitlines()[0]}); "
+            "start them with torchrun, or unset WORLD_SIZE to run one process"
+        ) from error
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -197,10 +187,30 @@ def gather(value: Any) -> list[Any] | None:
     return gathered
 
 
+def on_main(function: Callable[[], Any]) -> Any:
+    """Call a function on rank 0 only; all ranks return its picklable result, or raise its error.
+
+    Raises:
+        UsageError, RunError: the function does.
+    """
+    if _world_size() == 1:
+        return function()
+    result, problem = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except (UsageError, RunError) as error:
+            problem = error
+    result, problem = broadcast((result, problem))
+    if problem is not None:
+        raise problem
+    return result
+
+
 def barrier() -> None:
     """Wait for all ranks."""
-    if _world_size() > 1:
-        dist.barrier()
+    # A CPU tensor goes through gloo. dist.barrier would use nccl on GPUs, and occupy the GPU of a waiting rank.
+    all_reduce_sum(torch.zeros(1))
 
 
 def parallel(model: nn.Module, run: Run) -> nn.Module:
@@ -209,12 +219,27 @@ def parallel(model: nn.Module, run: Run) -> nn.Module:
         return model
     # Without device_ids, tensors of a batch that belong on the CPU stay there. Buffers need no broadcast: they are
     # frozen, or synchronised BatchNorm keeps them equal.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    wrapper = nn.parallel.DistributedDataParallel
+    # Newer versions of torch renamed the argument.
+    renamed = "forward_sync_buffers" in inspect.signature(wrapper.__init__).parameters
+    return wrapper(model, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
 
 def no_sync(model: nn.Module, active: bool) -> Any:
     """Context in which gradients are not exchanged (for all but the last accumulated micro-batch)."""
     return model.no_sync() if active and isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient.clone())
 
 
 class _GlooBatchNorm(nn.BatchNorm2d):
@@ -232,11 +257,16 @@ class _GlooBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         flat = x.float().transpose(0, 1).flatten(1)
-        count = torch.full_like(flat[:, :1], flat.shape[1])
-        sums = torch.cat([flat.sum(1, keepdim=True), (flat**2).sum(1, keepdim=True), count], dim=1)
-        total = dist_fn.all_reduce(sums) if x.requires_grad else all_reduce_sum(sums)
-        mean, n = total[:, 0] / total[:, 2], total[0, 2]
-        var = (total[:, 1] / n - mean**2).clamp(min=0)
+        # Each rank's mean and squared deviations from it, joined as by Chan et al. (1979): sums of squares would lose
+        # the variance of values far from 0.
+        own_mean = flat.mean(1)
+        own_deviation = (flat - own_mean[:, None]).square().sum(1)
+        own = torch.stack([torch.full_like(own_mean, flat.shape[1]), own_mean, own_deviation])
+        rows = [own if rank == dist.get_rank() else torch.zeros_like(own) for rank in range(_world_size())]
+        counts, means, deviations = _SumOverRanks.apply(torch.stack(rows)).unbind(1)  # (ranks, channels) each
+        n = counts.detach().sum(0)
+        mean = means[0] + (counts * (means - means[0])).sum(0) / n
+        var = (deviations.sum(0) + (counts * (means - mean).square()).sum(0)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.detach(), self.momentum)

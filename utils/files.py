@@ -11,6 +11,16 @@ from utils.errors import RunError
 PART = ".part-"  # prefix of files and folders that are still being written
 
 
+def _read_umask() -> int:
+    """The umask can only be read by setting it for a moment, during which other threads' files would be public."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _read_umask()
+
+
 def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it to `path`.
 
@@ -25,7 +35,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
         os.close(handle)
         part = Path(name)
         write(part)
-        with open(part, "rb") as written:
+        with open(part, "r+b") as written:  # Windows flushes only files that are open for writing
             os.fsync(written.fileno())
         # mkstemp makes files private; set the permissions that open() would have set.
         part.chmod(0o666 & ~umask())
@@ -43,10 +53,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def umask() -> int:
-    """The permission bits that new files do not get. They can only be read by setting them for a moment."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """The permission bits that new files do not get, as they were when this process started."""
+    return UMASK
 
 
 def remove_parts(folder: str | Path) -> None:

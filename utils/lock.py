@@ -1,18 +1,28 @@
-"""Let only one run write to a folder: a lock file names its process."""
+"""Let only one run write to a folder.
 
+The operating system holds the lock, on the file GUARD, and releases it when the process ends, however it ends. The file
+NAME beside it says whose lock it is; a second file, because on Windows nobody can read a locked one.
+"""
+
+import errno
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from utils import distributed
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 
 NAME = ".lock"
+GUARD = ".lock.guard"
+# What file systems without locks answer, e.g. some network file systems.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -20,82 +30,94 @@ def folder_lock(folder: str | Path, run: Run) -> Iterator[None]:
     """Keep other runs out of a folder; rank 0 holds the lock for all ranks.
 
     Raises:
-        UsageError: another run holds the lock and may still be alive.
+        UsageError: another run holds the lock, or may do so on another host.
     """
-    path = Path(folder) / NAME
-    if run.is_main:
-        _acquire(path)
-    # No rank starts before rank 0 holds the lock. If rank 0 is refused, it ends and the launcher ends the others.
-    distributed.barrier()
+    folder = Path(folder)
+    guards: list[FileLock | None] = []
+    # No rank starts before rank 0 holds the lock.
+    distributed.on_main(lambda: guards.append(_acquire(folder)))
     try:
         yield
     finally:
         if run.is_main:
-            path.unlink(missing_ok=True)
+            (folder / NAME).unlink(missing_ok=True)
+            _release(folder / GUARD, guards[0])
 
 
-def _acquire(path: Path) -> None:
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-    for _ in range(10):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            _remove_if_dead(path)
-            continue
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error.strerror})") from error
-        with os.fdopen(handle, "w") as file:
-            json.dump(owner, file)
-        return
-    raise UsageError(f"{path}: other runs keep locking this folder; delete this file if there are none")
+def _acquire(folder: Path) -> FileLock | None:
+    """Take the lock; returns None where the file system has no locks, so that only the file NAME keeps others out."""
+    # Its own fallback to a lock without the operating system would be NAME twice.
+    guard = FileLock(folder / GUARD, blocking=False, fallback_to_soft=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        guard.acquire()
+    except Timeout:
+        raise UsageError(_refusal(folder, "wait for it, or choose other saver folders")) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from error
+        guard = None
+    try:
+        _write_owner(folder, own_host_is_checked=guard is not None)
+    except BaseException as error:
+        _release(folder / GUARD, guard)
+        if isinstance(error, OSError):
+            raise RunError(f"{folder / NAME}: cannot be written ({error.strerror or error})") from error
+        raise
+    return guard
 
 
-def _remove_if_dead(path: Path) -> None:
-    """Remove a lock whose process has ended.
+def _write_owner(folder: Path, own_host_is_checked: bool) -> None:
+    """Write the file NAME, in place of one whose process has ended.
+
+    Args:
+        own_host_is_checked: this process holds the guard, so no other process of this host has the lock. A process of
+            another host may still have it, since locks do not reach every host of some network file systems.
 
     Raises:
-        UsageError: the process is alive, or was started on another host, where this cannot be checked.
+        UsageError: the process of the present file may be alive.
     """
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return
-    try:
-        holder = json.loads(text)
-        pid, host, since = int(holder["pid"]), str(holder["host"]), float(holder["since"])
-    except (ValueError, KeyError, TypeError):
-        # Incomplete: a run may be writing it right now, so only an incomplete lock older than 5 s counts as dead.
-        if time.time() - path.stat().st_mtime > 5:
-            path.unlink(missing_ok=True)
-        else:
-            time.sleep(0.5)
-        return
-    if host == socket.gethostname() and not _alive(pid, since):
+    path = folder / NAME
+    owner = _owner(path)
+    if own_host_is_checked and (owner is None or owner["host"] == socket.gethostname()):
         path.unlink(missing_ok=True)
+    try:
+        # "x" fails if the file is there: of two hosts without common locks, one gets it.
+        with path.open("x", encoding="utf-8") as file:
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}, file)
+    except FileExistsError:
+        advice = f"wait for it, or choose other saver folders (delete {path} only if that process has ended)"
+        raise UsageError(_refusal(folder, advice)) from None
+
+
+def _owner(path: Path) -> dict | None:
+    """What a lock's file says: pid, host, since; None if it is missing or broken."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "since": float(holder["since"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _refusal(folder: Path, advice: str) -> str:
+    owner = _owner(folder / NAME)
+    if owner is None:
+        return f"{folder}: another process writes here; {advice}"
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
+    return f"{folder}: process {owner['pid']} on {owner['host']} writes here (since {started}); {advice}"
+
+
+def _release(path: Path, guard: FileLock | None) -> None:
+    """Remove the guard's file and release it.
+
+    Where an open file can be removed, this happens before the release: who has opened the file meanwhile finds that it
+    has no name any more, and opens the next one (filelock checks this). Windows refuses to remove an open file.
+    """
+    if guard is None:
         return
-    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-    raise UsageError(
-        f"{path.parent}: process {pid} on {host} writes here (since {started}); wait for it, or choose other saver "
-        f"folders (delete {path} only if that process has ended)"
-    )
-
-
-def _alive(pid: int, since: float) -> bool:
-    """Whether the process that took a lock on this host is alive; a later process with the same number is not it."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    try:
-        # Fields after the process name: the 1st is the state, the 20th the start in clock ticks since boot (proc(5)).
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = float(Path("/proc/stat").read_text().partition("btime ")[2].split()[0])
-        started = boot + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError):
-        return True
-    return fields[0] != "Z" and started <= since + 2
+    if os.name != "nt":
+        path.unlink(missing_ok=True)
+    guard.release()
+    if os.name == "nt":
+        with suppress(OSError):  # another process has it open
+            path.unlink(missing_ok=True)

@@ -3,15 +3,18 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from utils.distributed import Run
+from utils.signals import StopRequest
 
 log = logging.getLogger("realnet")
+
+LOG_SECONDS = 12.0
 
 
 class _TqdmHandler(logging.StreamHandler):
@@ -63,33 +66,32 @@ def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
     return SummaryWriter(str(Path(log_dir) / name))
 
 
-def progress_bar(items: Iterable, run: Run, description: str, total: int | None = None) -> tqdm:
-    """A progress bar on rank 0, hidden if stderr is not a terminal."""
+def _logged(items: Iterable, description: str, total: int | None) -> Iterator:
+    """The items; how many are done is logged every LOG_SECONDS, for phases whose steps log nothing themselves."""
+    last = time.monotonic()
+    for count, item in enumerate(items):
+        if time.monotonic() - last > LOG_SECONDS:
+            log.info("%s: %d%s done", description, count, f" of {total}" if total else "")
+            last = time.monotonic()
+        yield item
+
+
+def progress_bar(
+    items: Iterable, run: Run, description: str, total: int | None = None, stop: StopRequest | None = None
+) -> tqdm:
+    """Go through items with a progress bar on rank 0, hidden if stderr is not a terminal.
+
+    Args:
+        stop: for phases without steps, which end between two items when a signal has arrived. Training loops leave it
+            out, as all ranks have to end after the same step there (training.Saver).
+
+    Raises:
+        Stopped: a signal has arrived.
+    """
+    if stop is not None:
+        total = len(items) if total is None and isinstance(items, Sized) else total
+        items = stop.heeded(items)
+        if run.is_main and not sys.stderr.isatty():
+            items = _logged(items, description, total)
     quiet = not run.is_main or not sys.stderr.isatty()
     return tqdm(items, desc=description, total=total, leave=False, disable=quiet, dynamic_ncols=True)
-
-
-class Meter:
-    """Means since the last print. The sums stay on the device, so that only printing waits for it."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, Any] = {}
-        self.steps = 0
-        self.images = 0
-        self.start = time.perf_counter()
-
-    def add(self, values: dict[str, Any], images: int) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
-        self.images += images
-
-    def read(self) -> tuple[dict[str, float], float]:
-        """Return the means and the images per second, and start over."""
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
-        rate = self.images / max(time.perf_counter() - self.start, 1e-9)
-        self.reset()
-        return means, rate

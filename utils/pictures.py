@@ -99,7 +99,7 @@ def heat_overlay(
         values: (H,W) anomaly map.
         contour: outline the areas at or above this value; None draws no outline.
     """
-    scaled = np.clip((values - low) * (1 / (high - low)), 0, 1)
+    scaled = np.clip((values - low) * (1 / max(high - low, 1e-6)), 0, 1)
     colours = cv2.applyColorMap((scaled * 255).astype(np.uint8), cv2.COLORMAP_JET)
     overlay = cv2.addWeighted(image, 0.5, cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), 0.5, 0)
     if contour is not None:

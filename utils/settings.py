@@ -10,6 +10,7 @@ from utils.setting_types import Section, Setting, settings_page
 
 _SEED = {"random_seed": Setting("int", "Seed of every random draw of the run.", 100, low=0, high=2**31 - 1)}
 _COLOR_MODE_HELP = "RGB; GRAY shows networks three equal channels, for grey images; BGR swaps red and blue."
+_BITS_HELP = "Bits that the camera fills in 16-bit files, e.g. 12; null means 16. Set it if such images come out black."
 _READER = Section(
     {
         "type": Setting("str", "Images are always read by Pillow.", "opencv", legacy=True),
@@ -17,6 +18,7 @@ _READER = Section(
             {
                 "image_dir": Setting("str", "Folder that the file names in the image lists are relative to."),
                 "color_mode": Setting("str", _COLOR_MODE_HELP, "RGB", choices=("RGB", "BGR", "GRAY")),
+                "bits": Setting("int?", _BITS_HELP, None, low=8, high=16),
             }
         ),
     }
@@ -187,6 +189,7 @@ _CLASSIFIER_FILE = Section(
     }
 )
 
+_FROM_CHECKPOINT = Setting("int?", "Number of classes, if the checkpoint does not hold it.", None, low=1)
 _SAMPLE = Section(
     {
         **_SEED,
@@ -210,8 +213,8 @@ _SAMPLE = Section(
         ),
         "amp": _AMP,
         "classifier_scale": Setting("float", "Guidance scale; larger is truer to the class, and less varied.", 1.0),
-        "unet": Section(_UNET),
-        "classifier": Section(_CLASSIFIER, optional=True),
+        "unet": Section({**_UNET, "class_number": _FROM_CHECKPOINT}),
+        "classifier": Section({**_CLASSIFIER, "class_number": _FROM_CHECKPOINT}, optional=True),
         "TestSampler": _process("ddim20", "sampling"),
         "workspace": Section({"root": Setting("str", "Folder of the images; each class gets a folder in it.")}),
         "saver": _saver("sample"),

@@ -1,8 +1,12 @@
 """Shared by the training scripts: the state of a training run, saving it, and reporting its steps."""
 
+import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,10 @@ from torch import nn
 
 from utils import distributed
 from utils.checkpoint import LAST, save_for_resume, state_dict_of
+from utils.config import changed_settings, plain
 from utils.distributed import Run, peak_memory
 from utils.errors import Stopped, UsageError
-from utils.log import Meter
+from utils.meter import Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
 from utils.precision import resolve_precision, training_precision
 from utils.signals import StopRequest
@@ -44,6 +49,11 @@ class Progress:
         self.epoch += 1
         self.step_in_epoch = 0
 
+    def reopen_epoch(self, steps: int) -> None:
+        """Take finish_epoch back, so that a resumed run repeats what follows an epoch's last step: the validation."""
+        self.epoch -= 1
+        self.step_in_epoch = steps
+
     def state_dict(self) -> dict[str, int]:
         return asdict(self)
 
@@ -66,6 +76,10 @@ class Training:
         figures: results that checkpoints save, by key: best_metric or acc.
         ema: the averaged network, if one is kept.
         epoch_loss: the mean loss of the epoch, if checkpoints save it.
+        train_list: number of training images and a hash of their names (see lists.ImageList.summary).
+        steps_per_epoch: optimiser steps of a whole epoch, for the remaining time.
+        json_log: file that gets a line of JSON per report.
+        meter: what was measured since the last report.
     """
 
     config: EasyDict
@@ -79,6 +93,10 @@ class Training:
     ema: EMA | None = None
     epoch_loss: EpochLoss | None = None
     progress: Progress = field(default_factory=Progress)
+    train_list: str = ""
+    steps_per_epoch: int = 0
+    json_log: Path | None = None
+    meter: Meter = field(default_factory=Meter)
 
     def checkpoint(self) -> dict[str, Any]:
         """The part of a checkpoint that other scripts use: weights, settings of the network, and figures."""
@@ -107,7 +125,12 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint that a run can resume from. Random numbers need no state: each step seeds them."""
-        return {**self.checkpoint(), **{key: part.state_dict() for key, part in self._parts().items()}}
+        parts = {key: part.state_dict() for key, part in self._parts().items()}
+        return {**self.checkpoint(), **parts, "run": self._run_settings()}
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What a resumed run is compared with."""
+        return {"settings": plain(self.config), "ranks": self.run.world_size, "training list": self.train_list}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         weights = state_dict_of(content)
@@ -118,15 +141,39 @@ class Training:
     def resume(self, content: dict[str, Any], folder: Path) -> None:
         """Continue from a checkpoint that checkpoint.load_for_resume has read from a folder.
 
+        Learning rate and other settings of this run apply. All that differ from the earlier run's are logged.
+
         Raises:
-            UsageError: the checkpoint was saved with other settings.
+            UsageError: the checkpoint belongs to other networks or to other classes.
         """
+        before, now = content.get("classes"), self.settings.get("classes")
+        if before and now and list(before) != list(now):
+            texts = [", ".join(map(str, names)) for names in (before, now)]
+            raise UsageError(
+                f"{folder}: cannot be resumed: it was trained on the classes {texts[0]}, and the image list has "
+                f"{texts[1]}; their numbers would mean other classes"
+            )
         try:
             self.load_state_dict(content)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise UsageError(f"{folder}: cannot be resumed with these settings ({reason})") from error
         log.info("resumed %s after epoch %d, step %d", folder, self.progress.epoch, self.progress.step)
+        self._log_changes(content.get("run"))
+        if self.progress.epoch >= self.config.trainer.max_epoch:
+            log.info("nothing is left to do: all %d epochs (trainer.max_epoch) are done", self.config.trainer.max_epoch)
+
+    def _log_changes(self, before: dict[str, Any] | None) -> None:
+        """Log what differs from the run that is resumed; begin the epoch anew if its batches are cut differently."""
+        if before is None:
+            return
+        changes = [text.removeprefix("settings.") for text in changed_settings(before, self._run_settings())]
+        for change in changes:
+            log.info("  changed since: %s", change)
+        cuts = ("dataset.batch_size:", "trainer.accumulate:", "ranks:", "training list:", "random_seed:")
+        if self.progress.step_in_epoch and any(change.startswith(cuts) for change in changes):
+            self.progress.step_in_epoch = 0
+            log.info("  the epoch has other batches now and begins anew")
 
 
 def set_up_training(
@@ -134,6 +181,7 @@ def set_up_training(
     network: nn.Module,
     run: Run,
     settings: dict[str, Any],
+    train_list: str,
     figures: dict[str, float] | None = None,
     epoch_loss: EpochLoss | None = None,
 ) -> Training:
@@ -149,7 +197,9 @@ def set_up_training(
     model = distributed.parallel(torch.compile(network) if trainer.compile else network, run)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log.info("%.1f M trainable parameters on %s x %d", trainable / 1e6, run.device.type, run.world_size)
-    return Training(config, run, network, model, stepper, precision, settings, figures or {}, ema, epoch_loss)
+    training = Training(config, run, network, model, stepper, precision, settings, figures or {}, ema, epoch_loss)
+    training.train_list = train_list
+    return training
 
 
 class Saver:
@@ -182,28 +232,56 @@ class Saver:
             log.info("signal %d: saved after step %d; continue with --resume", number, step)
             raise Stopped(number)
 
+    @contextmanager
+    def save_if_stopped(self) -> Iterator[None]:
+        """Around a validation: if a signal ends it, save the state so that a resumed run validates anew."""
+        try:
+            yield
+        except Stopped as stopped:
+            self.training.progress.reopen_epoch(self.training.steps_per_epoch)
+            self.save()
+            step = self.training.progress.step
+            log.info("signal %d: saved after step %d, in the validation; continue with --resume", stopped.signal, step)
+            raise
+
     def save(self) -> None:
         if self.training.run.is_main:
             save_for_resume(self.folder, self.training.state_dict())
 
 
-def report_step(training: Training, meter: Meter, board: Any) -> None:
-    """Print and record the mean losses since the last report, speed, learning rate, memory and skipped steps."""
-    progress, stepper = training.progress, training.stepper
-    means, rate = meter.read()
-    skipped = int(stepper.bad_steps)
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    warning = f"  {skipped} steps skipped (loss not finite)" if skipped else ""
-    log.info("epoch %d  step %d  %s  %.1f images/s%s", progress.epoch + 1, progress.step, losses, rate, warning)
+def report_step(training: Training, board: Any) -> None:
+    """Print and record what the meter measured since the last report, learning rate, memory and skipped steps."""
+    progress, stepper, trainer = training.progress, training.stepper, training.config.trainer
+    reading = training.meter.read()
+    if not training.run.is_main:
+        return
+    skipped, steps = int(stepper.bad_steps), training.steps_per_epoch * trainer.max_epoch
+    eta = timedelta(seconds=round(max(0, steps - progress.step) * reading.step_seconds))
+    parts = [
+        f"epoch {progress.epoch + 1}/{trainer.max_epoch}",
+        f"step {progress.step}/{steps}",
+        *(f"{name} {value:.4f}" for name, value in reading.means.items()),
+        f"{reading.images_per_second:.1f} images/s",
+        f"data {100 * reading.data_share:.0f}%",
+        f"eta {eta}",
+        *([f"{skipped} steps skipped (loss not finite)"] if skipped else []),
+    ]
+    log.info("%s", "  ".join(parts))
     scalars = {
-        **means,
-        "images_per_second": rate,
+        **reading.means,
+        "images_per_second": reading.images_per_second,
+        "data_share": reading.data_share,
         "learning_rate": stepper.optimizer.param_groups[0]["lr"],
         "peak_memory_GiB": peak_memory(training.run.device) / 2**30,
         "skipped_steps": skipped,
     }
     for name, value in scalars.items():
         board.add_scalar(f"train/{name}", value, progress.step)
+    if training.json_log is not None:
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        line = {"epoch": progress.epoch + 1, "step": progress.step, "eta_seconds": eta.total_seconds(), **finite}
+        with open(training.json_log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,48 @@ def test_a_bad_line_is_named(tiny_data, line, match):
     assert f"{path}, line 2" in str(error.value)
 
 
+def test_lists_with_backslashes_are_read(tiny_data):
+    path = tiny_data / "list.json"
+    first = {"filename": "dots\\train\\good\\000.png", "label": 0}
+    second = {"filename": "dots\\test\\spot\\000.png", "label": 1, "maskname": "dots\\ground_truth\\spot\\000_mask.png"}
+    path.write_text(f"{json.dumps(first)}\r\n{json.dumps(second)}\r\n")
+    assert read_list(path, tiny_data / "images") == [
+        Sample("dots/train/good/000.png", 0, "dots"),
+        Sample("dots/test/spot/000.png", 1, "dots", "dots/ground_truth/spot/000_mask.png"),
+    ]
+    path.write_text(json.dumps(first) + "\n" + '{"filename": "dots/train/good/000.png", "label": 0}')
+    with pytest.raises(UsageError, match=r"line 2: dots/train/good/000\.png is already in line 1"):
+        read_list(path, tiny_data / "images")
+    path.write_text('{"filename": "dots\\good\\000.png", "label": 0}')
+    with pytest.raises(UsageError, match=r"line 1: not a JSON object \(.*write / or"):
+        read_list(path, tiny_data / "images")
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="no such file names on Windows")
+def test_a_backslash_in_a_file_name_stays(tiny_data):
+    (tiny_data / "images/dots/train/good/000.png").rename(tiny_data / "images/dots/a\\b.png")
+    path = tiny_data / "list.json"
+    path.write_text(json.dumps({"filename": "dots/a\\b.png", "label": 0, "clsname": "dots"}))
+    assert read_list(path, tiny_data / "images")[0].filename == "dots/a\\b.png"
+
+
+def test_a_moved_image_folder_is_named(tiny_data, tmp_path):
+    place = tmp_path / "moved away/images"
+    (tmp_path / "link").symlink_to(place, target_is_directory=True)
+    with pytest.raises(UsageError) as error:
+        read_list(tiny_data / "samples/train_dots.json", tmp_path / "link")
+    assert f"{tmp_path / 'link'} is a link to {place}, which is gone; run prepare_data.py" in str(error.value)
+    assert "train_dots.json, line 1: " in str(error.value)
+    with pytest.raises(UsageError) as error:
+        read_list(tiny_data / "samples/train_dots.json", tmp_path)
+    assert "link" not in str(error.value)
+
+
+def test_a_defective_image_outside_of_all_folders_is_not_called_good():
+    assert Sample("bad_0.png", 1, "parts").defect_type == "defective"
+    assert Sample("good_0.png", 0, "parts").defect_type == "good"
+
+
 def test_listed_classes_follow_the_pattern(tiny_data):
     assert listed_classes(f"{tiny_data}/samples/train_{{}}.json") == ["dots", "lines"]
     assert listed_classes(f"{tiny_data}/samples/train_uni.json") == []
@@ -80,7 +123,45 @@ def test_training_batches_cover_every_sample_evenly(length, world):
     assert len({len(batches) for batches in seen}) == 1
     indices = [index for batches in seen for batch in batches for _, index in batch]
     assert set(indices) == set(range(length))
-    assert len(indices) < length + world
+    assert {len(batch) for batches in seen for batch in batches} == {3}
+    assert len(indices) < length + 3 * world
+
+
+def test_the_last_batch_is_filled_from_the_head_of_the_epoch():
+    """bottle has 209 = 13 x 16 + 1 images; a last batch of one would fill BatchNorm's running statistics."""
+    batches = EpochBatches(209, 16, Run(0, 1, CPU), seed=1)
+    seen = [[index for _, index in batch] for batch in batches]
+    assert [len(batch) for batch in seen] == [16] * 14
+    assert sorted([index for batch in seen for index in batch][:209]) == list(range(209))
+    assert seen[-1][1:] == seen[0][:15]
+    batches.set_epoch(0, skip=13)
+    assert [[index for _, index in batch] for batch in batches] == seen[13:]
+    assert len(batches) == 1
+    batches.set_epoch(0, skip=14)
+    assert list(batches) == []
+    assert len(batches) == 0
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, 4, 5])
+def test_few_samples_make_one_batch_in_which_none_is_twice(length, world):
+    ranks = [
+        [[i for _, i in batch] for batch in EpochBatches(length, 4, Run(r, world, CPU), seed=1)] for r in range(world)
+    ]
+    assert {len(batches) for batches in ranks} == {1 if length < 5 or world > 1 else 2}
+    sizes = {len(batch) for batches in ranks for batch in batches}
+    assert sizes == {4 if length >= 4 else -(-length // world)}
+    assert all(len(set(batch)) == len(batch) for batches in ranks for batch in batches)
+    assert {index for batches in ranks for batch in batches for index in batch} == set(range(length))
+
+
+def test_no_more_workers_than_usable_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    run = Run(0, 1, CPU)
+    assert make_loader(list(range(8)), SharedBatches(8, 2, run), 8, run).num_workers == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert make_loader(list(range(8)), SharedBatches(8, 2, run), 100, run).num_workers == 64
 
 
 def test_training_batches_are_shuffled_again_in_each_epoch():
@@ -169,3 +250,20 @@ def test_a_rank_that_leaves_a_worker_behind_still_ends():
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (3, "[0, 1]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("filename", "defect_type"),
+    [
+        ("bottle/test/crack/003.png", "crack"),
+        ("bottle/test/crack/night/003.png", "crack"),
+        ("bottle/test/good/003.png", "good"),
+        ("candle/Data/Images/Anomaly/003.JPG", "Anomaly"),
+        ("Bad - crack/0.png", "Bad - crack"),
+        ("line 2/bottle/bad/dents/0.png", "dents"),
+        ("test/hole/0.png", "hole"),
+        ("0.png", "defective"),
+    ],
+)
+def test_the_defect_type_is_the_first_folder_below_the_split(filename, defect_type):
+    assert Sample(filename, 1, "candle" if "candle" in filename else "bottle").defect_type == defect_type

@@ -19,18 +19,6 @@ from tests.conftest import REPOSITORY
 from tests.in_process import run
 from tests.layout_trees import image_file
 
-
-@pytest.fixture(scope="module")
-def detector(workspace):
-    """The workspace, with one class trained and evaluated."""
-    settings = ["--class_name", "dots", "--set", "saver.checkpoints_dir=predict_checkpoints/"]
-    folders = ["--set", "saver.log_dir=predict_log/", "--set", "saver.vis_dir=predict_vis/"]
-    results = ["--set", "saver.results_dir=predict_results/"]
-    workspace.run("train_realnet.py", *settings, *folders, *results)
-    workspace.run("evaluation_realnet.py", *settings, *folders, *results)
-    return workspace
-
-
 CLASS_FOLDER = "experiments/tiny/predict_checkpoints/dots"
 TEST_FOLDER = "data/tiny/images/dots/test"
 
@@ -292,7 +280,8 @@ def test_each_class_of_a_multi_class_model_has_its_own_thresholds(detector, tmp_
     checkpoint = tmp_path / "ckpt_best.pth.tar"
     shutil.copy(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar", checkpoint)
     classes = {"strict": Thresholds(0.0, 0.0, "by hand"), "lenient": Thresholds(1.1, 1.1, "by hand")}
-    write_thresholds(checkpoint, Thresholds(0.5, 0.5, "by hand", classes=classes))
+    fingerprint = json.loads(sidecar(detector.root / CLASS_FOLDER / "ckpt_best.pth.tar").read_text())["fingerprint"]
+    write_thresholds(checkpoint, Thresholds(0.5, 0.5, "by hand", classes=classes, fingerprint=fingerprint))
     common = ["--checkpoint", str(checkpoint), "--input", TEST_FOLDER, "--no-pictures", "--overwrite"]
     for name, verdict in (("strict", "anomalous"), ("lenient", "normal")):
         arguments = [*common, "--output", str(tmp_path / name), "--class_name", name]

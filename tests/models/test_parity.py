@@ -1,4 +1,4 @@
-"""Agreement with recorded outputs: the reference's if they are available, and always our own."""
+"""Agreement with recorded outputs: the reference program's, and our own."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,8 @@ from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.rule_filled import fill, names_and_shapes, randn, relative_error
 
-COMPAT = Path(__file__).resolve().parents[3] / "shared" / "spec" / "compat"
-OWN = Path(__file__).resolve().parents[1] / "fixtures" / "recorded.npz"
-needs_compat = pytest.mark.skipif(not COMPAT.is_dir(), reason="../shared/spec/compat is not there")
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+COMPAT, OWN = FIXTURES / "compat", FIXTURES / "recorded.npz"
 
 
 def case(name: str) -> dict:
@@ -50,7 +49,6 @@ LOSSES = build_criterion(
 )
 
 
-@needs_compat
 @pytest.mark.parametrize(
     ("name", "create", "inputs"),
     [
@@ -66,7 +64,6 @@ def test_sdas_networks_equal_the_reference(name, create, inputs):
         assert relative_error(fill(network)(*inputs), arrays(name)["out"]) < 1e-4
 
 
-@needs_compat
 @pytest.mark.parametrize(
     ("name", "create"),
     [("unet_default_names", create_diffusion_unet), ("classifier_default_names", create_classifier_unet)],
@@ -77,21 +74,18 @@ def test_sdas_tensor_names_at_full_size(name, create):
         assert names_and_shapes(create(**recorded["kwargs"])) == recorded["state"]
 
 
-@needs_compat
 def test_realnet_tensor_names_at_full_size():
     recorded = case("realnet_default_names")
     with torch.device("meta"):
         assert names_and_shapes(build_realnet(with_random_backbone(recorded["net"]))) == recorded["state"]
 
 
-@needs_compat
 def test_schedule_equals_the_reference():
     process = SpacedDiffusion(1000, "ddim20", "linear")
     for name, expected in arrays("schedule_ddim20_linear").items():
         np.testing.assert_allclose(getattr(process, name), expected, rtol=1e-12)
 
 
-@needs_compat
 @pytest.mark.parametrize("name", ["realnet_a", "realnet_simple"])
 def test_realnet_equals_the_reference(name):
     recorded = case(name)
@@ -113,7 +107,6 @@ def test_realnet_equals_the_reference(name):
         assert relative_error(got[key], value) < (1e-3 if value.dtype == np.float16 else 1e-4), key
 
 
-@needs_compat
 def test_afs_keeps_the_reference_channels():
     network = fill(build_realnet(with_random_backbone(case("realnet_a")["net"])))
     batches = [
@@ -129,7 +122,6 @@ def test_afs_keeps_the_reference_channels():
         np.testing.assert_array_equal(getattr(network.afs.indexes, name), expected)
 
 
-@needs_compat
 def test_metrics_equal_the_recorded_ones():
     recorded = arrays("metrics")
     got = anomaly_metrics(recorded.pop("scores"), recorded.pop("masks"))

@@ -1,5 +1,7 @@
 """Runs that are killed, stopped or fail: what they leave behind, and that they resume as if never interrupted."""
 
+import gc
+import importlib
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 from torch import nn
 
 from tests.conftest import REPOSITORY, Workspace
+from tests.in_process import run
 from utils import distributed
 from utils.checkpoint import (
     LAST,
@@ -31,7 +35,8 @@ from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import write_text
 from utils.lock import folder_lock
-from utils.optim import Stepper
+from utils.meter import Meter
+from utils.optim import EMA, EpochLoss, Stepper
 from utils.signals import StopRequest
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -93,25 +98,50 @@ def checkpoints_of(workspace: Workspace, stage: str, script: str) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=["TERM", "INT", "USR1"])
 @pytest.mark.parametrize(("script", "arguments"), TRAININGS, ids=[script for script, _ in TRAININGS])
-def test_a_stopped_training_resumes_bit_for_bit(script, arguments, number, workspace):
-    if number != signal.SIGTERM and "realnet" not in script:
-        return
+def test_a_stopped_training_resumes_bit_for_bit(script, arguments, number, workspace, monkeypatch, capsys):
+    """The signal arrives in the middle of the third step."""
     whole, stopped = f"whole_{script}", f"stopped_{script}_{number}"
+    main = importlib.import_module(Path(script).stem).main
+
+    def train(stage: str, *more: str) -> tuple[int, str, str]:
+        command = ["--dataset", "tiny", "--device", "cpu", *arguments, *elsewhere(stage), *STEPS, *more]
+        return run(main, command, workspace.root, monkeypatch, capsys)
+
     if not (workspace.out / whole).exists():
-        workspace.run(script, *arguments, *elsewhere(whole), *STEPS)
+        assert train(whole)[0] == 0
     folder = checkpoints_of(workspace, stopped, script)
-    process = start(workspace, script, *arguments, *elsewhere(stopped), *STEPS)
-    wait_for(lambda: (folder / LAST).is_file(), process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert err == ""
-    assert f"signal {int(number)}: saved after step" in out
-    assert not (folder / ".lock").exists()
-    middle = position(folder)
-    done = workspace.run(script, *arguments, *elsewhere(stopped), *STEPS, "--resume")
-    assert f"step {middle}" in done.stdout
+    steps, step = [], Stepper.step
+
+    def signalled(stepper: Stepper) -> None:
+        steps.append(len(steps) + 1)
+        if len(steps) == 3:
+            assert signal.getsignal(number) != signal.SIG_DFL
+            os.kill(os.getpid(), number)
+        step(stepper)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", signalled)
+        code, out, err = train(stopped)
+    assert (code, err) == (128 + number, "")
+    assert f"signal {int(number)}: saved after step 3; continue with --resume" in out
+    assert position(folder) == 3
+    code, out, err = train(stopped, "--resume")
+    assert (code, err) == (0, "")
+    assert "step 3" in out
     assert_same_state(checkpoints_of(workspace, whole, script) / LAST, folder / LAST)
+    assert list(folder.glob(".*")) == []
+
+
+def test_a_process_that_gets_a_signal_saves_and_ends(workspace):
+    folder = checkpoints_of(workspace, "signalled", "realnet")
+    arguments = ["--class_name", "dots", *elsewhere("signalled"), *STEPS, "--set", "trainer.max_epoch=300"]
+    process = start(workspace, "train_realnet.py", *arguments)
+    wait_for(lambda: (folder / LAST).is_file(), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert err == ""
+    assert f"signal 15: saved after step {position(folder)}" in out
     assert list(folder.glob(".*")) == []
 
 
@@ -391,25 +421,44 @@ def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(workspace)
     assert load_checkpoint(workspace.out / f"diverged/checkpoints/dots/{LAST}")["position"]["step"] >= 1
 
 
+def memory_in_use() -> dict[str, int]:
+    """What is alive now: tensors, bytes of Python objects, and resident bytes of the process."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
+        "python": tracemalloc.get_traced_memory()[0],
+        "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_steps():
-    """The parts of the training loop: steps and running means."""
-    import resource
-
-    from utils.log import Meter
-
+    """The parts of the training loop: steps, averages and running means."""
     model = nn.Linear(64, 64)
     stepper = Stepper(model, torch.optim.Adam(model.parameters()), "off", 1.0)
-    meter, sizes = Meter(), []
-    for step in range(2000):
-        loss = model(torch.ones(8, 64)).square().mean()
-        stepper.backward(loss)
-        stepper.step()
-        meter.add({"loss": loss.detach()}, 8)
-        if step % 20 == 0:
-            meter.read()
-        if step in (500, 1999):
-            sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert sizes[1] <= 1.02 * sizes[0]
+    meter, epoch_loss, ema = Meter(), EpochLoss(ALONE.device), EMA(model, 0.99)
+    tracemalloc.start()
+    try:
+        for step in range(1500):
+            loss = model(torch.ones(64, 64)).square().mean()
+            stepper.backward(loss)
+            stepper.step()
+            ema.update(model, step)
+            meter.add({"loss": loss.detach()}, 8)
+            meter.finish_step()
+            epoch_loss.add(loss.detach(), 1.0)
+            if step % 20 == 0:
+                meter.read()
+            if step in (250, 500):  # the first measurement needs memory of its own
+                before = memory_in_use()
+        growth = {name: value - before[name] for name, value in memory_in_use().items()}
+    finally:
+        tracemalloc.stop()
+    # Of 1000 steps: a tensor, 20 bytes of Python objects or 2 kB of others kept in each would show.
+    assert growth["tensors"] <= 20, growth
+    assert growth["python"] < 20_000, growth
+    assert growth["resident"] < 2_000_000, growth
 
 
 def test_fewer_samples_than_ranks_do_not_hang():

@@ -99,7 +99,12 @@ def test_diffusion_starts_from_a_file_and_logs_what_fitted(diffusion):
     assert f"loaded {count} of {count} tensors" in done.stdout
     torch.save({"a": torch.zeros(1)}, diffusion.root / "other.pt")
     failed = diffusion.run(
-        "train_diffusion.py", *arguments, "--set", f"unet.pertrain_path={diffusion.root}/other.pt", code=2
+        "train_diffusion.py",
+        *arguments,
+        "--overwrite",
+        "--set",
+        f"unet.pertrain_path={diffusion.root}/other.pt",
+        code=2,
     )
     assert "0 of " in failed.stderr
     assert "unet.classifier_width" in failed.stderr
@@ -129,6 +134,7 @@ def test_classifier_reports_accuracy_also_by_timestep(classifier):
 def test_classifier_under_two_ranks_counts_every_image_once(classifier, launcher):
     done = classifier.run("train_classifier.py", *elsewhere(classifier, "ranks"), launcher=launcher)
     assert "over 8 images" in done.stdout
+    shutil.rmtree(classifier.out / "ranks")
 
 
 def test_classifier_resumes(classifier):
@@ -224,13 +230,18 @@ def test_realnet_writes_checkpoints_and_training_samples(realnet):
         content = load_checkpoint(realnet.out / f"realnet_checkpoints/{name}/ckpt_best.pth.tar")
         assert {"epoch", "arch", "state_dict", "best_metric"} <= set(content)
         assert 0 <= content["best_metric"] <= 1
-        kept = content["state_dict"]["afs.indexes.block1_layer1"]
-        assert kept.dtype == torch.int64
+        for layer in ("layer1", "layer2"):
+            kept = content["state_dict"][f"afs.indexes.block1_{layer}"]
+            assert kept.dtype == torch.int64
+            assert len(kept.unique()) == 32
+            # AFS has chosen, and not kept the first ones that the network starts with.
+            assert not torch.equal(kept, torch.arange(32))
         sheet = np.asarray(Image.open(realnet.out / f"realnet_vis/{name}/training_samples.png"))
         assert sheet.shape[1] == 4 * 64 + 3 * 4
     log = (realnet.out / "realnet_log/dots/train_realnet.log").read_text()
     assert "RANDOM weights" in log
-    assert "kept 64 of 64 channels" in log
+    assert "AFS block1_layer1: kept 32 of 64 channels" in log
+    assert "AFS block1_layer2: kept 32 of 128 channels" in log
 
 
 def test_tensorboard_shows_the_training(realnet):
@@ -241,9 +252,10 @@ def test_tensorboard_shows_the_training(realnet):
     assert {f"train/{name}" for name in scalars} <= set(events.Tags()["scalars"])
     assert {"validation/image_auroc", "validation/pixel_auroc"} <= set(events.Tags()["scalars"])
     assert 50 * 2**20 < events.Scalars("train/peak_memory_GiB")[-1].value * 2**30 < 16 * 2**30
-    assert events.Scalars("afs/block1_layer1_kept")[0].value == 64
+    for layer, channels in (("layer1", 64), ("layer2", 128)):
+        assert events.Scalars(f"afs/block1_{layer}_kept")[0].value == 32
+        assert events.Histograms(f"afs/block1_{layer}_loss")[0].histogram_value.num == channels
     assert set(events.Tags()["images"]) == {"train/samples", "validation/heat_maps"}
-    assert events.Histograms("afs/block1_layer1_loss")[0].histogram_value.num == 64
 
 
 def test_realnet_is_reproducible_with_any_number_of_workers(realnet):
@@ -352,6 +364,9 @@ def test_one_model_for_all_classes(workspace):
 # ---- wrong use -------------------------------------------------------------------------------------------------------
 
 
+NEW = ["--set", "saver.checkpoints_dir=new/"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -375,7 +390,7 @@ def test_one_model_for_all_classes(workspace):
         ("evaluation_realnet.py", ["--class_name", "dots", "--checkpoint", "no.pth.tar"], "no.pth.tar"),
         ("train_diffusion.py", ["--config", "no.yaml"], "no.yaml does not exist"),
         ("train_diffusion.py", ["--set", "unet.class_number=1"], "unet.class_number"),
-        ("train_diffusion.py", ["--set", "unet.pertrain_path=pretrain/256x256_diffusion.pt"], "openaipublic"),
+        ("train_diffusion.py", ["--set", "unet.pertrain_path=pretrain/256x256_diffusion.pt", *NEW], "openaipublic"),
         ("train_diffusion.py", ["--set", "trainer.amp=half"], "half"),
         ("train_classifier.py", ["--set", "classifier.classifier_pool=max"], "classifier_pool"),
         ("sample.py", ["--set", "unet.pertrain_path=experiments/nothing/"], "train the model first"),
@@ -409,7 +424,7 @@ def test_wrong_use_is_printed_once_with_two_ranks(workspace):
 
 
 def test_offline_weights_end_in_one_line_and_exit_code_1(workspace):
-    arguments = ["--class_name", "dots", "--set", "net.backbone.kwargs.weights=auto"]
+    arguments = ["--class_name", "dots", "--set", "net.backbone.kwargs.weights=auto", *NEW]
     environment = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():

@@ -12,6 +12,7 @@ import train_diffusion
 import train_realnet
 from tests.in_process import run
 
+WIDE = ["unet.pertrain_path=experiments/tiny/wide_diffusion/", "classifier=null"]
 COMMON = ["--dataset", "tiny", "--device", "cpu", "--set", "trainer.max_epoch=1"]
 
 
@@ -59,7 +60,7 @@ def test_sdas_draws_images_that_are_not_square(workspace, monkeypatch, capsys):
     [
         (train_diffusion, ["dataset.input_size=[17, 32]"], "dataset.input_size: [17, 32] does not fit 2 levels"),
         (train_classifier, ["dataset.input_size=[16, 33]"], "dataset.input_size: [16, 33] does not fit 2 levels"),
-        (sample, ["dataset.H=15"], "dataset.H, dataset.W: [15, 16] does not fit 2 levels"),
+        (sample, ["dataset.H=15", *WIDE], "dataset.H, dataset.W: [15, 16] does not fit 2 levels"),
     ],
 )
 def test_the_nearest_size_that_fits_is_named(script, settings, text, workspace, monkeypatch, capsys):

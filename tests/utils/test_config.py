@@ -4,10 +4,11 @@ import pytest
 import torch
 import yaml
 
-from models import build_realnet
+from models import build_realnet, check_realnet
+from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import REALNET, REPOSITORY, settings
-from utils.config import load_config, plain
+from utils.config import collect_errors, load_config, plain
 from utils.errors import UsageError
 
 SHIPPED = sorted((REPOSITORY / "experiments").glob("*/*.yaml"))
@@ -152,3 +153,69 @@ def test_both_spellings_of_the_starting_weights_are_read(spelling):
 
 def test_the_small_settings_of_the_tests_build():
     assert build_realnet(REALNET).backbone.needs_calibration
+
+
+# ---- what reads like a setting and is not one ------------------------------------------------------------------------
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    text = yaml.safe_dump(CONFIG) + "random_seed: 1\nrandom_seed: 2\n"
+    with pytest.raises(UsageError, match=r"line \d+: not readable as YAML \(the key 'random_seed' is given twice\)"):
+        load_config(written(tmp_path, text))
+
+
+def test_merge_keys_still_work(tmp_path):
+    text = yaml.safe_dump({k: v for k, v in CONFIG.items() if k != "trainer"})
+    text += "trainer: {<<: {max_epoch: 3}, val_freq_epoch: 1}\n"
+    assert load_config(written(tmp_path, text)).trainer.max_epoch == 3
+
+
+def test_the_file_of_another_script_is_named():
+    path = REPOSITORY / "experiments/demo/diffusion.yaml"
+    assert load_config(path, script="diffusion").unet
+    with pytest.raises(UsageError, match=r"holds the settings of a diffusion\.yaml; a realnet\.yaml is needed here"):
+        load_config(path, script="realnet")
+
+
+@pytest.mark.parametrize("shares", [{"normal": 0.3333333, "dtd": 0.6666666}, {"normal": float("nan"), "dtd": 1.0}])
+def test_rounded_probabilities_are_accepted_and_nan_is_not(tmp_path, shares):
+    config = {**CONFIG, "dataset": {**CONFIG["dataset"]}}
+    config["dataset"]["train"] = {**CONFIG["dataset"]["train"], "anomaly_types": shares}
+    if all(value == value for value in shares.values()):
+        assert load_config(written(tmp_path, config)).dataset.train.anomaly_types == shares
+    else:
+        with pytest.raises(UsageError, match=r"anomaly_types: .* is not finite"):
+            load_config(written(tmp_path, config))
+
+
+@pytest.mark.parametrize("criterion", [[], [{"name": "a", "type": "ImageMSELoss"}]])
+def test_losses_that_do_not_fit_the_detector_are_refused(criterion):
+    with pytest.raises(UsageError, match=r"criterion: .*SegmentCrossEntropyLoss, SegmentFocalLoss, FeatureMSELoss"):
+        build_criterion(criterion, DETECTOR_LOSSES)
+
+
+def test_a_programming_error_keeps_its_traceback_when_asked_for(monkeypatch):
+    def broken() -> None:
+        raise TypeError("a mistake in the code")
+
+    with pytest.raises(UsageError, match=r"a\.yaml: net: a mistake in the code"):
+        collect_errors("a.yaml", [("net", broken)])
+    monkeypatch.setenv("REALNET_DEBUG", "1")
+    with pytest.raises(TypeError):
+        collect_errors("a.yaml", [("net", broken)])
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
+def test_token_networks_are_refused_in_one_line(tmp_path, name):
+    layer = {"vit_b_16": "encoder", "swin_t": "features.1"}[name]
+    overrides = [f"net.backbone.kwargs.backbone={name}", f"structure.0.layers=[{{idx: {layer}, planes: 64}}]"]
+    config = load_config(written(tmp_path, CONFIG), overrides)
+    with pytest.raises(UsageError, match=name):
+        check_realnet(config)
+
+
+def test_off_without_quotes_means_off(tmp_path):
+    path = written(tmp_path, yaml.safe_dump(CONFIG))
+    assert load_config(path, ["trainer.amp=off"]).trainer.amp == "off"
+    with pytest.raises(UsageError, match=r"trainer\.channels_last"):
+        load_config(path, ["trainer.channels_last=maybe"])

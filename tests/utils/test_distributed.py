@@ -1,17 +1,26 @@
 """Two gloo ranks do what one process does."""
 
 import copy
+import os
+import time
+import urllib.error
+import warnings
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from models import build_realnet
 from models.afs import channel_losses
+from models.backbones import TIMM_FILES, find_weights
 from tests.conftest import REALNET, two_ranks
 from tests.rule_filled import randn
 from utils import distributed
 from utils.distributed import Run
+from utils.errors import RunError, UsageError
 from utils.optim import EMA, Stepper, accumulation_groups
 
 
@@ -36,6 +45,108 @@ def _batchnorm_in_rank(run: Run) -> None:
 
 def test_synchronised_batchnorm_equals_one_process_with_the_whole_batch():
     two_ranks(_batchnorm_in_rank)
+
+
+def _far_from_zero_in_rank(run: Run) -> None:
+    torch.manual_seed(0)
+    x = 1000 + torch.randn(8, 2, 16, 16, dtype=torch.float64) * torch.tensor([1.0, 3.0])[:, None, None]
+    x[4:, 1] += 20  # the ranks' means differ
+    # Unequal parts: the ranks' means weigh by their images.
+    own = x[:6] if run.rank == 0 else x[6:]
+    layer = distributed.synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(2, momentum=1.0, affine=False)), run)
+    layer(own.float())
+    torch.testing.assert_close(layer[0].running_var.double(), x.transpose(0, 1).flatten(1).var(1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(layer[0].running_mean.double(), x.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    out = layer(own.float())
+    expected = nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(out.double(), expected[:6] if run.rank == 0 else expected[6:], rtol=0, atol=1e-3)
+
+
+def test_synchronised_batchnorm_is_right_for_values_far_from_zero():
+    two_ranks(_far_from_zero_in_rank)
+
+
+def _without_warnings_in_rank(run: Run) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network = distributed.parallel(distributed.synchronize_batchnorm(batchnorm_network(), run), run)
+        network(randn(run.rank, 2, 3, 8, 8)).sum().backward()
+        # Buffers stay as each rank has them; synchronised BatchNorm keeps them equal.
+        network.module.register_buffer("own", torch.tensor(float(run.rank)))
+        network(randn(run.rank, 2, 3, 8, 8))
+        assert network.module.own.item() == run.rank
+        distributed.barrier()
+
+
+def test_nothing_deprecated_is_used():
+    two_ranks(_without_warnings_in_rank)
+
+
+def _on_main_in_rank(run: Run) -> None:
+    called = []
+    assert distributed.on_main(lambda: called.append(run.rank) or "answer") == "answer"
+    assert called == [0] * (run.rank == 0)
+
+    def fail() -> None:
+        raise UsageError(f"rank {run.rank} says no")
+
+    with pytest.raises(UsageError, match="rank 0 says no"):
+        distributed.on_main(fail)
+
+
+def test_what_rank_0_does_all_ranks_return_or_raise():
+    two_ranks(_on_main_in_rank)
+
+
+def _weights_in_rank(run: Run, folder: Path) -> None:
+    """Only one rank's folder holds the file; the answer of rank 0 counts, and no rank waits for ever."""
+    downloads = []
+
+    def refuse(url: str, *args: object, **kwargs: object) -> None:
+        downloads.append(url)
+        raise urllib.error.URLError("no network")
+
+    torch.hub.download_url_to_file = refuse
+    for owner in (0, 1):
+        own = folder / f"owner{owner}_rank{run.rank}"
+        (own / "pretrain").mkdir(parents=True)
+        os.chdir(own)
+        path = Path("pretrain") / TIMM_FILES["resnet18"]
+        if owner == run.rank:
+            path.touch()
+        if owner == 0:
+            assert find_weights("resnet18") == path
+            assert downloads == []
+        else:
+            with pytest.raises(RunError, match=r"is missing and cannot be downloaded \(no network"):
+                find_weights("resnet18")
+            assert len(downloads) == (run.rank == 0)
+
+
+def test_rank_0_finds_the_weights_for_all(tmp_path):
+    two_ranks(_weights_in_rank, tmp_path)
+
+
+def test_downloaded_weights_are_read_as_weights_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda url, **options: asked.append(options) or {}
+    )
+    assert find_weights("resnet18").parent == Path("pretrain")
+    assert asked[0]["weights_only"] is True
+    assert asked[0]["check_hash"] is True
+
+
+def _waiting_in_rank(run: Run) -> None:
+    group = torch.distributed.group.WORLD._get_backend(run.device)
+    assert group.options._timeout == distributed.TIMEOUT >= timedelta(hours=12)
+    time.sleep(run.rank)
+    distributed.barrier()
+
+
+def test_a_rank_may_keep_the_others_waiting():
+    two_ranks(_waiting_in_rank)
 
 
 def _collectives_in_rank(run: Run) -> None:

@@ -1,0 +1,154 @@
+"""The files that predict.py writes: scores, heat maps, masks, and what an interrupted run continues from."""
+
+import csv
+import io
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.detector import Detection
+from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, ResultNames
+from evaluation.thresholds import Thresholds
+from utils import cli
+from utils.errors import UsageError
+from utils.files import write_atomic, write_text
+from utils.pictures import heat_overlay, write_image
+
+COLUMNS = ("file", "score", "verdict", "threshold", "anomalous_share", "width", "height", "heatmap", "mask")
+TABLE = "scores.csv"
+RUN = "predict.json"  # the arguments of the run, so that --continue does not mix two runs
+# File names that are not UTF-8 become \udcNN, which json.loads turns back into the same names.
+ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+class Results:
+    """Writes the result files; each line is flushed as soon as its image is done.
+
+    Args:
+        folder: where to write.
+        thresholds: of the verdicts.
+        run: the arguments that decide what the lines say; JSON values.
+        drawn: whether to write heat maps and masks.
+        overwrite: replace earlier results.
+        resume: append to earlier results of the same run.
+
+    Raises:
+        UsageError: the folder holds earlier results that may not be replaced, or (resume) those of another run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        thresholds: Thresholds,
+        run: dict[str, Any],
+        drawn: bool = True,
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        self.folder, self.thresholds, self.drawn = folder, thresholds, drawn
+        self.table, self.lines = folder / TABLE, folder / SCORES
+        rows = self._earlier_rows(run) if resume else []
+        self.done = {row["file"] for row in rows}
+        self.count = len(rows)
+        self.anomalous = sum(row.get("verdict") == "anomalous" for row in rows)
+        pictures = [row[name] for row in rows for name in ("heatmap", "mask") if row.get(name)]
+        self.names = ResultNames(name.partition("/")[2].removesuffix(".png") for name in pictures)
+        self.mode = "a" if resume else ("w" if overwrite else "x")
+        self.run, self.rows = run, rows
+
+    def __enter__(self) -> "Results":
+        self.stack = ExitStack()
+        with cli.writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.mode == "a":
+                # A killed run may have written half a line.
+                table = io.StringIO()
+                writer = csv.DictWriter(table, COLUMNS, lineterminator="\n", extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.rows)
+                _write(self.table, table.getvalue())
+                _write(self.lines, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+            opened = [
+                self.stack.enter_context(path.open(self.mode, newline="", **ENCODING))
+                for path in (self.table, self.lines)
+            ]
+            self.csv_file, self.json_file = opened
+            self.writer = csv.DictWriter(self.csv_file, COLUMNS, lineterminator="\n")
+            if self.mode != "a":
+                self.writer.writeheader()
+        write_text(self.folder / RUN, json.dumps(self.run, indent=2) + "\n")
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.stack.close()
+
+    def add(self, source: Input, image: np.ndarray, detection: Detection) -> None:
+        """Write everything about one image, whose detection is finite."""
+        mask, anomalous = detection.mask, detection.is_anomalous
+        heat_file, mask_file = self._draw(source, image, detection) if self.drawn else (None, None)
+        row = {
+            "file": source.name,
+            "score": round(detection.score, 6),
+            "verdict": None if anomalous is None else ("anomalous" if anomalous else "normal"),
+            "threshold": rounded(self.thresholds.image),
+            "anomalous_share": None if mask is None else round(float(mask.mean()), 6),
+            "width": image.shape[1],
+            "height": image.shape[0],
+            "heatmap": heat_file,
+            "mask": mask_file,
+        }
+        # Encoded before anything is written: no half line, and no NaN, which JSON does not know.
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        with cli.writing(self.folder):
+            self.writer.writerow(row)
+            self.json_file.write(line)
+            self.csv_file.flush()
+            self.json_file.flush()
+        self.count += 1
+        self.anomalous += bool(anomalous)
+
+    def _draw(self, source: Input, image: np.ndarray, detection: Detection) -> tuple[str, str | None]:
+        """Write the heat map over the image, and the mask of the pixels that reach the pixel threshold."""
+        name, thresholds = f"{self.names.of(source.name)}.png", self.thresholds
+        heat = heat_overlay(image, detection.map, thresholds.low, thresholds.high, thresholds.pixel)
+        write_image(self.folder / HEAT_MAPS / name, heat)
+        if detection.mask is None:
+            return f"{HEAT_MAPS}/{name}", None
+        write_image(self.folder / MASKS / name, detection.mask.astype(np.uint8) * 255)
+        return f"{HEAT_MAPS}/{name}", f"{MASKS}/{name}"
+
+    def _earlier_rows(self, run: dict[str, Any]) -> list[dict[str, Any]]:
+        """The complete lines of an interrupted run with the same arguments."""
+        if not self.lines.exists():
+            return []
+        lines = self.lines.read_text(**ENCODING).split("\n")
+        rows = [row for row in map(_parsed, lines) if row is not None and isinstance(row.get("file"), str)]
+        earlier = _parsed((self.folder / RUN).read_text(**ENCODING)) if (self.folder / RUN).is_file() else None
+        if earlier is None:
+            raise UsageError(f"--continue: {self.folder / RUN} does not say which run {SCORES} is of; pass --overwrite")
+        changed = [f"{name} {earlier.get(name)}, now {now}" for name, now in run.items() if earlier.get(name) != now]
+        if changed:
+            advice = "give the same options, choose another --output, or pass --overwrite"
+            raise UsageError(f"--continue: {self.folder} holds results of another run ({'; '.join(changed)}); {advice}")
+        return rows
+
+
+def rounded(value: float | None) -> float | None:
+    """A score or threshold as it is written, with 6 digits."""
+    return None if value is None else round(value, 6)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The JSON object in a line, or None if it is not complete."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomic(path, lambda part: part.write_text(text, newline="", **ENCODING))

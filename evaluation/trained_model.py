@@ -1,0 +1,118 @@
+"""A trained RealNet with the settings that belong to it, and the fingerprint by which thresholds know it again."""
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+
+from datasets.build import preprocessing_of
+from evaluation.score import pooling_window
+from models.realnet import RealNet, build_realnet, check_realnet
+from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
+from utils.config import checked, collect_errors, plain
+from utils.errors import UsageError
+
+# What decides how a detector sees an image; a YAML that says otherwise is overruled by the checkpoint.
+MODEL_SETTINGS = (
+    "structure",
+    "net",
+    "dataset.input_size",
+    "dataset.pixel_mean",
+    "dataset.pixel_std",
+    "dataset.image_reader.kwargs.color_mode",
+    "dataset.image_reader.kwargs.bits",
+    "evaluator.metrics",
+)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network in eval mode, on the CPU.
+
+    Args:
+        network: the network.
+        config: settings of realnet.yaml: those in the checkpoint, if it holds some.
+        fingerprint: see fingerprint_of.
+        epoch: after which it was saved, or "?".
+    """
+
+    network: RealNet
+    config: EasyDict
+    fingerprint: str
+    epoch: int | str
+
+
+def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: str | Path | None = None) -> TrainedModel:
+    """Load a checkpoint of train_realnet.py or of the reference program.
+
+    Args:
+        fallback: settings for checkpoints that hold none. The reference's hold their networks, which then apply.
+        fallback_path: where the fallback was read, for messages.
+
+    Raises:
+        UsageError: the file is not a checkpoint, does not fit its settings, or has none.
+    """
+    content = load_checkpoint(path)
+    own = isinstance(content.get("config"), dict)
+    if own:
+        config = checked(content["config"], path)
+    elif fallback is not None:
+        config = _with_networks_of(content, fallback)
+    else:
+        raise UsageError(f"{path} holds no settings; pass the realnet.yaml that it was trained with as --config")
+    where = path if own else fallback_path or path
+    collect_errors(where, [("structure, net", lambda: check_realnet(config))])
+    network = build_realnet(config, "checkpoint")
+    load_weights(network, state_dict_of(content), path, "structure and net in the settings")
+    network = network.requires_grad_(False).eval()
+    return TrainedModel(network, config, fingerprint_of(network, config), content.get("epoch", "?"))
+
+
+def _with_networks_of(content: dict[str, Any], fallback: EasyDict) -> EasyDict:
+    """The fallback with the networks of a reference checkpoint, whose `arch` lists them with AFS's structure."""
+    arch = plain(content.get("arch"))
+    if not isinstance(arch, list) or not all(isinstance(part, dict) and "name" in part for part in arch):
+        return fallback
+    config = copy.deepcopy(fallback)
+    config.net = arch
+    structure = next((part.get("kwargs", {}).get("structure") for part in arch if part["name"] == "afs"), None)
+    if structure:
+        config.structure = structure
+    return EasyDict(config)
+
+
+def fingerprint_of(network: torch.nn.Module, config: EasyDict) -> str:
+    """A hash of the weights and of the preprocessing: thresholds hold for scores of exactly this model."""
+    preprocessing = preprocessing_of(config.dataset)
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([*vars(preprocessing).values(), *pooling_window(config.evaluator)]).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).view("uint8"))
+    return digest.hexdigest()
+
+
+def overruled_settings(trained: EasyDict, given: EasyDict) -> list[str]:
+    """The settings of a YAML that the checkpoint overrules, as "key: used (in the YAML: given)"."""
+    lines = []
+    for key in MODEL_SETTINGS:
+        used, other = (plain(_at(config, key)) for config in (trained, given))
+        if used != other:
+            lines.append(f"{key}: {_shortened(used)} (in the YAML: {_shortened(other)})")
+    return lines
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

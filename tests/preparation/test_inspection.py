@@ -1,0 +1,251 @@
+"""What prepare_data.py finds in images and masks, how it splits near-duplicates, and the settings that it writes."""
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageFilter
+
+import prepare_data
+from datasets.lists import Sample
+from preparation import inspection, settings_files
+from preparation.duplicates import split_good
+from tests.conftest import REPOSITORY
+from tests.in_process import run
+from tests.layout_trees import image_file, mvtec_class
+from utils.config import load_config
+from utils.errors import RunError, UsageError
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    def call(*arguments: str, code: int = 0) -> str:
+        given = ["--dataset", "parts", "--root", "shots", *arguments]
+        status, out, err = run(prepare_data.main, given, tmp_path, monkeypatch, capsys)
+        assert status == code, out + err
+        return out + err
+
+    return call
+
+
+# ---- values of images ------------------------------------------------------------------------------------------------
+
+
+def deep_images(folder: Path, largest: int, colour: bool = False) -> None:
+    """Three random 16-bit images, of which one reaches the largest value."""
+    import cv2
+
+    rng = np.random.default_rng(largest)
+    folder.mkdir(parents=True)
+    for i in range(3):
+        values = rng.integers(0, largest - 50, (40, 48, 3) if colour else (40, 48)).astype(np.uint16)
+        values[5, 5] = largest if i == 1 else 0
+        assert cv2.imwrite(str(folder / f"{i}.png"), values)
+
+
+@pytest.mark.parametrize(
+    ("largest", "colour", "bits"),
+    [
+        (4095, False, 12),
+        (4096, False, 14),
+        (1023, False, 10),
+        (65535, False, None),
+        (4095, True, 12),
+        (65535, True, None),
+    ],
+)
+def test_16_bit_files_with_fewer_bits_are_found(largest, colour, bits, tmp_path, prepare):
+    deep_images(tmp_path / "shots", largest, colour)
+    out = prepare()
+    if bits is None:
+        assert "to check" not in out
+    else:
+        assert f"to check: parts: its 3 16-bit images hold no value above {largest}, so they have {bits} bits" in out
+        assert f"dataset.image_reader.kwargs.bits: {bits}" in out
+
+
+def test_8_bit_images_are_not_taken_for_dark_16_bit_images(tmp_path, prepare):
+    for i in range(3):
+        image_file(tmp_path / f"shots/{i}.png", i)
+    assert "findings: none" in prepare()
+
+
+def soft(path: Path) -> None:
+    opened = Image.open(path)
+    opened.filter(ImageFilter.GaussianBlur(2)).save(path)
+
+
+def painted(values: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: Image.fromarray(values).save(path)
+
+
+WHITE, CLASS_NUMBERS = np.full((40, 48), 255, np.uint8), np.zeros((40, 48), np.uint8)
+INVERTED = WHITE.copy()
+INVERTED[10:20, 10:20] = 0
+CLASS_NUMBERS[10:20, 10:20] = np.arange(1, 11)
+MASKS = {
+    "inverted": (painted(INVERTED), "mask marks 95% of the image; if it is inverted, white has to be the defect"),
+    "white": (painted(WHITE), "mask is white all over: the whole image counts as defective"),
+    "soft": (soft, "mask has soft edges ("),
+    "class numbers": (painted(CLASS_NUMBERS), None),
+    "as usual": (lambda path: None, None),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_doubtful_masks_are_found_and_used(case, tmp_path, prepare):
+    change, text = MASKS[case]
+    mvtec_class(tmp_path / "shots", ["crack"])
+    change(tmp_path / "shots/ground_truth/crack/001_mask.png")
+    out = prepare()
+    found = [line for line in out.splitlines() if line.startswith("to check: ")]
+    if text is None:
+        assert not found
+    else:
+        assert len(found) == 1
+        assert found[0].startswith(f"to check: ground_truth/crack/001_mask.png: {text}")
+    assert "without a mask" not in out
+
+
+def test_a_soft_jpeg_mask_is_compression(tmp_path, prepare):
+    mvtec_class(tmp_path / "shots", ["crack"])
+    path = tmp_path / "shots/ground_truth/crack/001_mask.png"
+    Image.open(path).save(path.with_suffix(".jpg"), quality=60)
+    path.unlink()
+    assert "findings: none" in prepare()
+
+
+def test_a_single_training_image_is_found(tmp_path, prepare):
+    image_file(tmp_path / "shots/bolts/good/0.png", 1)
+    image_file(tmp_path / "shots/nuts/0.png", 2)
+    image_file(tmp_path / "shots/nuts/1.png", 3)
+    out = prepare()
+    assert "to check: bolts: has one training image" in out
+    assert out.count("to check") == 2  # and in the total
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no such limit on this system")
+def test_no_more_threads_than_allowed_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
+    assert inspection._cores() == 3
+
+
+# ---- the split of near-duplicates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("groups", "tested"), [([4, 3, 4], 3), ([2, 2], 2), ([3], 1), ([1], 0), ([1, 1, 1, 1, 1], 1)])
+def test_both_sides_of_a_split_get_images_where_possible(groups, tested):
+    rng = np.random.default_rng(0)
+    samples, fingerprints = [], {}
+    for g, count in enumerate(groups):
+        signs = rng.choice([-1, 1], 255).astype(np.float32) / np.sqrt(255).astype(np.float32)
+        for i in range(count):
+            samples.append(Sample(f"{g}/{i}.png", 0, "parts"))
+            fingerprints[samples[-1].filename] = signs
+    for seed in range(5):
+        train, test = split_good(samples, fingerprints, 0.1, seed)
+        assert (len(train), len(test)) == (len(samples) - tested, tested)
+        if len(groups) > 1:
+            assert not {s.filename[0] for s in train} & {s.filename[0] for s in test}
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_not_made_from_those_that_a_user_edits():
+    assert settings_files.TEMPLATES == REPOSITORY / "preparation/templates"
+    assert sorted(path.name for path in settings_files.TEMPLATES.iterdir()) == sorted(settings_files.FILES)
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'preparation = ["templates/*.yaml"]' in text
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_all_values_reach_the_settings(classes, tmp_path):
+    texts = settings_files.settings_texts("My.Parts-2", classes, (119, 193), "{channel: red, threshold: 7}")
+    configs = {}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        configs[name] = load_config(tmp_path / name)
+        assert "MVTec-AD" not in text.replace("MVTec-AD/bottle", "")
+        assert "mvtec/" not in text
+        assert text.startswith(f"# {name} of My.Parts-2")
+    assert len(configs) == (3 if classes == 1 else 5)
+    for name, config in configs.items():
+        if name != "sample.yaml":
+            assert config.dataset.image_reader.kwargs.image_dir == "data/My.Parts-2/images/"
+            assert config.dataset.input_size == ([119, 193] if name.startswith("realnet") else [128, 224])
+        if name.startswith("realnet"):
+            assert config.dataset.type == "My.Parts-2"
+    assert configs["realnet.yaml"].dataset.foreground == {"channel": "red", "threshold": 7}
+    assert configs["realnet.yaml"].dataset.train.sdas_dir == "data/My.Parts-2/sdas/{}"
+    sample = configs["sample.yaml"]
+    assert (sample.dataset.H, sample.dataset.W, sample.unet.class_number) == (128, 224, classes)
+    assert sample.unet.pertrain_path == "experiments/My.Parts-2/diffusion_checkpoints/"
+    if classes == 1:
+        assert sample.classifier is None
+    else:
+        assert sample.classifier.class_number == configs["classifier.yaml"].classifier.class_number == 3
+        assert configs["realnet_unified.yaml"].dataset.train.meta_file == "data/My.Parts-2/samples/train_uni.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "text"),
+    [
+        ("realnet.yaml", "@HEIGHT@", "256", "realnet.yaml: @HEIGHT@ is missing"),
+        ("sample.yaml", "TestSampler:", "Sampler:", "sample.yaml: .* is missing"),
+        ("diffusion.yaml", "@WIDTH@", "@WIDTH@ @DEPTH@", "diffusion.yaml: @DEPTH@ is not a value"),
+    ],
+)
+def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, tmp_path, monkeypatch):
+    for path in settings_files.TEMPLATES.iterdir():
+        content = path.read_text()
+        (tmp_path / path.name).write_text(content.replace(old, new) if path.name == file else content)
+    monkeypatch.setattr(settings_files, "TEMPLATES", tmp_path)
+    with pytest.raises(RunError, match=text):
+        settings_files.settings_texts("parts", 1, (256, 256), "none")
+
+
+@pytest.mark.parametrize(
+    "foreground", ["none", "auto", "MVTec-AD/bottle", "bottle", "{channel: gray, threshold: otsu, close: 6, open: 6}"]
+)
+def test_a_foreground_rule_is_written_as_given(foreground):
+    assert settings_files.foreground_value(foreground, "parts") == foreground
+
+
+@pytest.mark.parametrize(
+    ("foreground", "text"),
+    [
+        ("bogus", "'bogus' is not none, auto"),
+        ("7", "7 is not none, auto"),
+        ("{channel: gray", "not readable as YAML"),
+        ("{chanel: gray}", "chanel"),
+        ("{channel: pink}", "'pink' is not gray, red, green or blue"),
+        ("{threshold: 300}", "300 is not otsu, triangle or 0 .. 255"),
+        ("{close: x}", "close"),
+        ("{open: -3}", "open"),
+        ("{open: 2.5}", "open"),
+        ("{invert: maybe}", "invert"),
+    ],
+)
+def test_a_foreground_that_training_cannot_read_is_refused_before_anything_is_written(
+    foreground, text, tmp_path, prepare
+):
+    mvtec_class(tmp_path / "shots")
+    err = prepare("--foreground", foreground, code=2)
+    assert "--foreground" in err
+    assert text in err
+    assert len(err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shots"]
+    with pytest.raises(UsageError, match="--foreground"):
+        settings_files.foreground_value(foreground, "parts")
+
+
+def test_the_printed_commands_quote_class_names(tmp_path, prepare):
+    mvtec_class(tmp_path / "shots/metal nut $HOME")
+    commands = [shlex.split(line) for line in prepare().splitlines() if line.startswith("  python train_realnet.py")]
+    assert commands == [["python", "train_realnet.py", "--dataset", "parts", "--class_name", "metal nut $HOME"]]
+    assert yaml.safe_load((tmp_path / "experiments/parts/realnet.yaml").read_text())["dataset"]["foreground"] == "none"

@@ -1,0 +1,182 @@
+"""One run per folder: who holds the lock, and what is left of a lock whose process has ended."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY, two_ranks
+from utils import distributed
+from utils.distributed import Run
+from utils.errors import RunError, UsageError
+from utils.lock import GUARD, NAME, folder_lock
+
+ALONE = Run(0, 1, torch.device("cpu"))
+HOLDER = """
+import os, sys, time, torch
+from utils.distributed import Run
+from utils.lock import folder_lock
+with folder_lock(sys.argv[1], Run(0, 1, torch.device("cpu"))):
+    if sys.argv[2] == "fork" and os.fork() == 0:
+        time.sleep(60)  # as a loader worker that outlives its rank
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder: Path, *arguments: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), *(arguments or ("alone",))],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def end(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_lock_says_whose_it_is_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "a/b"
+    with folder_lock(folder, ALONE):
+        owner = json.loads((folder / NAME).read_text())
+        assert (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname())
+        assert 0 <= time.time() - owner["since"] < 60
+    assert list(folder.iterdir()) == []
+
+
+def test_a_second_run_is_refused_and_does_not_touch_the_lock(tmp_path):
+    process = hold(tmp_path)
+    try:
+        before = (tmp_path / NAME).read_text()
+        with pytest.raises(UsageError) as error, folder_lock(tmp_path, ALONE):
+            pass
+        assert f"{tmp_path}: process {process.pid} on {socket.gethostname()} writes here (since 20" in str(error.value)
+        assert (tmp_path / NAME).read_text() == before
+        # Deleting the file that names the owner does not let a second run in.
+        (tmp_path / NAME).unlink()
+        with pytest.raises(UsageError, match="another process writes here"), folder_lock(tmp_path, ALONE):
+            pass
+    finally:
+        end(process)
+
+
+def test_a_killed_run_holds_no_lock(tmp_path):
+    process = hold(tmp_path)
+    end(process)
+    assert (tmp_path / NAME).exists()
+    with folder_lock(tmp_path, ALONE):
+        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_workers_of_a_killed_run_hold_no_lock(tmp_path):
+    process = hold(tmp_path, "fork")
+    try:
+        process.kill()
+        process.wait()
+        with folder_lock(tmp_path, ALONE):
+            pass
+    finally:
+        end(process)
+
+
+def test_a_live_process_of_the_same_number_does_not_count(tmp_path):
+    """Neither its existence nor its start is asked for: the operating system knows who holds the lock."""
+    owner = {"pid": os.getppid(), "host": socket.gethostname(), "since": time.time()}
+    (tmp_path / NAME).write_text(json.dumps(owner))
+    with folder_lock(tmp_path, ALONE):
+        pass
+
+
+def test_a_run_of_another_host_counts_and_its_file_stays(tmp_path):
+    text = json.dumps({"pid": 7, "host": "elsewhere", "since": 0.0})
+    (tmp_path / NAME).write_text(text)
+    says = r"process 7 on elsewhere writes here .*delete .*\.lock only if"
+    with pytest.raises(UsageError, match=says), folder_lock(tmp_path, ALONE):
+        pass
+    assert (tmp_path / NAME).read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_file_system_without_locks_uses_the_file_alone(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with folder_lock(tmp_path, ALONE):
+        with pytest.raises(UsageError, match=f"process {os.getpid()} on "), folder_lock(tmp_path, ALONE):
+            pass
+        assert (tmp_path / NAME).exists()
+    assert NAME not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written"), folder_lock(tmp_path / "file", ALONE):
+        pass
+
+
+def _contend(folder: str, seconds: float, counted: str) -> None:
+    finish = time.monotonic() + seconds
+    while time.monotonic() < finish:
+        try:
+            with folder_lock(folder, ALONE):
+                # Two at once would make one of these fail.
+                handle = os.open(counted + ".inside", os.O_CREAT | os.O_EXCL)
+                os.close(handle)
+                with open(counted, "a") as file:
+                    file.write("x")
+                os.unlink(counted + ".inside")
+        except UsageError:
+            pass
+
+
+def test_no_two_of_many_contenders_hold_the_lock(tmp_path):
+    """Locks are removed as they are released; a contender must not take one that has just been removed."""
+    context = get_context("spawn")
+    arguments = (str(tmp_path / "locked"), 2.0, str(tmp_path / "count"))
+    processes = [context.Process(target=_contend, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert (tmp_path / "count").stat().st_size > 20
+    assert list((tmp_path / "locked").iterdir()) == []
+
+
+def _lock_in_rank(run: Run, folder: Path) -> None:
+    with folder_lock(folder, run):
+        assert json.loads((folder / NAME).read_text())["host"] == socket.gethostname()
+        assert (folder / GUARD).exists()
+        distributed.barrier()
+    distributed.barrier()
+    assert list(folder.iterdir()) == []
+    distributed.barrier()
+    if run.is_main:
+        (folder / NAME).write_text(json.dumps({"pid": 7, "host": "elsewhere", "since": 0.0}))
+    with pytest.raises(UsageError, match="process 7 on elsewhere"), folder_lock(folder, run):
+        pass
+
+
+def test_all_ranks_get_the_lock_or_the_refusal(tmp_path):
+    two_ranks(_lock_in_rank, tmp_path)

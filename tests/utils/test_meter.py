@@ -1,0 +1,65 @@
+"""What a training reports of itself."""
+
+import json
+import time
+
+import pytest
+import torch
+import yaml
+
+from utils.meter import Meter
+
+
+def test_a_mean_covers_exactly_the_steps_since_the_last_reading():
+    meter = Meter()
+    for epoch in range(2):  # also across epochs
+        for value in (1.0, 2.0):
+            meter.add({"loss": torch.tensor(value + epoch)}, 4)
+            meter.finish_step()
+        if epoch == 0:
+            meter.add({"loss": 6.0}, 4)
+            meter.finish_step()
+            assert meter.read().means == {"loss": 3.0}
+    assert meter.read().means == {"loss": 2.5}
+
+
+def test_waiting_for_data_is_measured_and_pauses_are_left_out():
+    def slow():
+        for i in range(3):
+            time.sleep(0.05)
+            yield i
+
+    meter = Meter()
+    for _ in meter.waiting_for(slow()):
+        meter.add({}, 10)
+        meter.finish_step()
+    with meter.paused():
+        time.sleep(0.5)
+    reading = meter.read()
+    assert reading.data_share > 0.8
+    assert 0.04 < reading.step_seconds < 0.12
+    assert reading.images_per_second == pytest.approx(10 / reading.step_seconds)
+
+
+def test_a_run_writes_down_what_it_is(workspace):
+    arguments = ["--class_name", "lines", "--set", "trainer.print_freq_step=2"]
+    names = ("checkpoints", "log", "vis")
+    arguments += [part for name in names for part in ("--set", f"saver.{name}_dir=recorded/{name}/")]
+    done = workspace.run("train_realnet.py", *arguments)
+    folder = workspace.out / "recorded/log/lines"
+    first = done.stdout.splitlines()
+    assert "train_realnet.py --dataset tiny --class_name lines" in first[0]
+    assert f"torch {torch.__version__} on cpu x 1" in first[1]
+    settings = yaml.safe_load((folder / "train_realnet.settings.yaml").read_text())
+    assert settings["trainer"]["max_bad_steps"] == 20
+    assert settings["trainer"]["print_freq_step"] == 2
+    record = json.loads((folder / "train_realnet.runs.jsonl").read_text())
+    assert {"command", "commit", "python", "torch", "torchvision", "numpy", "device", "ranks", "started"} <= set(record)
+    steps = [line for line in first if line.startswith("epoch") and "  step " in line]
+    assert steps[0].startswith("epoch 1/2  step 2/4  loss ")
+    for part in ("images/s", "data ", "eta 0:00:0"):
+        assert part in steps[0]
+    lines = [json.loads(line) for line in (folder / "train_realnet.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[-1]["eta_seconds"] == 0
+    assert {"loss", "images_per_second", "data_share", "learning_rate", "peak_memory_GiB"} <= set(lines[0])

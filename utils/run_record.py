@@ -1,0 +1,70 @@
+"""What a run is, written into its log folder: settings, command line, versions, device, commit."""
+
+import json
+import logging
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+import yaml
+
+from utils.config import plain
+from utils.distributed import Run
+from utils.files import write_text
+
+log = logging.getLogger("realnet")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
+    """Write <name>.settings.yaml and add a line to <name>.runs.jsonl in the log folder, and log the main points.
+
+    Args:
+        name: of the script, without its ending.
+        config: the settings with all defaults filled in.
+    """
+    if not run.is_main:
+        return
+    content = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "device": _device_name(run.device),
+        "ranks": run.world_size,
+        "host": platform.node(),
+    }
+    folder = Path(log_dir)
+    path = folder / f"{name}.settings.yaml"
+    write_text(path, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    with open(folder / f"{name}.runs.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(content, ensure_ascii=False) + "\n")
+    commit = f", commit {content['commit']}" if content["commit"] else ""
+    log.info("%s", content["command"])
+    log.info("torch %s on %s x %d%s; settings in %s", content["torch"], content["device"], run.world_size, commit, path)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _commit() -> str | None:
+    """The commit of the code, with + if files have changed since; None if it is not in a git checkout."""
+    if not (REPOSITORY / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
