@@ -30,7 +30,7 @@ from evaluation.results import ClassResult, draw_images, evaluate_class
 from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
 from evaluation.thresholds import thresholds_of, write_thresholds
-from evaluation.trained_model import load_trained, overruled_settings
+from evaluation.trained_model import has_finite_weights, load_trained, overruled_settings
 from utils import cli, distributed
 from utils.checkpoint import BEST
 from utils.config import collect_errors, load_config
@@ -69,7 +69,7 @@ def main() -> None:
     options = check_options(args, classes)
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
-        set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet").close()
+        set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet", config.saver.keep_pictures).close()
         results: list[ClassResult] = []
         for class_name, test_set, checkpoint in evaluable_classes(config, classes, args, out):
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out, stop)
@@ -150,8 +150,8 @@ def evaluate(
     scored = predict_maps(model, test_set, loader, run, window, show=shown, stop=stop)
     if scored is None:
         return []
-    if not scored.finite:
-        raise RunError(f"{checkpoint}: its anomaly maps hold values that are not finite; train it with a lower lr")
+    if not scored.finite or not has_finite_weights(model):
+        raise RunError(f"{checkpoint}: its weights or anomaly maps are not finite; train it again with a lower lr")
     log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(test_set))
     log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
     names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
@@ -161,7 +161,7 @@ def evaluate(
         result = evaluate_class(name, class_images, options.target_fpr, options.pro_limit)
         log_undefined_metrics(result)
         folder = out / config.saver.vis_dir / name if options.pictures else None
-        draw_images(result, class_images, options.gallery, folder, run)
+        draw_images(result, class_images, options.gallery, folder, run, stop)
         results.append(result)
     path = save_thresholds(checkpoint, scored, results, options, trained.fingerprint)
     log.info("%s: thresholds in %s", class_name, path)

@@ -24,11 +24,11 @@ from torch import nn
 
 from datasets.build import build_realnet_test_set, preprocessing_of
 from datasets.lists import listed_classes
-from evaluation.detector import as_one_process, checkpoint_path, has_finite_weights
+from evaluation.detector import as_one_process, checkpoint_path
 from evaluation.inputs import find_inputs
 from evaluation.score import pooling_window
 from evaluation.thresholds import as_content, matching_thresholds
-from evaluation.trained_model import TrainedModel, load_trained
+from evaluation.trained_model import TrainedModel, has_finite_weights, load_trained
 from models.realnet import ExportedRealNet
 from utils import cli
 from utils.config import load_config, plain

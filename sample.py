@@ -110,7 +110,7 @@ def main() -> None:
     collect_errors(path, [("TestSampler", lambda: SpacedDiffusion(**config.TestSampler))])
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
-        board = set_up_logging(run, out / config.saver.log_dir, "sample")
+        board = set_up_logging(run, out / config.saver.log_dir, "sample", config.saver.keep_pictures)
         networks = load_networks(config)
         check_networks(config, path)
         classes = class_list(config, networks, args.dataset)
@@ -123,7 +123,7 @@ def main() -> None:
                     path = out / config.saver.vis_dir / f"{name}.png"
                     strip = preview(sampler, name, number)
                     write_image(path, strip)
-                    board.add_image(f"sdas/{name}", strip, 0, dataformats="HWC")
+                    board.add_image(f"sdas/{name}", strip, 0)
                     log.info("%s: strengths %g .. %g in %s", name, PREVIEW_STRENGTHS[0], PREVIEW_STRENGTHS[-1], path)
             else:
                 folder = Path(config.workspace.root) / name

@@ -11,7 +11,6 @@ classifier_log/.
 import argparse
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,11 @@ from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
 from utils import cli, distributed
 from utils.checkpoint import clear_earlier_run, load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
-from utils.lock import folder_lock
-from utils.log import log, progress_bar, set_up_logging
+from utils.log import Board, log, progress_bar
 from utils.optim import accumulation_groups, seed_step
 from utils.precision import autocast
-from utils.run_record import record_run
 from utils.signals import StopRequest, stop_requests
-from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
+from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
 
 T_BINS = 10
 
@@ -60,10 +57,12 @@ def main() -> None:
     config = load_config(path, args.set, "classifier")
     check(config, path)
     out = cli.experiment_dir(args)
-    checkpoints = out / config.saver.checkpoints_dir
-    with distributed.session(args.device) as run, stop_requests(run) as stop, folder_lock(checkpoints, run):
-        board = set_up_logging(run, out / config.saver.log_dir, "train_classifier")
-        record_run(run, out / config.saver.log_dir, "train_classifier", config)
+    checkpoints, log_dir = out / config.saver.checkpoints_dir, out / config.saver.log_dir
+    with (
+        distributed.session(args.device) as run,
+        stop_requests(run) as stop,
+        training_folders("train_classifier", checkpoints, log_dir, config, args, run) as board,
+    ):
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
         test_set = TestImages(build_sdas_dataset(config.dataset, "test", classes, config.random_seed))
@@ -74,12 +73,12 @@ def main() -> None:
         log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
 
         torch.manual_seed(config.random_seed)
-        saved = load_for_resume(checkpoints, run, args.resume, args.overwrite)
+        saved = load_for_resume(checkpoints, run, args.resume)
         network = build_network(config, saved is not None).to(run.device)
         settings = {"arch": plain(config.classifier), "classes": classes}
         training = set_up_training(config, network, run, settings, train_set.images.summary(), figures={"acc": 0.0})
         training.steps_per_epoch = len(accumulation_groups(len(batches), config.trainer.accumulate))
-        training.json_log = out / config.saver.log_dir / "train_classifier.jsonl"
+        training.json_log = log_dir / "train_classifier.jsonl"
         if saved:
             training.resume(saved, checkpoints)
         elif args.overwrite:
@@ -99,7 +98,6 @@ def main() -> None:
                 if run.is_main:
                     save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
                 saver.save()
-        board.close()
 
 
 def check(config: EasyDict, path: Path) -> None:
@@ -133,7 +131,9 @@ def build_network(config: EasyDict, resumed: bool) -> torch.nn.Module:
     return create_classifier_unet(**kwargs, image_size=config.dataset.input_size, pertrain_path=start_weights)
 
 
-def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+def train_one_epoch(
+    training: Training, process: SpacedDiffusion, loader: DataLoader, board: Board, saver: Saver
+) -> None:
     """One pass over the images, or over the remaining ones if the epoch was resumed."""
     config, run, progress = training.config, training.run, training.progress
     training.model.train()
@@ -169,7 +169,9 @@ def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def validate(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, stop: StopRequest) -> float:
+def validate(
+    training: Training, process: SpacedDiffusion, loader: DataLoader, board: Board, stop: StopRequest
+) -> float:
     """Log top-1 and top-3 accuracy on the noisy test images of all ranks, overall and by t; returns top-1.
 
     Each image is classified once in each of T_BINS equal ranges of t, with its own noise.

@@ -13,7 +13,6 @@ import math
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +28,13 @@ from utils import cli, distributed
 from utils.checkpoint import clear_earlier_run, load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
 from utils.errors import RunError
-from utils.lock import folder_lock
-from utils.log import log, progress_bar, set_up_logging
+from utils.files import delete_older
+from utils.log import Board, log, progress_bar
 from utils.optim import EpochLoss, accumulation_groups, seed_step
 from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.precision import autocast
-from utils.run_record import record_run
 from utils.signals import StopRequest, stop_requests
-from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
+from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
 
 STRENGTHS = (0.0, 0.1, 0.2)
 IMAGES_PER_CLASS = 4
@@ -54,10 +52,12 @@ def main() -> None:
     config = load_config(path, args.set, "diffusion")
     check(config, path)
     out = cli.experiment_dir(args)
-    checkpoints = out / config.saver.checkpoints_dir
-    with distributed.session(args.device) as run, stop_requests(run) as stop, folder_lock(checkpoints, run):
-        board = set_up_logging(run, out / config.saver.log_dir, "train_diffusion")
-        record_run(run, out / config.saver.log_dir, "train_diffusion", config)
+    checkpoints, log_dir = out / config.saver.checkpoints_dir, out / config.saver.log_dir
+    with (
+        distributed.session(args.device) as run,
+        stop_requests(run) as stop,
+        training_folders("train_diffusion", checkpoints, log_dir, config, args, run) as board,
+    ):
         train_set = build_sdas_dataset(config.dataset, "train", None, config.random_seed)
         classes = list(train_set.numbers)
         test_set = build_sdas_dataset(config.dataset, "test", classes, config.random_seed)
@@ -66,13 +66,13 @@ def main() -> None:
         log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
 
         torch.manual_seed(config.random_seed)
-        saved = load_for_resume(checkpoints, run, args.resume, args.overwrite)
+        saved = load_for_resume(checkpoints, run, args.resume)
         network = build_network(config, saved is not None).to(run.device)
         settings = {"arch": plain(config.unet), "classes": classes}
         images = train_set.images.summary()
         training = set_up_training(config, network, run, settings, images, epoch_loss=EpochLoss(run.device))
         training.steps_per_epoch = len(accumulation_groups(len(batches), config.trainer.accumulate))
-        training.json_log = out / config.saver.log_dir / "train_diffusion.jsonl"
+        training.json_log = log_dir / "train_diffusion.jsonl"
         if saved:
             training.resume(saved, checkpoints)
         elif args.overwrite:
@@ -93,7 +93,6 @@ def main() -> None:
                     saver.save()
                     with saver.save_if_stopped():
                         validate(training, test_set, classes, board, out / config.saver.vis_dir, stop)
-        board.close()
 
 
 def check(config: EasyDict, path: Path) -> None:
@@ -126,7 +125,9 @@ def build_network(config: EasyDict, resumed: bool) -> torch.nn.Module:
     return create_diffusion_unet(**model_kwargs(config.unet), pertrain_path=start_weights)
 
 
-def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLoader, board: Any, saver: Saver) -> None:
+def train_one_epoch(
+    training: Training, process: SpacedDiffusion, loader: DataLoader, board: Board, saver: Saver
+) -> None:
     """One pass over the images, or over the remaining ones if the epoch was resumed."""
     config, run, progress = training.config, training.run, training.progress
     training.model.train()
@@ -164,7 +165,12 @@ def train_one_epoch(training: Training, process: SpacedDiffusion, loader: DataLo
 
 @torch.no_grad()
 def validate(
-    training: Training, test_set: SDASDataset, classes: list[str], board: Any, vis_dir: Path, stop: StopRequest
+    training: Training,
+    test_set: SDASDataset,
+    classes: list[str],
+    board: Board,
+    vis_dir: Path,
+    stop: StopRequest,
 ) -> None:
     """Write a sheet per class: real images, their DDIM reconstructions, and samples of one noise at rising strength.
 
@@ -187,14 +193,15 @@ def validate(
             totals += torch.tensor([float(error) * len(indices), len(indices)], dtype=torch.float64)
             if not rows:
                 rows = [("real", first_images(images)), ("DDIM reconstruction", first_images(recon))]
-        rows += sample_rows(training, process, number, test_set.preprocessing.size)
+        rows += sample_rows(training, process, number, test_set.preprocessing.size, stop)
         sheets[name] = contact_sheet(rows)
     gathered = distributed.gather(sheets)
     distributed.all_reduce_sum(totals)
     if run.is_main:
+        delete_older(vis_dir.glob("epoch_*"), config.saver.keep_pictures - 1)
         for name, sheet in {name: sheet for part in gathered for name, sheet in part.items()}.items():
             write_image(vis_dir / f"epoch_{epoch}" / f"{name}.png", sheet)
-            board.add_image(f"validation/{name}", sheet, training.progress.step, dataformats="HWC")
+            board.add_image(f"validation/{name}", sheet, training.progress.step)
         if totals[1]:
             error = float(totals[0] / totals[1])
             if not math.isfinite(error):
@@ -217,12 +224,12 @@ def reconstruct(training: Training, process: SpacedDiffusion, images: torch.Tens
 
 
 def sample_rows(
-    training: Training, process: SpacedDiffusion, number: int, size: tuple[int, int]
+    training: Training, process: SpacedDiffusion, number: int, size: tuple[int, int], stop: StopRequest
 ) -> list[tuple[str, list[np.ndarray]]]:
     """A row of samples of a class for each strength, from the same noise."""
     device, rows = training.run.device, []
     model, y = partial(averaged_model, training), torch.full((IMAGES_PER_CLASS,), number, device=device)
-    for s in STRENGTHS:
+    for s in stop.heeded(STRENGTHS):
         generator = torch.Generator().manual_seed(training.config.random_seed)
         noise = torch.randn(IMAGES_PER_CLASS, 3, *size, generator=generator).to(device)
         samples = process.p_sample_loop(model, noise, s=s, model_kwargs={"y": y}, generator=generator)

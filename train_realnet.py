@@ -34,14 +34,12 @@ from utils.checkpoint import BEST, clear_earlier_run, load_for_resume, save_chec
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run
 from utils.errors import UsageError
-from utils.lock import folder_lock
-from utils.log import log, progress_bar, set_up_logging
+from utils.log import Board, log, progress_bar
 from utils.optim import seed_step
 from utils.pictures import contact_sheet, heat_overlay, spread, to_uint8, write_image
 from utils.precision import autocast
-from utils.run_record import record_run
 from utils.signals import StopRequest, stop_requests
-from utils.training import Saver, Training, report_step, set_up_training, trainer_checks
+from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
 
 CALIBRATION_BATCHES = 8
 SHEET_IMAGES = 8
@@ -61,11 +59,13 @@ def main() -> None:
     classes = check(config, path, args.class_name)
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
+        problem = untrained_network(config)
+        if problem and run.world_size > 1:
+            raise UsageError(f"{path}: {problem}. Several ranks cannot train a network without gradients")
         for class_name in classes:
-            board = set_up_logging(run, out / config.saver.log_dir / class_name, "train_realnet")
-            with folder_lock(out / config.saver.checkpoints_dir / class_name, run):
+            checkpoints, log_dir = (out / config.saver[key] / class_name for key in ("checkpoints_dir", "log_dir"))
+            with training_folders("train_realnet", checkpoints, log_dir, config, args, run) as board:
                 train_class(config, class_name, run, out, board, args, stop)
-            board.close()
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
@@ -89,12 +89,31 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     return classes
 
 
+def untrained_network(config: EasyDict) -> str | None:
+    """What is wrong with a criterion that leaves one of the networks without gradients; None if it does not."""
+    types = {entry["type"] for entry in config.criterion}
+    rrs = next((part.get("kwargs") or {} for part in config.net if part["name"] == "rrs"), {})
+    if types == {"FeatureMSELoss"}:
+        return "criterion: FeatureMSELoss alone does not train rrs; add SegmentCrossEntropyLoss"
+    if "FeatureMSELoss" not in types and rrs.get("stop_grad"):
+        return "criterion: nothing trains recon; add FeatureMSELoss, or set net.rrs.kwargs.stop_grad: False"
+    return None
+
+
 def train_class(
-    config: EasyDict, class_name: str, run: Run, out: Path, board: Any, args: argparse.Namespace, stop: StopRequest
+    config: EasyDict,
+    class_name: str,
+    run: Run,
+    out: Path,
+    board: Board,
+    args: argparse.Namespace,
+    stop: StopRequest,
 ) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
     seed = config.random_seed
-    record_run(run, out / config.saver.log_dir / class_name, "train_realnet", config)
+    problem = untrained_network(config)
+    if problem:
+        log.warning("warning: %s", problem)
     train_set = build_realnet_train_set(config.dataset, class_name, seed)
     test_set = build_realnet_test_set(config.dataset, class_name)
     log.info("%s: %d training images, %d test images", class_name, len(train_set), len(test_set))
@@ -107,7 +126,7 @@ def train_class(
     checkpoints = out / config.saver.checkpoints_dir / class_name
 
     torch.manual_seed(seed)
-    saved = load_for_resume(checkpoints, run, args.resume, args.overwrite)
+    saved = load_for_resume(checkpoints, run, args.resume)
     network = build_realnet(config, "checkpoint" if saved else None).to(run.device)
     if not saved:
         prepare_features(network, train_set, config, run, board, stop)
@@ -139,7 +158,12 @@ def train_class(
 
 
 def prepare_features(
-    network: nn.Module, train_set: RealNetTrainSet, config: EasyDict, run: Run, board: Any, stop: StopRequest
+    network: nn.Module,
+    train_set: RealNetTrainSet,
+    config: EasyDict,
+    run: Run,
+    board: Board,
+    stop: StopRequest,
 ) -> None:
     """Calibrate the backbone if its weights are random, and select channels (AFS)."""
     init_batches = afs_batches(config)
@@ -171,7 +195,7 @@ def train_one_epoch(
     training: Training,
     criterion: dict[str, nn.Module],
     loader: DataLoader,
-    board: Any,
+    board: Board,
     saver: Saver,
     sheet_path: Path | None,
 ) -> None:
@@ -208,7 +232,7 @@ def train_one_epoch(
         saver.after_step()
 
 
-def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any, path: Path) -> None:
+def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Board, path: Path) -> None:
     """Write a sheet of images, their anomalous versions and masks."""
     if not training.run.is_main:
         return
@@ -221,7 +245,7 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any,
     rows.append(("mask", list((masks * 255).astype(np.uint8))))
     sheet = contact_sheet(rows)
     write_image(path, sheet)
-    board.add_image("train/samples", sheet, training.progress.step, dataformats="HWC")
+    board.add_image("train/samples", sheet, training.progress.step)
     log.info("training samples in %s", path)
 
 
@@ -229,7 +253,7 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Any,
 
 
 def validate(
-    training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Any, stop: StopRequest
+    training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Board, stop: StopRequest
 ) -> float | None:
     """The metric that selects the best checkpoint, on rank 0; None on other ranks.
 
@@ -251,7 +275,7 @@ def validate(
     log.info("epoch %d  %s", epoch, text or "validation: the test list lacks good or defective images")
     for name, value in metrics.items():
         board.add_scalar(f"validation/{name}", value, epoch)
-    board.add_image("validation/heat_maps", heat_map_sheet(scored, shown), epoch, dataformats="HWC")
+    board.add_image("validation/heat_maps", heat_map_sheet(scored, shown), epoch)
     return key_metric(metrics, training.config.evaluator.key_metric)
 
 

@@ -277,8 +277,10 @@ class SharedCache:
         self.kept = min(count, budget // item)
         if self.kept < count and budget_mb:
             log.info("cache: room for %d of %d images (dataset.cache_mb, shared memory)", self.kept, count)
-        # The system allocates shared memory only when a worker writes to it, page by page.
-        self.items = torch.empty((self.kept, *shape), dtype=torch.uint8).share_memory_()
+        # Made in shared memory: share_memory_() would make it elsewhere and copy it. The system reserves all pages at
+        # once, so that a full /dev/shm is noticed here and not by a worker, which it would kill.
+        storage = torch.UntypedStorage._new_shared(self.kept * item)
+        self.items = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (self.kept, *shape))
         self.filled = torch.zeros(self.kept, dtype=torch.bool).share_memory_()
 
     def get(self, index: int) -> np.ndarray | None:

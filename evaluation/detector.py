@@ -18,7 +18,7 @@ from evaluation.metrics import image_scores
 from evaluation.score import pooling_window
 from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
 from evaluation.tiling import resize_map, tiled_map
-from evaluation.trained_model import load_trained
+from evaluation.trained_model import has_finite_weights, load_trained
 from utils import distributed
 from utils.checkpoint import BEST
 from utils.config import checked, load_config
@@ -167,11 +167,6 @@ class Detector:
             mask=None if pixel is None else values >= pixel,
             is_anomalous=None if image is None else score >= image,
         )
-
-
-def has_finite_weights(network: torch.nn.Module) -> bool:
-    """Whether all weights and statistics of a network are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
 
 
 def as_one_process() -> None:

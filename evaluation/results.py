@@ -15,6 +15,7 @@ from utils.distributed import Run
 from utils.errors import RunError
 from utils.log import log, progress_bar
 from utils.pictures import heat_overlay, result_picture, thumbnail, write_image
+from utils.signals import StopRequest
 
 CURVE_POINTS = 300
 THUMBNAIL = 200  # longer side of the gallery's images, in pixels
@@ -78,8 +79,10 @@ class ClassResult:
         scale = max(float(np.ptp(self.scores)), 1e-12)
         if self.thresholds.image is None:
             return (self.scores - self.scores.max()) / scale
-        distance = self.thresholds.image - self.scores
-        return np.where(self.labels, distance, -distance) / scale
+        distance = np.abs(self.scores - self.thresholds.image) / scale
+        wrong = (self.scores >= self.thresholds.image) != self.labels
+        # A good image at the very threshold is called anomalous.
+        return np.where(wrong, np.maximum(distance, 1e-12), -distance)
 
 
 def evaluate_class(
@@ -115,17 +118,20 @@ def evaluate_class(
     )
 
 
-def draw_images(result: ClassResult, scored: ScoredImages, gallery: int, folder: Path | None, run: Run) -> None:
+def draw_images(
+    result: ClassResult, scored: ScoredImages, gallery: int, folder: Path | None, run: Run, stop: StopRequest
+) -> None:
     """Put the images with the worst errors into the gallery, and write a result picture of every image.
 
     Args:
         scored: the images of the class, kept for pictures (see score.predict_maps).
         gallery: number of images in the gallery.
         folder: where to write <defect type>/<name>.png, or None to write none. Subfolders of the defect type are kept.
+        stop: ends the drawing between two images when a signal has arrived.
     """
     thresholds, errors, names = result.thresholds, result.errors(), ResultNames()
     worst = set(np.argsort(-errors, kind="stable")[:gallery].tolist())
-    for index in progress_bar(range(len(scored)), run, f"{result.name} pictures"):
+    for index in progress_bar(range(len(scored)), run, f"{result.name} pictures", stop=stop):
         if folder is None and index not in worst:
             continue
         sample, image = scored.samples[index], scored.images[index]

@@ -97,6 +97,11 @@ def fingerprint_of(network: torch.nn.Module, config: EasyDict) -> str:
     return digest.hexdigest()
 
 
+def has_finite_weights(network: torch.nn.Module) -> bool:
+    """Whether all weights and statistics of a network are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
+
+
 def overruled_settings(trained: EasyDict, given: EasyDict) -> list[str]:
     """The settings of a YAML that the checkpoint overrules, as "key: used (in the YAML: given)"."""
     lines = []

@@ -16,7 +16,7 @@ _ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
 FILES = {
     "diffusion.yaml": (*_ALL, "CLASSES"),
     "classifier.yaml": (*_ALL, "CLASSES"),
-    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH", "CLASSES"),
+    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH"),
     "realnet.yaml": (*_ALL, "FOREGROUND"),
     "realnet_unified.yaml": _ALL,
 }

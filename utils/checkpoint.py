@@ -178,30 +178,42 @@ def save_for_resume(folder: str | Path, content: dict[str, Any]) -> None:
     (folder / NEXT).replace(last)
 
 
-def load_for_resume(folder: str | Path, run: Run, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """The checkpoint that --resume continues from, on every rank; None means to start from the beginning.
+def refuse_earlier_run(folder: str | Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to train in a folder with an earlier run, unless --resume or --overwrite says what to do with it.
 
     Args:
         folder: of the checkpoints. Half-written files are removed, so no other run may write there (lock.folder_lock).
-        resume, overwrite: whether --resume or --overwrite was given.
 
     Raises:
-        UsageError: the folder holds checkpoints of an earlier run, and neither option says what to do with them, or
-            none of them can be resumed.
+        UsageError: neither does, or (resume) the earlier run has left no checkpoint that a run can resume from.
+    """
+    clear_leftovers(folder)
+    earlier = files_of_run(folder)
+    if not earlier or overwrite:
+        return
+    if not resume:
+        raise UsageError(
+            f"{folder} holds the checkpoints of an earlier run ({earlier[0].name}): --resume continues that run, "
+            "--overwrite deletes its checkpoints and starts anew"
+        )
+    if not any((Path(folder) / name).is_file() for name in (LAST, PREVIOUS)):
+        raise UsageError(f"{folder} holds no {LAST} to resume; --overwrite deletes its files and starts anew")
+
+
+def load_for_resume(folder: str | Path, run: Run, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint that --resume continues from, on every rank; None means to start from the beginning.
+
+    Args:
+        folder: of the checkpoints, which refuse_earlier_run has accepted.
+        resume: whether --resume was given.
+
+    Raises:
+        UsageError: there are checkpoints, but none can be read.
     """
     content = None
     if run.is_main:
-        clear_leftovers(folder)
-        earlier = files_of_run(folder)
-        if earlier and not resume and not overwrite:
-            raise UsageError(
-                f"{folder} holds the checkpoints of an earlier run ({earlier[0].name}): --resume continues that run, "
-                "--overwrite deletes its checkpoints and starts anew"
-            )
         content = newest_readable(folder) if resume else None
         if resume and content is None:
-            if earlier:
-                raise UsageError(f"{folder} holds no {LAST} to resume; --overwrite deletes its files and starts anew")
             log.info("%s: nothing to resume; starting from the beginning", folder)
     # Rank 0 renames damaged files before the other ranks read the folder.
     distributed.barrier()

@@ -43,11 +43,12 @@ def config_path(args: argparse.Namespace, name: str) -> Path:
         return Path(args.config)
     if not args.dataset:
         known = _datasets_with(name)
-        raise UsageError(f"--dataset is missing; experiments/ has {', '.join(known) or 'no data set'}")
+        raise UsageError(f"--dataset is missing; {Path('experiments').resolve()} has {', '.join(known) or 'none'}")
     path = Path("experiments") / args.dataset / f"{name}.yaml"
     if not path.is_file():
         known = _datasets_with(name)
-        raise UsageError(f"--dataset {args.dataset}: {path} does not exist; known are {', '.join(known) or 'none'}")
+        where = f"{Path('experiments').resolve()} has {', '.join(known) or f'no folder with a {name}.yaml'}"
+        raise UsageError(f"--dataset {args.dataset}: {path} does not exist; {where}")
     return path
 
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +62,15 @@ def remove_parts(folder: str | Path) -> None:
     for path in Path(folder).glob(f"{PART}*"):
         if path.is_file():
             path.unlink()
+
+
+def delete_older(paths: Iterable[Path], keep: int) -> None:
+    """Delete all but the last written `keep` files, or folders with the files directly in them."""
+    ordered = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in ordered[max(0, keep) :]:
+        if not path.is_dir():
+            path.unlink()
+            continue
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()

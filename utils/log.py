@@ -10,11 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.distributed import Run
+from utils.files import delete_older
 from utils.signals import StopRequest
 
 log = logging.getLogger("realnet")
 
 LOG_SECONDS = 12.0
+PICTURES = "pictures"
 
 
 class _TqdmHandler(logging.StreamHandler):
@@ -25,18 +27,55 @@ class _TqdmHandler(logging.StreamHandler):
         sys.stdout.flush()
 
 
-class SilentBoard:
-    """Stands in for tensorboard's SummaryWriter on ranks other than 0."""
+class Board:
+    """Takes what is to be shown in tensorboard; this one, for ranks other than 0, shows nothing."""
 
-    def add_scalar(self, *args: Any, **kwargs: Any) -> None: ...
+    def add_scalar(self, name: str, value: float, step: int) -> None: ...
 
-    def add_image(self, *args: Any, **kwargs: Any) -> None: ...
+    def add_histogram(self, name: str, values: Any, step: int) -> None: ...
 
-    def add_histogram(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def flush(self) -> None: ...
+    def add_image(self, name: str, image: Any, step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+class TensorBoard(Board):
+    """Writes to tensorboard. Pictures get a file per step, so that old ones can be deleted: they would fill the disk.
+
+    Args:
+        folder: of the tensorboard files; pictures go to its subfolder PICTURES.
+        keep: how many steps with pictures to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        # Imported here, because it takes a second, which commands that fail early should not wait for.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.keep, self.writer_class = folder, keep, SummaryWriter
+        self.numbers, self.pictures, self.step = SummaryWriter(str(folder)), None, -1
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.numbers.add_scalar(name, value, step)
+
+    def add_histogram(self, name: str, values: Any, step: int) -> None:
+        self.numbers.add_histogram(name, values, step)
+
+    def add_image(self, name: str, image: Any, step: int) -> None:
+        """Add an (H,W,3) uint8 picture."""
+        if self.pictures is None or step != self.step:
+            self._close_pictures()
+            folder = self.folder / PICTURES
+            delete_older(folder.glob("events.*"), self.keep - 1)
+            self.pictures, self.step = self.writer_class(str(folder), filename_suffix=f".step{step}"), step
+        self.pictures.add_image(name, image, step, dataformats="HWC")
+
+    def _close_pictures(self) -> None:
+        if self.pictures is not None:
+            self.pictures.close()
+
+    def close(self) -> None:
+        self._close_pictures()
+        self.numbers.close()
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
@@ -51,19 +90,20 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     log.addHandler(terminal)
 
 
-def set_up_logging(run: Run, log_dir: str | Path, name: str) -> Any:
-    """Start logging to the terminal and `log_dir`/<name>.log; returns a tensorboard writer (silent on other ranks)."""
+def set_up_logging(run: Run, log_dir: str | Path, name: str, keep_pictures: int) -> Board:
+    """Start logging to the terminal, to `log_dir`/<name>.log and to tensorboard; silent on other ranks than 0.
+
+    Args:
+        keep_pictures: how many steps with pictures tensorboard keeps.
+    """
     log_to_terminal(logging.INFO if run.is_main else logging.ERROR)
     if not run.is_main:
-        return SilentBoard()
+        return Board()
     Path(log_dir).mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(Path(log_dir) / f"{name}.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
-    # Imported here, because it takes a second, which commands that fail early should not wait for.
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(Path(log_dir) / name))
+    return TensorBoard(Path(log_dir) / name, keep_pictures)
 
 
 def _logged(items: Iterable, description: str, total: int | None) -> Iterator:

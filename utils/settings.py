@@ -131,6 +131,9 @@ def _process(section_counts: str, use: str) -> Section:
     )  # fmt: skip
 
 
+_KEEP_PICTURES_HELP = "Validations whose pictures are kept, in vis_dir and tensorboard; older ones are deleted."
+
+
 def _saver(stage: str) -> Section:
     """The keys that say where a script writes."""
     return Section(
@@ -140,6 +143,7 @@ def _saver(stage: str) -> Section:
             "vis_dir": Setting("str", "Pictures for people, under experiments/<dataset>/.", f"{stage}_vis/"),
             "results_dir": Setting("str", "Tables and report, under experiments/<dataset>/.", f"{stage}_results/"),
             "keep": Setting("int", "Numbered checkpoints to keep; older ones are deleted.", 3, low=1),
+            "keep_pictures": Setting("int", _KEEP_PICTURES_HELP, 5, low=1),
         }
     )
 

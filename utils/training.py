@@ -1,5 +1,6 @@
 """Shared by the training scripts: the state of a training run, saving it, and reporting its steps."""
 
+import argparse
 import json
 import logging
 import math
@@ -15,13 +16,16 @@ from easydict import EasyDict
 from torch import nn
 
 from utils import distributed
-from utils.checkpoint import LAST, save_for_resume, state_dict_of
+from utils.checkpoint import LAST, refuse_earlier_run, save_for_resume, state_dict_of
 from utils.config import changed_settings, plain
 from utils.distributed import Run, peak_memory
 from utils.errors import Stopped, UsageError
+from utils.lock import folder_lock
+from utils.log import Board, set_up_logging
 from utils.meter import Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
 from utils.precision import resolve_precision, training_precision
+from utils.run_record import record_run
 from utils.signals import StopRequest
 
 log = logging.getLogger("realnet")
@@ -176,6 +180,30 @@ class Training:
             log.info("  the epoch has other batches now and begins anew")
 
 
+@contextmanager
+def training_folders(
+    name: str, checkpoints: Path, log_dir: Path, config: EasyDict, args: argparse.Namespace, run: Run
+) -> Iterator[Board]:
+    """Lock the folder of the checkpoints, then start logging; yields the board for tensorboard.
+
+    A run that is refused writes nothing, so the logs and settings in the folder stay those of the run that it holds.
+
+    Args:
+        name: of the script, without its ending.
+
+    Raises:
+        UsageError: another run writes there, or an earlier one did and the arguments do not say what to do with it.
+    """
+    with folder_lock(checkpoints, run):
+        distributed.on_main(lambda: refuse_earlier_run(checkpoints, args.resume, args.overwrite))
+        board = set_up_logging(run, log_dir, name, config.saver.keep_pictures)
+        try:
+            record_run(run, log_dir, name, config)
+            yield board
+        finally:
+            board.close()
+
+
 def set_up_training(
     config: EasyDict,
     network: nn.Module,
@@ -249,7 +277,7 @@ class Saver:
             save_for_resume(self.folder, self.training.state_dict())
 
 
-def report_step(training: Training, board: Any) -> None:
+def report_step(training: Training, board: Board) -> None:
     """Print and record what the meter measured since the last report, learning rate, memory and skipped steps."""
     progress, stepper, trainer = training.progress, training.stepper, training.config.trainer
     reading = training.meter.read()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluation_realnet
 import export
 from datasets import images as images_module
 from evaluation.detector import Detector
@@ -76,6 +77,13 @@ def test_weights_that_are_not_finite_fail(spoiled, score, detector, tmp_path, mo
     assert code == 1
     assert "are not finite; train it again" in err
     assert not (tmp_path / "exported").exists()
+    arguments = ["--dataset", "tiny", "--class_name", "dots", "--checkpoint", str(tmp_path / "nan.pth.tar")]
+    for name in ("log", "vis", "results"):
+        arguments += ["--set", f"saver.{name}_dir=nan_{name}/"]
+    code, _, err = run(evaluation_realnet.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 1
+    assert "are not finite; train it again" in err
+    assert not list(tmp_path.glob("*.thresholds.json"))
     code, _, err, lines = score(TEST_FOLDER, "--threshold", "0.5", checkpoint=tmp_path / "nan.pth.tar")
     assert code == 1
     assert not lines

@@ -4,6 +4,7 @@ import csv
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ from evaluation.inputs import ResultNames, groups, prefetch
 from evaluation.results import draw_images, evaluate_class
 from evaluation.score import ScoredImages
 from evaluation.tables import COLUMNS, write_tables
+from evaluation.thresholds import Thresholds
 from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.distributed import Run
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, Stopped, UsageError
+from utils.signals import StopRequest
 
+ALONE = Run(0, 1, torch.device("cpu"))
 CLASS_FOLDER = "experiments/tiny/predict_checkpoints/dots"
 TEST_FOLDER = "data/tiny/images/dots/test"
 
@@ -44,6 +48,13 @@ def test_an_evaluation_of_maps_that_are_not_finite_fails():
     scored = scored_images(["part/test/good/0.png", "part/test/good/1.png", "part/test/hole/0.png"], maps)
     with pytest.raises(RunError, match=r"part/test/hole/0\.png: its anomaly map is not finite"):
         evaluate_class("part", scored)
+
+
+def test_a_good_image_at_the_very_threshold_is_an_error():
+    scored = scored_images(["part/test/good/0.png", "part/test/hole/0.png"], np.zeros((2, 8, 8)))
+    result = evaluate_class("part", replace(scored, scores=np.array([0.5, 0.5])))
+    result.thresholds = Thresholds(0.5, None, "by hand")
+    assert (result.errors() > 0).tolist() == [True, False]
 
 
 # ---- result files ----------------------------------------------------------------------------------------------------
@@ -77,8 +88,12 @@ def test_pictures_of_the_evaluation_do_not_overwrite_each_other(tmp_path):
     names = ["part/test/good/x.png", "part/test/good/x.bmp", "part/test/night/0/a.png", "part/test/day/0/a.png"]
     names += ["part/test/day/1/a.png"]
     scored = scored_images(names, np.random.default_rng(0).random((5, 8, 8)))
-    draw_images(evaluate_class("part", scored), scored, 0, tmp_path, Run(0, 1, torch.device("cpu")))
+    draw_images(evaluate_class("part", scored), scored, 0, tmp_path, ALONE, StopRequest(ALONE))
     assert len(list(tmp_path.rglob("*.png"))) == 5
+    stop = StopRequest(ALONE)
+    stop.signal = 2
+    with pytest.raises(Stopped):
+        draw_images(evaluate_class("part", scored), scored, 0, tmp_path, ALONE, stop)
     assert (tmp_path / "good/x.png").is_file()
     assert (tmp_path / "good/x_2.png").is_file()
 

@@ -15,6 +15,7 @@ from evaluation.results import draw_images, evaluate_class
 from evaluation.score import ScoredImages
 from evaluation.tables import with_mean
 from utils.distributed import Run
+from utils.signals import StopRequest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -31,7 +32,8 @@ def class_result(name, seed):
     images = {i: rng.integers(0, 256, (24, 24, 3), dtype=np.uint8) for i in range(len(TYPES))}
     scored = ScoredImages(samples, maps, image_scores(maps, (8, 8)), masks, images)
     evaluated = evaluate_class(name, scored)
-    draw_images(evaluated, scored, len(TYPES), None, Run(0, 1, torch.device("cpu")))
+    run = Run(0, 1, torch.device("cpu"))
+    draw_images(evaluated, scored, len(TYPES), None, run, StopRequest(run))
     evaluated.gallery[0] = replace(evaluated.gallery[0], truth=None)
     return evaluated
 

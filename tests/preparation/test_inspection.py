@@ -11,6 +11,7 @@ import yaml
 from PIL import Image, ImageFilter
 
 import prepare_data
+from datasets.catalog import CATALOG
 from datasets.lists import Sample
 from preparation import inspection, settings_files
 from preparation.duplicates import split_good
@@ -183,13 +184,27 @@ def test_all_values_reach_the_settings(classes, tmp_path):
     assert configs["realnet.yaml"].dataset.foreground == {"channel": "red", "threshold": 7}
     assert configs["realnet.yaml"].dataset.train.sdas_dir == "data/My.Parts-2/sdas/{}"
     sample = configs["sample.yaml"]
-    assert (sample.dataset.H, sample.dataset.W, sample.unet.class_number) == (128, 224, classes)
+    assert (sample.dataset.H, sample.dataset.W) == (128, 224)
     assert sample.unet.pertrain_path == "experiments/My.Parts-2/diffusion_checkpoints/"
     if classes == 1:
         assert sample.classifier is None
     else:
-        assert sample.classifier.class_number == configs["classifier.yaml"].classifier.class_number == 3
+        assert sample.classifier.pertrain_path == "experiments/My.Parts-2/classifier_checkpoints/"
+        assert configs["classifier.yaml"].classifier.class_number == configs["diffusion.yaml"].unet.class_number == 3
         assert configs["realnet_unified.yaml"].dataset.train.meta_file == "data/My.Parts-2/samples/train_uni.json"
+
+
+@pytest.mark.parametrize("dataset", ["MVTec-AD", "VisA", "MPDD", "BTAD"])
+def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset, tmp_path):
+    texts = settings_files.settings_texts(dataset, len(CATALOG[dataset].classes), (256, 256), "none")
+    for name, text in texts.items():
+        own = tmp_path / name
+        own.write_text(text.replace(f"data/{dataset}/images/", f"data/{dataset}/{CATALOG[dataset].type}/"))
+        config, benchmark = load_config(own), load_config(REPOSITORY / "experiments" / dataset / name)
+        if name.startswith("realnet"):
+            del config.dataset["type"], benchmark.dataset["type"]
+            del config.dataset["foreground"], benchmark.dataset["foreground"]
+        assert config == benchmark, name
 
 
 @pytest.mark.parametrize(

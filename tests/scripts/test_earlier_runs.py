@@ -1,6 +1,7 @@
 """What an earlier run left: checkpoints are not lost or mixed up, thresholds never judge another model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import train_diffusion
 import train_realnet
 from tests.conftest import settings
 from tests.in_process import run
-from utils.checkpoint import load_checkpoint, save_checkpoint, save_numbered
+from utils.checkpoint import load_checkpoint, refuse_earlier_run, save_checkpoint, save_numbered
+from utils.distributed import Run
 from utils.errors import Stopped
+from utils.lock import folder_lock
 
 ONE_EPOCH = ["--set", "trainer.max_epoch=1"]
 DOTS = ["--class_name", "dots"]
@@ -24,6 +27,10 @@ DOTS = ["--class_name", "dots"]
 def folders(stage: str) -> list[str]:
     names = ("checkpoints", "log", "vis", "results")
     return [part for name in names for part in ("--set", f"saver.{name}_dir={stage}/{name}/")]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -46,11 +53,12 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(script, arguments, command, 
     stage = f"earlier_{script.__name__}"
     command(script, *arguments, *folders(stage), "--set", "trainer.max_epoch=2")
     folder = workspace.out / stage / "checkpoints" / ("dots" if arguments else "")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(workspace.out / stage)
     _, err = command(script, *arguments, *folders(stage), *ONE_EPOCH, code=2)
     assert "--resume continues that run, --overwrite deletes its checkpoints" in err
     assert len(err.splitlines()) <= 2
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # Not even its settings or a line of its log.
+    assert contents(workspace.out / stage) == before
     (folder / "ckpt_previous.pth.tar.damaged").touch()
     command(script, *arguments, *folders(stage), *ONE_EPOCH, "--overwrite")
     expected = {"ckpt_last.pth.tar", "ckpt_best.pth.tar" if arguments else "ckpt_1.pth.tar"}
@@ -66,6 +74,20 @@ def test_resuming_a_folder_without_a_newest_checkpoint_is_refused(command, works
     _, err = command(train_realnet, *DOTS, *folders("only_best"), *ONE_EPOCH, "--resume", code=2)
     assert "ckpt_last.pth.tar to resume; --overwrite deletes" in err
     assert (folder / "ckpt_best.pth.tar").is_file()
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_logged(command, workspace):
+    checkpoints = workspace.out / "in_use/checkpoints/dots"
+    with folder_lock(checkpoints, Run(0, 1, torch.device("cpu"))):
+        _, err = command(train_realnet, *DOTS, *folders("in_use"), *ONE_EPOCH, code=2)
+        assert "writes here" in err
+        assert not (workspace.out / "in_use/log").exists()
+
+
+def test_half_written_checkpoints_are_no_earlier_run(tmp_path):
+    (tmp_path / "ckpt_next.pth.tar").touch()
+    refuse_earlier_run(tmp_path, resume=False, overwrite=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_just_written_is_never_pruned(tmp_path):

@@ -3,6 +3,8 @@
 Small stand-ins take the networks' place and record what reaches them.
 """
 
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -25,7 +27,7 @@ from tests.conftest import CLASSES, CLASSIFIER, UNET
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
 from utils.config import load_config
 from utils.distributed import Run
-from utils.errors import UsageError
+from utils.errors import Stopped, UsageError
 from utils.optim import EpochLoss, Stepper
 from utils.precision import training_precision
 from utils.signals import StopRequest
@@ -182,6 +184,49 @@ def test_the_diffusion_validation_uses_the_averaged_network(configured, tmp_path
     assert set(training.ema.model.timesteps) == {0, 250, 500, 750}
     assert all(np.isfinite(call.args[1]) for call in board.add_scalar.call_args_list)
     assert board.add_scalar.call_count == 1
+
+
+def test_the_newest_pictures_of_the_diffusion_validation_are_kept(configured, tmp_path):
+    config = configured("diffusion", "saver.keep_pictures=2")
+    test_set = build_sdas_dataset(config.dataset, "test", list(CLASSES), 0)
+    training = training_of(config, Recorder())
+    for training.progress.epoch in (8, 9, 3):
+        train_diffusion.validate(training, test_set, list(CLASSES), MagicMock(), tmp_path, StopRequest(ALONE))
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_9", "epoch_3"}
+    assert {path.name for path in (tmp_path / "epoch_3").iterdir()} == {f"{name}.png" for name in CLASSES}
+
+
+def test_drawing_samples_ends_at_a_signal(configured):
+    stop = StopRequest(ALONE)
+    stop.signal = 15
+    with pytest.raises(Stopped):
+        train_diffusion.sample_rows(training_of(configured("diffusion"), Recorder()), TENTH, 0, (16, 16), stop)
+
+
+@pytest.mark.parametrize(
+    ("types", "stop_grad", "missing"),
+    [
+        (["FeatureMSELoss"], False, "does not train rrs"),
+        (["SegmentFocalLoss"], True, "nothing trains recon"),
+        (["SegmentFocalLoss"], False, None),
+        (["SegmentCrossEntropyLoss", "FeatureMSELoss"], True, None),
+    ],
+)
+def test_several_ranks_are_refused_a_network_that_nothing_trains(types, stop_grad, missing, configured, monkeypatch):
+    criterion = f"criterion=[{', '.join(f'{{name: {name}, type: {name}}}' for name in types)}]"
+    config = configured("realnet", criterion, f"net.rrs.kwargs.stop_grad={stop_grad}")
+    problem = train_realnet.untrained_network(config)
+    assert (problem is None) == (missing is None)
+    if problem is None:
+        return
+    assert missing in problem
+    two = nullcontext(Run(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(train_realnet.distributed, "session", lambda device: two)
+    monkeypatch.setattr(train_realnet, "load_config", lambda *arguments: config)
+    monkeypatch.setattr(train_realnet, "check", lambda *arguments: ["dots"])
+    monkeypatch.setattr(sys, "argv", ["train_realnet.py", "--config", "realnet.yaml"])
+    with pytest.raises(UsageError, match=missing):
+        train_realnet.main()
 
 
 def test_the_classifier_is_validated_with_averaged_weights_if_there_are_any(configured):

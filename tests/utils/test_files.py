@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from utils.errors import RunError
-from utils.files import remove_parts, umask, write_atomic, write_text
+from utils.files import delete_older, remove_parts, umask, write_atomic, write_text
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -69,3 +69,14 @@ def test_the_umask_is_read_once_when_the_process_starts(tmp_path):
     assert int(done.stdout) == 0o027
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
     assert os.umask(umask()) == umask()
+
+
+def test_older_files_and_folders_are_deleted(tmp_path):
+    for age, name in enumerate(("new", "middle", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").touch()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    delete_older(tmp_path.iterdir(), 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "middle"}
+    delete_older(tmp_path.iterdir(), 0)
+    assert not list(tmp_path.iterdir())

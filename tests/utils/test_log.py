@@ -1,10 +1,11 @@
-"""Progress where there is no terminal."""
+"""Progress where there is no terminal, and tensorboard."""
 
+import numpy as np
 import torch
 
 from utils import log as log_module
 from utils.distributed import Run
-from utils.log import progress_bar
+from utils.log import PICTURES, TensorBoard, progress_bar
 from utils.signals import StopRequest
 
 
@@ -16,3 +17,22 @@ def test_long_phases_say_how_far_they_are_without_a_terminal(monkeypatch, caplog
         for _ in progress_bar(list(range(5)), run, "AFS", stop=StopRequest(run)):
             now[0] += 7.0
     assert [record.message for record in caplog.records] == ["AFS: 2 of 5 done", "AFS: 4 of 5 done"]
+
+
+def test_tensorboard_keeps_all_numbers_and_the_newest_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def add(steps):
+        board = TensorBoard(tmp_path, keep=2)
+        for step in steps:
+            board.add_scalar("loss", step, step)
+            for name in ("a", "b"):
+                board.add_image(name, np.full((4, 4, 3), step, np.uint8), step)
+        board.close()
+
+    add([10, 20, 30])
+    add([5])  # a new run, whose pictures are the newest although their step is lower
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [10, 20, 30, 5]
+    pictures = EventAccumulator(str(tmp_path / PICTURES)).Reload()
+    assert {name: [event.step for event in pictures.Images(name)] for name in "ab"} == {"a": [30, 5], "b": [30, 5]}
+    assert len(list((tmp_path / PICTURES).iterdir())) == 2
