@@ -29,7 +29,7 @@ from evaluation.metrics import PRO_LIMIT
 from evaluation.results import ClassResult, draw_images, evaluate_class
 from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
-from evaluation.thresholds import thresholds_of, write_thresholds
+from evaluation.thresholds import read_thresholds, sidecar, thresholds_of, write_thresholds
 from evaluation.trained_model import has_finite_weights, load_trained, overruled_settings
 from utils import cli, distributed
 from utils.checkpoint import BEST
@@ -37,6 +37,7 @@ from utils.config import collect_errors, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.log import log, set_up_logging
+from utils.run_record import record_run
 from utils.signals import StopRequest, stop_requests
 
 
@@ -48,6 +49,7 @@ class Options:
     pro_limit: float
     gallery: int
     pictures: bool
+    other_checkpoint: bool
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,6 +72,7 @@ def main() -> None:
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet", config.saver.keep_pictures).close()
+        record_run(run, out / config.saver.log_dir, "evaluation_realnet", config)
         results: list[ClassResult] = []
         for class_name, test_set, checkpoint in evaluable_classes(config, classes, args, out):
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out, stop)
@@ -101,7 +104,8 @@ def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
         raise UsageError(f"--target-fpr {args.target_fpr}: has to lie in 0 .. 1, e.g. 0.01 for 1 %")
     if not 0 < args.pro_limit <= 1:
         raise UsageError(f"--pro-limit {args.pro_limit}: has to lie above 0 and up to 1")
-    return Options(args.target_fpr, args.pro_limit, max(0, args.gallery), not args.no_pictures)
+    other = args.checkpoint is not None
+    return Options(args.target_fpr, args.pro_limit, max(0, args.gallery), not args.no_pictures, other)
 
 
 def evaluable_classes(
@@ -163,22 +167,36 @@ def evaluate(
         folder = out / config.saver.vis_dir / name if options.pictures else None
         draw_images(result, class_images, options.gallery, folder, run, stop)
         results.append(result)
-    path = save_thresholds(checkpoint, scored, results, options, trained.fingerprint)
-    log.info("%s: thresholds in %s", class_name, path)
+    chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
+    save_thresholds(checkpoint, scored, results, options, trained.fingerprint, chosen_on)
     return results
 
 
 def save_thresholds(
-    checkpoint: Path, scored: ScoredImages, results: list[ClassResult], options: Options, fingerprint: str
-) -> Path:
-    """Write the sidecar: thresholds for all images, and for each class if the model serves several classes."""
+    checkpoint: Path,
+    scored: ScoredImages,
+    results: list[ClassResult],
+    options: Options,
+    fingerprint: str,
+    chosen_on: str,
+) -> None:
+    """Write the sidecar: thresholds for all images, and for each class if the model serves several classes.
+
+    An evaluation of a checkpoint on another list does not replace the thresholds from the model's own test list.
+    """
+    before = read_thresholds(checkpoint) if options.other_checkpoint and sidecar(checkpoint).is_file() else None
+    if before and before.fingerprint == fingerprint and before.chosen_on not in ("", chosen_on):
+        text = "%s was chosen on %s and is kept; delete it to have the thresholds of %s"
+        log.warning(text, sidecar(checkpoint), before.chosen_on, chosen_on)
+        return
     thresholds = results[0].thresholds
     if len(results) > 1:
         # The thresholds for all images are for new images of unknown class.
         rankings = scored.rankings()
         thresholds = thresholds_of(scored.scores, scored.maps, scored.labels, *rankings, options.target_fpr)
         thresholds = replace(thresholds, classes={result.name: result.thresholds for result in results})
-    return write_thresholds(checkpoint, replace(thresholds, fingerprint=fingerprint))
+    path = write_thresholds(checkpoint, replace(thresholds, fingerprint=fingerprint, chosen_on=chosen_on))
+    log.info("thresholds in %s", path)
 
 
 def log_undefined_metrics(result: ClassResult) -> None:

@@ -59,7 +59,7 @@ def main() -> None:
     if args.format != "torch":
         require_onnx(args.format)
     path = checkpoint_path(args.checkpoint)
-    trained = load_trained(path, load_config(args.config) if args.config else None, args.config)
+    trained = load_trained(path, load_config(args.config, script="realnet") if args.config else None, args.config)
     config = trained.config
     model = ExportedRealNet(trained.network, pooling_window(config.evaluator)).eval()
     images = check_images(args, path, config)

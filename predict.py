@@ -14,11 +14,13 @@ Mask folders and earlier results below the input folder are not scored.
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,13 @@ from tqdm import tqdm
 from datasets.build import preprocessing_of
 from datasets.images import MEGAPIXELS, allow_megapixels, count_pages, read_size
 from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path
-from evaluation.inputs import PIXELS_AHEAD, Input, find_inputs, groups, prefetch, printable
+from evaluation.inputs import PIXELS_AHEAD, Input, find_inputs, groups, prefetch
 from evaluation.prediction_files import SCORES, TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
 from utils import cli
 from utils.errors import RunError, UsageError
 from utils.log import log, log_to_terminal
+from utils.names import shown
 
 OVERLAP = 64  # pixels, or a quarter of a small tile
 
@@ -78,6 +81,7 @@ def main() -> None:
     args = parse_args()
     check_arguments(args)
     log_to_terminal()
+    signal.signal(signal.SIGTERM, interrupt)
     allow_megapixels(args.max_megapixels)
     detector = Detector.load(args.checkpoint, args.config, args.device)
     detector = detector.with_thresholds(choose_thresholds(detector.thresholds, args))
@@ -113,10 +117,15 @@ def main() -> None:
     unreadable += len(inputs.problems)
     verdicts = f", {results.anomalous} anomalous" if detector.thresholds.image is not None else ""
     scored = f", {failed} not scored" if failed else ""
-    table = printable(str(args.output / TABLE))
+    table = args.output / TABLE
     log.info("%s: %d images%s, %d unreadable%s", table, results.count, verdicts, unreadable, scored)
     if unreadable or failed:
         sys.exit(1)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """End as after Ctrl-C, so that what is scored so far is whole."""
+    raise KeyboardInterrupt
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -148,7 +157,7 @@ def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) ->
         thresholds = Thresholds(None, None, "")
         if args.threshold is None:
             text = "no thresholds beside %s: scores without verdicts (evaluate it, or pass --threshold)"
-            log.info(text, printable(args.checkpoint))
+            log.info(text, args.checkpoint)
     if args.class_name:
         thresholds = thresholds.of_class(args.class_name)
     if args.tile and args.threshold is None and thresholds.image is not None:
@@ -182,7 +191,7 @@ def pixels_of(source: Input) -> int:
 
 def report(kind: str, problem: str) -> None:
     """Name an image without a result on stderr."""
-    tqdm.write(f"{kind}: {printable(problem)}", file=sys.stderr)
+    tqdm.write(f"{kind}: {shown(problem)}", file=sys.stderr)
 
 
 def score(
@@ -215,7 +224,7 @@ def score(
         bar.update(len(group))
     bar.close()
     if paged:
-        names = printable(", ".join(paged[:3])) + (", ..." if len(paged) > 3 else "")
+        names = ", ".join(paged[:3]) + (", ..." if len(paged) > 3 else "")
         log.info("images with several pages, of which the first was scored: %d, %s", len(paged), names)
     return unreadable, failed
 

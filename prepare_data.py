@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 
 from datasets.catalog import CATALOG, TEXTURES
+from datasets.images import MEGAPIXELS, allow_megapixels
 from datasets.lists import UNIFIED, Sample, list_text, listed_classes
 from preparation import findings, placing, settings_files
 from preparation.archives import SUFFIXES
@@ -72,6 +73,9 @@ def parse_args() -> argparse.Namespace:
         metavar=("H", "W"),
         help="default: the area of 256x256 pixels, in the images' aspect ratio",
     )
+    parser.add_argument(
+        "--max-megapixels", type=int, default=MEGAPIXELS, help=f"refuse images above this size ({MEGAPIXELS})"
+    )
     own.add_argument("--foreground", default="none", help="value of the setting dataset.foreground (default none)")
     return parser.parse_args()
 
@@ -80,6 +84,7 @@ def main() -> None:
     args = parse_args()
     check_arguments(args)
     log_to_terminal()
+    allow_megapixels(args.max_megapixels)
     unreadable = False
     if args.root is not None:
         unreadable = prepare_textures(args) if args.dataset in TEXTURES else prepare(args)
@@ -113,6 +118,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"{options}: not for {name}, which has its own settings")
     if args.test_fraction is not None and not 0 <= args.test_fraction < 1:
         raise UsageError(f"--test-fraction {args.test_fraction}: has to lie in 0 .. 1")
+    if args.max_megapixels < 1:
+        raise UsageError(f"--max-megapixels {args.max_megapixels}: at least 1")
     if args.input_size and min(args.input_size) < 32:
         raise UsageError(f"--input-size {' '.join(map(str, args.input_size))}: at least 32 pixels a side")
     args.foreground = settings_files.foreground_value(args.foreground, name)
@@ -144,7 +151,10 @@ def prepare_textures(args: argparse.Namespace) -> bool:
         _, readable, unreadable = inspect(root, [Sample(name, 0, args.dataset) for name in names])
         placing.place(args.root, root, target, [sample.filename for sample in readable], args.copy, args.overwrite)
     log.info("%s: %d textures in %d folders", args.dataset, len(readable), len({Path(n).parts[0] for n in names}))
-    return findings.report(differences + unreadable, findings_file(args.dataset))
+    bad = findings.report(differences + unreadable, findings_file(args.dataset))
+    log.info("Next: train_realnet.py takes anomalies from them with")
+    log.info('  --set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"')
+    return bad
 
 
 def prepare(args: argparse.Namespace) -> bool:
@@ -157,6 +167,8 @@ def prepare(args: argparse.Namespace) -> bool:
         log.info("%s: %s", args.root, data.layout)
         if own:
             log.info("%s", "\n".join(roles_table(data)))
+            if len({sample.clsname for sample in data.all()}) > 1 and not any(sample.label for sample in data.all()):
+                log.info("each folder was taken as a class of good parts; if one holds defects, see --good, --defects")
         infos, readable, unreadable = inspect(data.root, data.all())
         fingerprints = {name: info.fingerprint for name, info in infos.items()}
         train, test = divide(data, readable, fingerprints, args.test_fraction, args.seed)
@@ -173,7 +185,7 @@ def prepare(args: argparse.Namespace) -> bool:
     print_counts(train, test)
     if own:
         size = tuple(args.input_size or settings_files.input_size([info.size for info in infos.values()]))
-        write_settings(args.dataset, len({sample.clsname for sample in train}), size, args.foreground)
+        write_settings(args, len({sample.clsname for sample in train}), size)
     log_stale_lists(args.dataset, {sample.clsname for sample in train})
     return findings.report(problems, findings_file(args.dataset))
 
@@ -240,22 +252,26 @@ def list_texts(folder: Path, train: list[Sample], test: list[Sample]) -> dict[Pa
     return texts
 
 
-def write_settings(dataset: str, classes: int, size: tuple[int, int], foreground: str) -> None:
-    """Write the YAML files for a data set of the user's own; existing files are kept."""
-    folder, kept = Path("experiments") / dataset, []
-    for name, text in settings_files.settings_texts(dataset, classes, size, foreground).items():
+def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]) -> None:
+    """Write the YAML files for a data set of the user's own; existing files are kept, and what differs is said."""
+    folder, kept = Path("experiments") / args.dataset, {}
+    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, args.max_megapixels)
+    for name, text in texts.items():
         if not (folder / name).is_file():
             write_text(folder / name, text)
         elif (folder / name).read_bytes() != text.encode():
-            kept.append(name)
-    count = f"{classes} class{'es' * (classes > 1)}"
-    log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
+            kept[name] = text
+    if len(kept) < len(texts):
+        count = f"{classes} class{'es' * (classes > 1)}"
+        log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
     diffusion = settings_files.diffusion_size(size)
     if diffusion != size:
         text = "  the diffusion model draws %dx%d, because its sides have to be multiples of %d"
         log.info(text, *diffusion, settings_files.STEP)
-    if kept:
-        log.info("  existing files kept; they differ from the current defaults: %s (delete to renew)", ", ".join(kept))
+    for name, text in kept.items():
+        changes = settings_files.kept_values(folder / name, text)
+        what = f": it has {'; '.join(changes[:4])}{'; ...' * (len(changes) > 4)}" if changes else ""
+        log.info("%s is kept as it is%s (delete it to have it written anew)", folder / name, what)
 
 
 def check_existing(texts: dict[Path, str], overwrite: bool) -> None:

@@ -36,8 +36,10 @@ setup() {
     fi
     [[ -x $PYTHON ]] || "$base" -m venv "$VENV"
     echo "installing into $VENV (takes some minutes, as PyTorch is large)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+    # -qq: without warnings about the user or the cache, which nobody needs to act on.
+    "$PYTHON" -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
     echo "$wanted" > "$VENV/installed"
+    echo "the environment is ready; \`source $VENV/bin/activate\` makes \`python\` use it in this terminal"
 }
 
 # ---- demo and tests --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from datasets.catalog import find
 from datasets.loaders import SharedBatches
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet, create_diffusion_unet
 from models.sdas.guidance import classifier_guidance
-from models.sdas.trained import load_averaged, load_networks
+from models.sdas.trained import class_names_of, load_averaged, load_networks
 from utils import cli, distributed
 from utils.config import collect_errors, load_config, model_kwargs
 from utils.distributed import Run
@@ -33,8 +33,10 @@ from utils.errors import RunError, Stopped, UsageError
 from utils.files import remove_parts
 from utils.lock import folder_lock
 from utils.log import log, progress_bar, set_up_logging
+from utils.names import name_problem
 from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.precision import autocast, resolve_precision
+from utils.run_record import record_run
 from utils.signals import StopRequest, stop_requests
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -111,6 +113,7 @@ def main() -> None:
     out = cli.experiment_dir(args)
     with distributed.session(args.device) as run, stop_requests(run) as stop:
         board = set_up_logging(run, out / config.saver.log_dir, "sample", config.saver.keep_pictures)
+        record_run(run, out / config.saver.log_dir, "sample", config)
         networks = load_networks(config)
         check_networks(config, path)
         classes = class_list(config, networks, args.dataset)
@@ -165,6 +168,7 @@ def check_networks(config: EasyDict, path: Path) -> None:
         [
             ("dataset", lambda: check_size(size, config.unet.channel_mult, "dataset.H, dataset.W")),
             ("unet, classifier", networks),
+            ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
         ],
     )
 
@@ -173,10 +177,15 @@ def class_list(config: EasyDict, networks: dict[str, tuple[Path, dict]], dataset
     """The classes in the order of their numbers: from the checkpoint, the settings, or the known data sets.
 
     Raises:
-        UsageError: the classes are unknown, or the classifier was trained on other ones and would guide wrongly.
+        UsageError: the classes are unknown, a name cannot be that of a folder, or the classifier was trained on other
+            classes and would guide wrongly.
     """
     path, content = networks["unet"]
-    classes = list(content.get("classes") or [str(name) for name in config.classes or []])
+    classes = class_names_of(content) or [str(name) for name in config.classes or []]
+    for name in classes:
+        problem = name_problem(name)
+        if problem:
+            raise UsageError(f"{path}: the class {name[:80]!r} {problem}; it cannot be the name of a folder")
     if "classifier" in networks:
         check_same_classes(config, networks, classes)
     if classes:
@@ -191,7 +200,9 @@ def check_same_classes(config: EasyDict, networks: dict[str, tuple[Path, dict]],
     """Refuse a classifier whose class numbers mean other classes than those of the diffusion model."""
     (path, _), (classifier_path, content) = networks["unet"], networks["classifier"]
     hint = "train both on the same image list, or pass --no-classifier"
-    others = list(content.get("classes") or [])
+    others = class_names_of(content)
+    if classes and not others:
+        log.warning("warning: %s does not name its classes; they have to be %s", classifier_path, ", ".join(classes))
     if classes and others and others != classes:
         lists = f"the classes {', '.join(others)}, and {path} on {', '.join(classes)}"
         raise UsageError(f"{classifier_path} was trained on {lists}; {hint}")
@@ -248,6 +259,11 @@ def draw_class(
         Stopped: a signal stopped the run after a batch; the same command continues from there.
     """
     low, high = config.strength
+    batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
+    if overwrite:
+        # A model that has diverged fails here, before anything is deleted.
+        sampler.draw(folder.name, number, next(iter(batches), [0])[:1], low, high)
+        distributed.barrier()
     if run.is_main:
         remove_parts(folder)
         for path in folder.glob("rank*_*.jpg") if overwrite else ():
@@ -256,7 +272,6 @@ def draw_class(
     existing = {int(match[1]) for path in folder.glob("rank*_*.jpg") if (match := IMAGE_NAME.fullmatch(path.name))}
     # No rank may write before every rank has listed the folder.
     distributed.barrier()
-    batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
     for indices in progress_bar(batches, run, folder.name):
         missing = [i for i in indices if i not in existing]
         if not missing:

@@ -21,8 +21,9 @@ from datasets.build import build_sdas_dataset, check_sdas_list
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
 from utils import cli, distributed
-from utils.checkpoint import clear_earlier_run, load_for_resume, save_numbered
+from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
+from utils.errors import RunError
 from utils.log import Board, log, progress_bar
 from utils.optim import accumulation_groups, seed_step
 from utils.precision import autocast
@@ -76,13 +77,11 @@ def main() -> None:
         saved = load_for_resume(checkpoints, run, args.resume)
         network = build_network(config, saved is not None).to(run.device)
         settings = {"arch": plain(config.classifier), "classes": classes}
-        training = set_up_training(config, network, run, settings, train_set.images.summary(), figures={"acc": 0.0})
+        lists = train_set.images.summary(), test_set.samples.images.summary()
+        training = set_up_training(config, network, run, settings, lists, figures={"acc": 0.0})
         training.steps_per_epoch = len(accumulation_groups(len(batches), config.trainer.accumulate))
         training.json_log = log_dir / "train_classifier.jsonl"
-        if saved:
-            training.resume(saved, checkpoints)
-        elif args.overwrite:
-            clear_earlier_run(checkpoints, run)
+        training.begin(saved, checkpoints, args)
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process, test_process = SpacedDiffusion(**config.TrainSampler), SpacedDiffusion(**config.TestSampler)
@@ -179,7 +178,7 @@ def validate(
     run, progress = training.run, training.progress
     model = training.ema.model if training.ema is not None else training.network
     model.eval()
-    counts = torch.zeros(3, T_BINS, dtype=torch.float64)  # images, top-1, top-3 by range of t
+    counts = torch.zeros(4, T_BINS, dtype=torch.float64)  # images, top-1, top-3, finite logits by range of t
     for batch in progress_bar(loader, run, "validation", stop=stop):
         image, label = (batch[name].to(run.device) for name in ("image", "label"))
         for k in range(T_BINS):
@@ -187,9 +186,12 @@ def validate(
             with autocast(run.device, training.precision):
                 logits = model(process.q_sample(image, t, noise), process.model_timesteps(t)).float()
             top1, top3 = correct(logits, label)
-            counts[:, k] += torch.stack([torch.ones_like(top1), top1, top3]).sum(1).double().cpu()
+            finite = logits.isfinite().all(1).float()
+            counts[:, k] += torch.stack([torch.ones_like(top1), top1, top3, finite]).sum(1).double().cpu()
     distributed.all_reduce_sum(counts)
-    seen, top1, top3 = counts.sum(1).tolist()
+    seen, top1, top3, finite = counts.sum(1).tolist()
+    if finite < seen:
+        raise RunError(f"epoch {progress.epoch}: the logits are not finite; start anew with a lower learning rate")
     by_t = (counts[1] / counts[0].clamp(min=1)).tolist()
     text = "epoch %d  top-1 %.4f  top-3 %.4f  over %d images"
     log.info(text, progress.epoch, top1 / seen, top3 / seen, seen / T_BINS)

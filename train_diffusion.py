@@ -9,7 +9,6 @@ and, at every validation, one contact sheet per class to diffusion_vis/.
 """
 
 import argparse
-import math
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,7 @@ from datasets.sdas import SDASDataset
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
 from utils import cli, distributed
-from utils.checkpoint import clear_earlier_run, load_for_resume, save_numbered
+from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
 from utils.errors import RunError
 from utils.files import delete_older
@@ -68,15 +67,17 @@ def main() -> None:
         torch.manual_seed(config.random_seed)
         saved = load_for_resume(checkpoints, run, args.resume)
         network = build_network(config, saved is not None).to(run.device)
-        settings = {"arch": plain(config.unet), "classes": classes}
-        images = train_set.images.summary()
-        training = set_up_training(config, network, run, settings, images, epoch_loss=EpochLoss(run.device))
+        settings = {
+            "arch": plain(config.unet),
+            "classes": classes,
+            "process": plain(config.TrainSampler),
+            "input_size": list(config.dataset.input_size),
+        }
+        lists = train_set.images.summary(), test_set.images.summary()
+        training = set_up_training(config, network, run, settings, lists, epoch_loss=EpochLoss(run.device))
         training.steps_per_epoch = len(accumulation_groups(len(batches), config.trainer.accumulate))
         training.json_log = log_dir / "train_diffusion.jsonl"
-        if saved:
-            training.resume(saved, checkpoints)
-        elif args.overwrite:
-            clear_earlier_run(checkpoints, run)
+        training.begin(saved, checkpoints, args)
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process = SpacedDiffusion(**config.TrainSampler)
@@ -190,6 +191,8 @@ def validate(
             images = torch.stack([test_set[epoch, i]["image"] for i in indices]).to(run.device)
             recon = reconstruct(training, process, images, number)
             error = sum(loss({"image": images, "image_recon": recon}) for loss in criterion.values())
+            if not torch.isfinite(error):
+                raise RunError(f"epoch {epoch}: the reconstruction error is not finite; lower the learning rate")
             totals += torch.tensor([float(error) * len(indices), len(indices)], dtype=torch.float64)
             if not rows:
                 rows = [("real", first_images(images)), ("DDIM reconstruction", first_images(recon))]
@@ -204,8 +207,6 @@ def validate(
             board.add_image(f"validation/{name}", sheet, training.progress.step)
         if totals[1]:
             error = float(totals[0] / totals[1])
-            if not math.isfinite(error):
-                raise RunError(f"epoch {epoch}: the reconstruction error is not finite; lower the learning rate")
             board.add_scalar("validation/reconstruction_error", error, training.progress.step)
             log.info("epoch %d  reconstruction error %.5f  pictures in %s", epoch, error, vis_dir / f"epoch_{epoch}")
 

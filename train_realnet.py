@@ -30,10 +30,10 @@ from evaluation.thresholds import heat_range, sidecar
 from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from utils import cli, distributed
-from utils.checkpoint import BEST, clear_earlier_run, load_for_resume, save_checkpoint
+from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_checkpoint
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.log import Board, log, progress_bar
 from utils.optim import seed_step
 from utils.pictures import contact_sheet, heat_overlay, spread, to_uint8, write_image
@@ -62,6 +62,10 @@ def main() -> None:
         problem = untrained_network(config)
         if problem and run.world_size > 1:
             raise UsageError(f"{path}: {problem}. Several ranks cannot train a network without gradients")
+        for class_name in classes:
+            # Said before the first class is trained, not hours later.
+            folder = out / config.saver.checkpoints_dir / class_name
+            distributed.on_main(lambda folder=folder: refuse_earlier_run(folder, args.resume, args.overwrite))
         for class_name in classes:
             checkpoints, log_dir = (out / config.saver[key] / class_name for key in ("checkpoints_dir", "log_dir"))
             with training_folders("train_realnet", checkpoints, log_dir, config, args, run) as board:
@@ -132,14 +136,11 @@ def train_class(
         prepare_features(network, train_set, config, run, board, stop)
     # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
     settings = {"arch": plain(config.net), "config": plain(config)}
-    images, figures = train_set.images.summary(), {"best_metric": -1.0}
-    training = set_up_training(config, network, run, settings, images, figures)
+    lists, figures = (train_set.images.summary(), test_set.images.summary()), {"best_metric": -1.0}
+    training = set_up_training(config, network, run, settings, lists, figures)
     training.steps_per_epoch = len(batches)
     training.json_log = out / config.saver.log_dir / class_name / "train_realnet.jsonl"
-    if saved:
-        training.resume(saved, checkpoints)
-    elif args.overwrite:
-        clear_earlier_run(checkpoints, run)
+    training.begin(saved, checkpoints, args)
 
     criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
     progress = training.progress
@@ -155,6 +156,11 @@ def train_class(
                 if run.is_main:
                     save_best(training, metric, checkpoints)
                 saver.save()
+    if distributed.broadcast(training.diverged):
+        raise RunError(
+            f"{class_name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "
+            "lower trainer.optimizer.kwargs.lr"
+        )
 
 
 def prepare_features(
@@ -171,8 +177,9 @@ def prepare_features(
     batches.epochs = -(-init_batches // len(batches))
     loader = make_loader(train_set.anomalous_only(), batches, config.dataset.workers, run)
     if network.backbone.needs_calibration:
-        gt_images = (batch["gt_image"].to(run.device) for batch in stop.heeded(loader))
-        network.backbone.calibrate(gt_images, min(CALIBRATION_BATCHES, init_batches))
+        count = min(CALIBRATION_BATCHES, init_batches)
+        bar = progress_bar(loader, run, "calibration", total=count, stop=stop)
+        network.backbone.calibrate((batch["gt_image"].to(run.device) for batch in bar), count)
     bar = progress_bar(loader, run, "AFS", total=init_batches, stop=stop)
     losses = network.afs.init_indexes(network.backbone, bar, init_batches)
     for name, loss in losses.items():
@@ -267,7 +274,8 @@ def validate(
     if scored is None:
         return None
     epoch = training.progress.epoch
-    if not scored.finite:
+    training.diverged = not scored.finite
+    if training.diverged:
         log.warning("epoch %d  the anomaly maps hold values that are not finite", epoch)
         return float("-inf")
     metrics = validation_metrics(scored)

@@ -7,7 +7,7 @@ import numpy as np
 
 from datasets.catalog import ForegroundRule
 from datasets.foreground import rule_for
-from datasets.images import Augmentation, Preprocessing
+from datasets.images import Augmentation, Preprocessing, allow_megapixels
 from datasets.lists import ImageList, Sample, class_names, read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet, Synthesis
 from datasets.sdas import SDASDataset
@@ -29,8 +29,11 @@ def _augmentation(section: dict) -> Augmentation:
     return Augmentation(section.hflip, section.vflip, section.rotate)
 
 
-def _image_list(meta_file: str, image_dir: str, may_be_empty: bool = False) -> ImageList:
-    return ImageList(read_list(meta_file, image_dir, may_be_empty), Path(image_dir))
+def _image_folder(config: dict) -> str:
+    """The image folder of a `dataset` section; sets the size from which its images are refused."""
+    reader = config.image_reader.kwargs
+    allow_megapixels(reader.max_megapixels)
+    return reader.image_dir
 
 
 # ---- diffusion.yaml, classifier.yaml ---------------------------------------------------------------------------------
@@ -44,15 +47,16 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
         split: "train" or "test". Uses good images only; if the test list has none, it uses the training images.
         classes: class names in the order of the class numbers, or None to take them from the list.
     """
-    section, root = config[split], config.image_reader.kwargs.image_dir
-    samples = _good_samples(section.meta_file, root, classes, may_be_empty=split == "test")
+    section, root = config[split], _image_folder(config)
+    path = section.meta_file or config.train.meta_file
+    samples = _good_samples(path, root, classes, may_be_empty=split == "test")
     if not samples and split == "test":
-        log.info("%s: holds no good image; the training images are used instead", section.meta_file)
+        log.info("%s: holds no good image; the training images are used instead", path)
         samples = _good_samples(config.train.meta_file, root, classes)
     if classes is None:
         classes = class_names(samples)
     if not samples:
-        raise UsageError(f"{section.meta_file}: holds no good image" + (f" of {', '.join(classes)}" if classes else ""))
+        raise UsageError(f"{path}: holds no good image" + (f" of {', '.join(classes)}" if classes else ""))
     half, reader = (0.5, 0.5, 0.5), config.image_reader.kwargs
     preprocessing = Preprocessing(tuple(config.input_size), half, half, reader.color_mode, reader.bits)
     augmentation = _augmentation(section) if split == "train" else Augmentation()
@@ -66,7 +70,8 @@ def check_sdas_list(config: dict, split: str, network: str) -> None:
     Args:
         network: the section whose class_number must be large enough, "unet" or "classifier".
     """
-    path, root = config.dataset[split].meta_file, config.dataset.image_reader.kwargs.image_dir
+    path = config.dataset[split].meta_file or config.dataset.train.meta_file
+    root = config.dataset.image_reader.kwargs.image_dir
     samples = _good_samples(path, root, None, may_be_empty=split == "test")
     if not samples and split == "train":
         raise UsageError(f"{path}: holds no good image")
@@ -85,7 +90,7 @@ def _good_samples(path: str, image_dir: str, classes: list[str] | None, may_be_e
 
 def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNetTrainSet:
     """Build the training set of a class from a realnet.yaml's `dataset` section."""
-    train, root = config.train, config.image_reader.kwargs.image_dir
+    train, root = config.train, _image_folder(config)
     path = train.meta_file.replace("{}", class_name)
     images = ImageList(_good_samples(path, root, None), Path(root))
     if not len(images):
@@ -98,7 +103,8 @@ def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNet
 def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
     """Build the test set of a class from a realnet.yaml's `dataset` section; it may be empty."""
     meta_file = config.test.meta_file.replace("{}", class_name)
-    images = _image_list(meta_file, config.image_reader.kwargs.image_dir, may_be_empty=True)
+    root = _image_folder(config)
+    images = ImageList(read_list(meta_file, root, may_be_empty=True), Path(root))
     return RealNetTestSet(images, preprocessing_of(config))
 
 

@@ -1,6 +1,7 @@
 """Finds the images in a folder and below it, also behind links, and says what it did not take."""
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,6 +9,11 @@ from pathlib import Path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MASK_FOLDERS = ("ground_truth", "groundtruth", "ground truth", "masks", "mask", "gt", "掩码")
+MASK_WORDS = frozenset(
+    ("mask", "masks", "gt", "groundtruth", "maske", "masken", "masque", "masques", "maschera", "maschere", "mascara",
+     "mascaras")
+)  # fmt: skip
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+")
 # The first bytes of image formats, as (position, bytes).
 _SIGNATURES = (
     (0, b"\x89PNG\r\n\x1a\n"), (0, b"\xff\xd8\xff"), (0, b"GIF87a"), (0, b"GIF89a"), (0, b"II*\0"), (0, b"MM\0*"),
@@ -104,6 +110,16 @@ def has_image_content(path: str | Path) -> bool:
 def is_mask_folder(path: Path) -> bool:
     """Whether a folder holds masks, by its name."""
     return path.name.lower() in MASK_FOLDERS
+
+
+def names_masks(path: Path) -> bool:
+    """Whether a word in a folder's name means masks. That of a product may too, so its images have to be looked at.
+
+    Example:
+        >>> [names_masks(Path(name)) for name in ("crack masks", "CrackMasks", "Masken_2", "masked")]
+        [True, True, True, False]
+    """
+    return any(word.lower() in MASK_WORDS for word in _WORD.findall(path.name))
 
 
 def not_read(others: Iterable[Path]) -> str:

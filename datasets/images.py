@@ -25,6 +25,7 @@ RESAMPLING = Image.Resampling.BILINEAR  # antialiased in Pillow
 MEGAPIXELS = 178  # default limit, about that of Pillow, against small files that unpack to gigabytes
 # Pillow warns at half of its limit. What is above the limit is refused, and said in one line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = MEGAPIXELS * 500_000  # Pillow refuses images with more than twice this number of pixels.
 
 
 def read_image(
@@ -102,9 +103,13 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 
 def allow_megapixels(limit: float) -> None:
-    """Set the size from which images are refused, for the whole process."""
-    # Pillow refuses images with more than twice this number of pixels.
+    """Set the size from which images are refused, for the whole process and its loader workers."""
     Image.MAX_IMAGE_PIXELS = int(limit * 1e6 / 2)
+
+
+def allowed_megapixels() -> float:
+    """The size from which images are refused."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
 
 
 def count_pages(path: str | Path) -> int:
@@ -181,8 +186,10 @@ def _reporting(path: str | Path) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         size = re.search(r"\d+", str(error))
         megapixels = f"{int(size[0]) / 1e6:.4g}" if size else "too many"
-        limit = f"the limit of {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.3g}"
-        advice = "shrink or cut it; predict.py reads it with a larger --max-megapixels"
+        limit = f"the limit of {allowed_megapixels():.4g}"
+        advice = (
+            "pass --max-megapixels (predict.py, prepare_data.py), or set dataset.image_reader.kwargs.max_megapixels"
+        )
         raise UsageError(f"{path} has {megapixels} megapixels, above {limit}; {advice}") from None
     # Pillow's decoders raise many exception types on broken input, struct.error and zlib.error among them.
     except Exception as error:

@@ -14,6 +14,7 @@ from utils import cli
 from utils.config import load_config
 from utils.errors import UsageError
 from utils.files import write_text
+from utils.names import name_problem
 
 UNIFIED = "uni"
 SPLIT_FOLDERS = ("train", "training", "test", "testing")
@@ -94,26 +95,31 @@ def _parse(line: str, where: str, root: Path) -> Sample:
         raise UsageError(f"{where}: not a JSON object ({reason})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
         raise UsageError(f"{where}: has to be a JSON object with a filename")
-    filename, label = _with_slashes(entry["filename"], root), entry.get("label")
+    filename, label = _clean(entry["filename"], root), entry.get("label")
     if label not in (0, 1):
         raise UsageError(f"{where}: label is {label!r}, not 0 or 1")
     parts = PurePosixPath(filename).parts
     clsname = entry.get("clsname") or (parts[-4] if len(parts) >= 4 else None)
     if clsname is None:
         raise UsageError(f"{where}: has no clsname, and {filename} is not of the form class/split/type/name")
-    # Results go to a folder with the class's name.
-    if not str(clsname).strip(". ") or any(character in str(clsname) for character in "/\\\0"):
-        raise UsageError(f"{where}: clsname {clsname!r} cannot be the name of a folder")
-    maskname = _with_slashes(entry.get("maskname"), root) if label else None
+    problem = name_problem(str(clsname))
+    if problem:
+        raise UsageError(f"{where}: clsname {str(clsname)[:80]!r} {problem}")
+    maskname = _clean(entry.get("maskname"), root) if label else None
     for key, name in (("filename", filename), ("maskname", maskname)):
         if name is not None:
             _check_file(key, name, where, root)
     return Sample(filename, int(label), str(clsname), maskname)
 
 
-def _with_slashes(name: object, root: Path) -> object:
+def _clean(name: object, root: Path) -> object:
+    """A name from a list as it is spelt everywhere: without "./" and "//", and with slashes."""
+    return with_slashes(PurePosixPath(name).as_posix(), root) if isinstance(name, str) and name else name
+
+
+def with_slashes(name: str, root: Path) -> str:
     """A name from a list that was written on Windows; elsewhere, a backslash may be part of a file's name."""
-    if not isinstance(name, str) or "\\" not in name or ".." in name.split("\\"):
+    if "\\" not in name or ".." in name.split("\\"):
         return name
     try:
         kept = os.sep == "/" and (root / name).is_file()
@@ -122,12 +128,16 @@ def _with_slashes(name: object, root: Path) -> object:
         return name
 
 
+def lies_outside(name: str) -> bool:
+    """Whether a relative path from a list leads out of its folder; both slashes count, as Windows accepts either."""
+    parts = name.replace("\\", "/").split("/")
+    return PurePosixPath(name).is_absolute() or ".." in parts or bool(PureWindowsPath(name).drive)
+
+
 def _check_file(key: str, name: object, where: str, root: Path) -> None:
     if not isinstance(name, str):
         raise UsageError(f"{where}: {key} is {name!r}, not a string")
-    parts = PurePosixPath(name)
-    # Check both slashes: Windows accepts either.
-    if parts.is_absolute() or ".." in name.replace("\\", "/").split("/") or PureWindowsPath(name).drive:
+    if lies_outside(name):
         raise UsageError(f"{where}: {name} lies outside {root}")
     try:
         exists, folder = (root / name).is_file(), (root / name).is_dir()

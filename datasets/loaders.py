@@ -1,11 +1,13 @@
 """Batch samplers and DataLoaders: the same batches for any number of workers, divided among ranks."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datasets.images import allow_megapixels, allowed_megapixels
 from utils.distributed import Run, usable_cores
 from utils.signals import outlive_signals
 
@@ -82,14 +84,16 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, run: Run) -> D
         num_workers=workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, allowed_megapixels()),
         # The loader draws worker seeds from this generator; using torch's global one would change later draws.
         generator=torch.Generator(),
     )
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(megapixels: float, worker: int) -> None:
     del worker
+    # Where workers are not copies of this process, they do not have its limit.
+    allow_megapixels(megapixels)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     outlive_signals()

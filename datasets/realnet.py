@@ -114,13 +114,13 @@ def _source_images(folder: str | None, setting: str, hint: str, tell: bool) -> l
 def _tell_left_out(setting: str, count: int, broken: list[str], found: FoundImages) -> None:
     if broken:
         more = f"\n  and {len(broken) - 3} more" if len(broken) > 3 else ""
-        lines = "".join(f"\n  {_printable(problem)}" for problem in broken[:3])
+        lines = "".join(f"\n  {problem}" for problem in broken[:3])
         text = "%s: %d of %d images cannot be read and are left out:%s%s"
         log.warning(text, setting, len(broken), count, lines, more)
     if found.others:
         log.warning("%s: %s", setting, not_read(found.others))
     for path, reason in found.closed:
-        log.warning("%s: %s cannot be opened (%s)", setting, _printable(str(path)), reason)
+        log.warning("%s: %s cannot be opened (%s)", setting, path, reason)
 
 
 @cache
@@ -141,17 +141,13 @@ def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], np
         try:
             return read(path)
         except UsageError as error:
-            _warn_once(_printable(str(error)))
+            _warn_once(str(error))
     raise UsageError(f"{paths[index]} and the {ATTEMPTS - 1} images after it cannot be read; are they still there?")
 
 
 @cache
 def _warn_once(text: str) -> None:
     log.warning("%s; the next image is used instead", text)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class RealNetTrainSet(Dataset):

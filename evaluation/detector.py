@@ -105,7 +105,7 @@ class Detector:
         if path.suffix == ".pt2":
             trained, thresholds = load_program(path)
         else:
-            trained = load_trained(path, None if config is None else load_config(config), config)
+            trained = load_trained(path, None if config is None else load_config(config, script="realnet"), config)
             thresholds = matching_thresholds(path, trained.fingerprint)
         target = distributed.pick_device(device)
         model, sound = trained.network.to(target), has_finite_weights(trained.network)
@@ -144,11 +144,12 @@ class Detector:
             for image, values in zip(images, self.maps(images), strict=True):
                 yield self._detection(values, window, image.shape[:2])
             return
-        # Scale the pooling window to cover the same share of a tile as of an untiled image.
-        window = tuple(max(1, round(k * tiles.size / side)) for k, side in zip(window, (height, width), strict=True))
         for image in images:
             values = tiled_map(image, tiles.size, tiles.overlap, tiles.batch, self.maps)
-            yield self._detection(values, window, image.shape[:2])
+            # The pooling window covers the same share of a tile as of an untiled image.
+            tile = [min(tiles.size, side) for side in image.shape[:2]]
+            scaled = [max(1, round(k * t / side)) for k, t, side in zip(window, tile, (height, width), strict=True)]
+            yield self._detection(values, (scaled[0], scaled[1]), image.shape[:2])
 
     def maps(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Anomaly maps (N,h,w), at the model's input size, of images (H,W,3) uint8 of any sizes."""

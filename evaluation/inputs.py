@@ -10,14 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from datasets.folders import SUFFIXES, FoundImages, find_images, has_image_content, is_mask_folder, not_read
+import numpy as np
+
+from datasets.folders import (
+    SUFFIXES,
+    FoundImages,
+    find_images,
+    has_image_content,
+    is_mask_folder,
+    names_masks,
+    not_read,
+)
+from datasets.images import read_image
+from datasets.lists import lies_outside, with_slashes
+from utils.distributed import usable_cores
 from utils.errors import UsageError
 from utils.log import log
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PIXELS_AHEAD = 64_000_000  # of images that are read in advance
 SCORES, HEAT_MAPS, MASKS = "scores.jsonl", "heatmaps", "masks"  # what predict.py writes into its output folder
-_MASK_ENDING = re.compile(r"[_-](mask|gt|ground_?truth)$", re.IGNORECASE)
+MASK_VALUES = 8
+_MASK_ENDING = re.compile(r"[._-](mask|gt|ground_?truth)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str], outp
     if argument == "-":
         # File names that are not UTF-8 come through undamaged.
         lines = (os.fsdecode(line).strip() for line in getattr(stdin, "buffer", stdin))
-        return Inputs((Input(Path(line), line) for line in lines if line), None)
+        return Inputs((_listed_file(line, Path()) for line in lines if line), None)
     path = Path(argument)
     if path.is_dir():
         return _in_folder(path, output)
@@ -81,7 +95,8 @@ def _in_folder(folder: Path, output: Path | None) -> Inputs:
 
     def leave_out(path: Path) -> bool:
         drawn = path.name in (HEAT_MAPS, MASKS) and (path.parent / SCORES).is_file()
-        return drawn or is_mask_folder(path) or (results is not None and path.resolve() == results)
+        masks = is_mask_folder(path) or (names_masks(path) and _holds_masks(path))
+        return drawn or masks or (results is not None and path.resolve() == results)
 
     found = find_images(folder, leave_out)
     images, masks = _without_masks(found.images)
@@ -91,6 +106,15 @@ def _in_folder(folder: Path, output: Path | None) -> Inputs:
         raise UsageError(f"--input {folder}: holds no image ({others or ' '.join(SUFFIXES)})")
     problems = [f"{path} cannot be opened ({reason})" for path, reason in found.closed]
     return Inputs([Input(path, path.relative_to(folder).as_posix()) for path in images], len(images), problems)
+
+
+def _holds_masks(folder: Path) -> bool:
+    """Whether the first images in a folder have few grey values, as masks do."""
+    images = find_images(folder).images[:3]
+    try:
+        return bool(images) and all(len(np.unique(read_image(path))) <= MASK_VALUES for path in images)
+    except UsageError:
+        return False
 
 
 def _without_masks(paths: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -109,11 +133,11 @@ def _tell_left_out(folder: Path, found: FoundImages, masks: int) -> None:
         names = [f"{path.relative_to(folder).as_posix()}/" for path in found.left_out]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         text = "left out: masks or results, not images to score: %s%s (to score such a folder, pass it as --input)"
-        log.info(text, printable(", ".join(names[:5])), more)
+        log.info(text, ", ".join(names[:5]), more)
     if masks:
         log.info("left out: masks that lie beside their images (x_mask.png beside x.png): %d", masks)
     if found.others:
-        log.info("%s", printable(not_read(found.others)))
+        log.info("%s", not_read(found.others))
 
 
 def _listed(path: Path, image_dir: str | None) -> list[Input]:
@@ -130,16 +154,27 @@ def _listed(path: Path, image_dir: str | None) -> list[Input]:
         if line.startswith("{"):
             try:
                 name = json.loads(line)["filename"]
-                inputs.append(Input(Path(image_dir or path.parent) / name, name))
+                root = Path(image_dir or path.parent)
+                name = with_slashes(name, root)
+                inputs.append(Input(root / name, name))
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f"{path}, line {number}: not a JSON object with a filename") from None
+            if lies_outside(name):
+                raise UsageError(f"{path}, line {number}: {name} lies outside {root}")
         elif line:
-            file = Path(line)
-            beside = path.parent / file
-            inputs.append(Input(beside if not file.exists() and beside.exists() else file, line))
+            inputs.append(_listed_file(line, path.parent))
     if not inputs:
         raise UsageError(f"--input {path}: lists no image")
     return inputs
+
+
+def _listed_file(line: str, folder: Path) -> Input:
+    """A path that is relative to the working directory or to the list's folder, perhaps written on Windows."""
+    for name in dict.fromkeys((line, with_slashes(line, folder))):
+        for file in (Path(name), folder / name):
+            if file.exists():
+                return Input(file, name)
+    return Input(Path(line), line)
 
 
 class ResultNames:
@@ -185,7 +220,7 @@ def prefetch(
     items, following = iter(items), None
     waiting: deque = deque()
     held = 0
-    with ThreadPoolExecutor(max(1, min(ahead, os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(ahead, usable_cores())) as pool:
         try:
             while True:
                 while len(waiting) < ahead:
@@ -233,8 +268,3 @@ def groups(items: Iterable[Item], count: int, pixels: Callable[[Item], int], mos
             group, held = [], 0
     if group:
         yield group
-
-
-def printable(text: str) -> str:
-    """The text with file names that are not UTF-8 escaped, because they cannot be printed."""
-    return text.encode("utf-8", "backslashreplace").decode()

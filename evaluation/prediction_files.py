@@ -15,6 +15,7 @@ from evaluation.thresholds import Thresholds
 from utils import cli
 from utils.errors import UsageError
 from utils.files import write_atomic, write_text
+from utils.names import csv_cell
 from utils.pictures import heat_overlay, write_image
 
 COLUMNS = ("file", "score", "verdict", "threshold", "anomalous_share", "width", "height", "heatmap", "mask")
@@ -68,7 +69,7 @@ class Results:
                 table = io.StringIO()
                 writer = csv.DictWriter(table, COLUMNS, lineterminator="\n", extrasaction="ignore")
                 writer.writeheader()
-                writer.writerows(self.rows)
+                writer.writerows(map(_for_spreadsheets, self.rows))
                 _write(self.table, table.getvalue())
                 _write(self.lines, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
             opened = [
@@ -103,7 +104,7 @@ class Results:
         # Encoded before anything is written: no half line, and no NaN, which JSON does not know.
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         with cli.writing(self.folder):
-            self.writer.writerow(row)
+            self.writer.writerow(_for_spreadsheets(row))
             self.json_file.write(line)
             self.csv_file.flush()
             self.json_file.flush()
@@ -139,6 +140,10 @@ class Results:
 def rounded(value: float | None) -> float | None:
     """A score or threshold as it is written, with 6 digits."""
     return None if value is None else round(value, 6)
+
+
+def _for_spreadsheets(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: csv_cell(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

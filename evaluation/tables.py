@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.files import write_text
+from utils.names import csv_cell, markdown_cell
 
 COLUMNS = {
     "image_auroc": "image AUROC",
@@ -56,7 +57,7 @@ def markdown_table(table: dict[str, Row], first: str = "class") -> str:
     """A Markdown table, in percent."""
     header = [first, *COLUMNS.values()]
     lines: list[Sequence[str]] = [header, ["---", *["---:"] * len(COLUMNS)]]
-    lines += [cells(name, row) for name, row in table.items()]
+    lines += [cells(markdown_cell(name), row) for name, row in table.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -67,7 +68,7 @@ def write_tables(folder: str | Path, name: str, table: dict[str, Row], paper: di
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([first, *COLUMNS])
     for key, row in table.items():
-        writer.writerow([key, *("" if row[metric] is None else repr(row[metric]) for metric in COLUMNS)])
+        writer.writerow([csv_cell(key), *("" if row[metric] is None else repr(row[metric]) for metric in COLUMNS)])
     contents = {
         f"{name}.csv": buffer.getvalue(),
         f"{name}.json": json.dumps(table, indent=2, ensure_ascii=False) + "\n",

@@ -28,6 +28,7 @@ class Thresholds:
         low, high: values of the first and the last colour of heat maps.
         classes: thresholds of each class, if one model serves several classes.
         fingerprint: of the model whose scores they were chosen on (trained_model.fingerprint_of).
+        chosen_on: the list of the images that they were chosen on.
 
     Example:
         >>> thresholds = Thresholds(0.5, 0.4, "by hand", classes={"bolts": Thresholds(0.6, 0.5, "by hand")})
@@ -42,6 +43,7 @@ class Thresholds:
     high: float = 1.0
     classes: dict[str, "Thresholds"] = field(default_factory=dict)
     fingerprint: str = ""
+    chosen_on: str = ""
 
     def of_class(self, name: str) -> "Thresholds":
         """The thresholds of one class.
@@ -144,7 +146,7 @@ def as_content(thresholds: Thresholds) -> dict[str, Any]:
     content = asdict(thresholds)
     classes = content.pop("classes")
     for class_content in classes.values():
-        del class_content["classes"], class_content["fingerprint"]
+        del class_content["classes"], class_content["fingerprint"], class_content["chosen_on"]
     return {**content, "classes": classes} if classes else content
 
 
@@ -167,7 +169,7 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
     if not isinstance(classes, dict):
         raise UsageError(f"{where}: classes is not a JSON object; evaluate the model again")
     of_classes = {str(name): thresholds_from(value, f"{where}, class {name}") for name, value in classes.items()}
-    texts = {name: str(content.get(name, "")) for name in ("rule", "fingerprint")}
+    texts = {name: str(content.get(name, "")) for name in ("rule", "fingerprint", "chosen_on")}
     return Thresholds(**values, **texts, classes=of_classes)
 
 

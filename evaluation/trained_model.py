@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from easydict import EasyDict
 
 from datasets.build import preprocessing_of
 from evaluation.score import pooling_window
-from models.realnet import RealNet, build_realnet, check_realnet
+from models.realnet import MEASURED, RealNet, build_realnet, check_realnet
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
-from utils.config import checked, collect_errors, plain
+from utils.config import checked, collect_errors, differences, plain
 from utils.errors import UsageError
+
+log = logging.getLogger("realnet")
 
 # What decides how a detector sees an image; a YAML that says otherwise is overruled by the checkpoint.
 MODEL_SETTINGS = (
@@ -61,6 +64,8 @@ def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: st
     own = isinstance(content.get("config"), dict)
     if own:
         config = checked(content["config"], path)
+        if fallback is not None and fallback_path is not None and overruled_settings(config, fallback):
+            log.info("%s holds its settings, which are used instead of those of %s", path, fallback_path)
     elif fallback is not None:
         config = _with_networks_of(content, fallback)
     else:
@@ -104,12 +109,11 @@ def has_finite_weights(network: torch.nn.Module) -> bool:
 
 def overruled_settings(trained: EasyDict, given: EasyDict) -> list[str]:
     """The settings of a YAML that the checkpoint overrules, as "key: used (in the YAML: given)"."""
-    lines = []
+    found = []
     for key in MODEL_SETTINGS:
-        used, other = (plain(_at(config, key)) for config in (trained, given))
-        if used != other:
-            lines.append(f"{key}: {_shortened(used)} (in the YAML: {_shortened(other)})")
-    return lines
+        other, used = (_given_values(_at(config, key)) for config in (given, trained))
+        found += differences(other, used, key)
+    return [f"{key}: {used} (in the YAML: {other})" for key, other, used in found]
 
 
 def _at(config: Any, key: str) -> Any:
@@ -118,6 +122,8 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _given_values(value: Any) -> Any:
+    """The values that a user gives, without those that the reference program measures and stores beside them."""
+    if isinstance(value, dict):
+        return {key: _given_values(entry) for key, entry in value.items() if key not in MEASURED}
+    return [_given_values(entry) for entry in value] if isinstance(value, (list, tuple)) else value

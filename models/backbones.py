@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         except (AssertionError, RuntimeError) as error:
             # Networks of tokens take images of their own size only.
             where = "net.backbone.kwargs.backbone"
-            raise UsageError(f"{where}: {self.name} does not take 256x256 images ({error})") from None
+            raise UsageError(f"{where}: {self.name} does not take images of any size ({error})") from None
         for layer, feature in features.items():
             # A square image has square maps; other shapes hold the channels last, or tokens.
             if not torch.is_tensor(feature) or feature.dim() != 4 or feature.shape[2] != feature.shape[3]:

@@ -270,23 +270,28 @@ def read_chosen(
         mask_folders: folders of masks; masks beside images and in folders called `masks` are found, too.
     """
     samples, masks = no_samples(), MaskIndex(reader)
+    defect_folders = [folder for parent in defects for folder in _defect_folders(reader, parent)]
     for path in mask_folders:
-        masks.add_folder(path)
+        masks.add_folder(path, defect_folders=defect_folders)
     others = {*good, *defects, *mask_folders}
     for folder in good:
         for image in without_masks(reader, _own_images(reader, folder, others)):
             split = _split_of(reader.root, image, 0)
             samples[split].append(Sample(reader.name(image), 0, clsname))
-    for parent in defects:
-        subfolders = [path for path in reader.subfolders(parent) if not is_mask_folder(path)]
-        for folder in [parent] if has_images(parent) or not subfolders else subfolders:
-            for path in filter(is_mask_folder, reader.subfolders(folder)):
-                masks.add_folder(path, folder)
-            images = masks.split_off(_own_images(reader, folder, others), folder)
-            samples[TEST] += _defective(reader, images, folder, clsname, masks)
+    for folder in defect_folders:
+        for path in filter(is_mask_folder, reader.subfolders(folder)):
+            masks.add_folder(path, folder)
+        images = masks.split_off(_own_images(reader, folder, others), folder)
+        samples[TEST] += _defective(reader, images, folder, clsname, masks)
     if samples[UNSPLIT] or not samples[TRAIN]:
         _split_anew(samples)
     return samples
+
+
+def _defect_folders(reader: Reader, parent: Path) -> list[Path]:
+    """The folder itself if it holds images, else the folders of defect types in it."""
+    subfolders = [path for path in reader.subfolders(parent) if not is_mask_folder(path)]
+    return [parent] if has_images(parent) or not subfolders else subfolders
 
 
 def _own_images(reader: Reader, folder: Path, others: set[Path]) -> list[Path]:

@@ -1,6 +1,5 @@
 """Opens every image and mask once, to find sizes, unreadable files, unusual values, and masks that do not fit."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,10 +9,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.images import read_image, read_mask, same_aspect_ratio
+from datasets.images import count_pages, read_image, read_mask, same_aspect_ratio
 from datasets.lists import Sample
 from preparation.duplicates import fingerprint
 from preparation.findings import CHECK, NO_MASK, UNREADABLE, Finding
+from utils.distributed import usable_cores
 from utils.errors import UsageError
 
 CAMERA_BITS = (8, 10, 12, 14)  # of cameras that write 16-bit files
@@ -42,7 +42,7 @@ def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo]
         ImageInfo by file name; the readable samples, without unusable masks; findings.
     """
     infos, readable, findings = {}, [], []
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         results = pool.map(lambda sample: _inspect_one(root, sample), samples)
         # disable=None hides the bar if there is no terminal.
         for sample, info, problems in tqdm(results, "reading images", len(samples), leave=False, disable=None):
@@ -51,11 +51,6 @@ def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo]
                 readable.append(sample)
                 infos[sample.filename] = info
     return infos, readable, findings
-
-
-def _cores() -> int:
-    # A container or a job may have fewer cores than the machine; macOS and Windows cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report_bits(samples: Sequence[Sample], infos: dict[str, ImageInfo]) -> list[Finding]:
@@ -82,6 +77,9 @@ def _inspect_one(root: Path, sample: Sample) -> tuple[Sample, ImageInfo | None, 
     size = image.shape[:2]
     unusable = _mask_problem(root, sample, size)
     problems = [unusable] if unusable else _mask_doubts(root, sample)
+    pages = count_pages(root / sample.filename)
+    if pages > 1:
+        problems.append(Finding(CHECK, sample.filename, f"has {pages} pages, of which only the first is used"))
     if unusable:
         sample = replace(sample, maskname=None)
     return sample, ImageInfo(size, fingerprint(image), _largest(root / sample.filename, image)), problems

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.catalog import CATALOG
-from datasets.lists import UNIFIED, Sample
+from datasets.lists import Sample
 from preparation.classes import ASK, DatasetOnDisk, read_chosen, read_class, refuse_unclear
 from preparation.findings import NO_MASK, SURPLUS, Finding
 from preparation.folders import Reader, has_images, is_class, is_mask_folder
@@ -14,6 +14,7 @@ from preparation.names import BAD, TEST, TRAIN, read_name
 from preparation.official import DEPTH, official
 from preparation.roles import report_unused
 from utils.errors import UsageError
+from utils.names import name_problem
 
 OWN_LAYOUTS = (
     "train/good with test/<defect> (and ground_truth/<defect>); good with bad (or ok with ko); images of good parts "
@@ -52,8 +53,9 @@ def recognize(folder: Path, dataset: str, chosen: Chosen | None = None) -> Datas
     else:
         data = _chosen(folder, dataset, chosen) if chosen else _own(folder, dataset)
     for name in {sample.clsname for sample in data.all()}:
-        if name in (UNIFIED, "all") or "," in name or "{" in name:
-            raise UsageError(f"{folder}: a class cannot be called {name!r}; rename that folder")
+        problem = name_problem(name)
+        if problem:
+            raise UsageError(f"{folder}: a class cannot be called {name[:80]!r}, which {problem}; rename that folder")
     return data
 
 

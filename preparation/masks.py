@@ -26,10 +26,19 @@ class MaskIndex:
         self.reader = reader
         self.masks: dict[tuple[str, ...], list[Path]] = defaultdict(list)
 
-    def add_folder(self, folder: Path, inside: Path | None = None) -> None:
-        """Index a mask folder; `inside` is the folder of a defect type in which it lies."""
-        # "crack masks" names a defect type; the folder of a class, or one that the user chose, does not.
-        first = inside.name if inside else folder.name * read_name(folder.name).mask
+    def add_folder(
+        self, folder: Path, inside: Path | None = None, defect_folders: Iterable[Path] | None = None
+    ) -> None:
+        """Index a mask folder.
+
+        Args:
+            inside: the folder of a defect type in which it lies.
+            defect_folders: for a folder that the user chose: those of all defect types, one of which it may name.
+        """
+        name = read_name(folder.name)
+        # "crack masks" names a defect type; the folder of a class does not, nor does any other name that was chosen.
+        named = name.mask if defect_folders is None else name.core in {read_name(f.name).core for f in defect_folders}
+        first = inside.name if inside else folder.name * named
         for path in self.reader.images(folder, masks=True):
             self.masks[_key(first, *path.relative_to(folder).parts[:-1], path.stem)].append(path)
 

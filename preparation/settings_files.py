@@ -8,6 +8,8 @@ import numpy as np
 import yaml
 
 from datasets.foreground import rule_for
+from datasets.images import MEGAPIXELS
+from utils.config import differences, read_yaml
 from utils.errors import RunError, UsageError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -50,12 +52,13 @@ def foreground_value(text: str, dataset: str) -> str:
         UsageError: it is not a foreground rule that training can read.
     """
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
         rule = None if value == "auto" else rule_for(value, dataset, "", lambda: [])
-    except yaml.YAMLError:
-        raise UsageError(f"--foreground {text}: not readable as YAML; write none, {FOREGROUND_HINT}") from None
     except UsageError as error:
         raise UsageError(str(error).replace("dataset.foreground", "--foreground", 1)) from None
+    except ValueError as error:
+        reason = f"not readable as YAML ({error})"
+        raise UsageError(f"--foreground {text}: {reason}; write none, {FOREGROUND_HINT}") from None
     for name in ("close", "open") if rule else ():
         side = getattr(rule, name)
         if not isinstance(side, int) or isinstance(side, bool) or side < 0:
@@ -65,13 +68,25 @@ def foreground_value(text: str, dataset: str) -> str:
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).splitlines()[0]
 
 
-def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: str) -> dict[str, str]:
+def kept_values(path: Path, text: str) -> list[str]:
+    """What an existing settings file says otherwise than the text that would be written, as "key value, not value"."""
+    try:
+        existing = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ["a text that is not YAML"]
+    return [f"{key} {own}, not {new}" for key, own, new in differences(existing, read_yaml(text))]
+
+
+def settings_texts(
+    dataset: str, classes: int, size: Sequence[int], foreground: str, megapixels: int = MEGAPIXELS
+) -> dict[str, str]:
     """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
     Args:
         classes: number of classes. One class needs neither a classifier nor a model for all classes.
         size: input size of RealNet.
         foreground: value of dataset.foreground, as YAML.
+        megapixels: value of dataset.image_reader.kwargs.max_megapixels.
 
     Raises:
         RunError: a template was changed so that a value has no place in it.
@@ -96,6 +111,8 @@ def settings_texts(dataset: str, classes: int, size: Sequence[int], foreground: 
         if name == "sample.yaml" and classes == 1:
             section = r"^classifier:.*?(?=^TestSampler)"
             text = _replaced(path, section, "classifier: null  # one class\n", text)
+        if megapixels != MEGAPIXELS and name != "sample.yaml":
+            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB, max_megapixels: {megapixels}", text)
         left = re.search("@[A-Z]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")

@@ -30,7 +30,11 @@ def recognize_textures(folder: Path, dataset: str) -> tuple[Path, list[str], lis
                     (len(images), info.images, "images"),
                 ):
                     if have != want:
-                        reader.report(MISSING if have < want else SURPLUS, what, f"{have} (published: {want})")
+                        reader.report(
+                            MISSING if have < want else SURPLUS,
+                            what,
+                            f"{have} here, {want} published; any number will do for training",
+                        )
                 return path, images, reader.findings
         level = [sub for path in level for sub in Reader(folder).subfolders(path)]
     raise UsageError(f"{folder}: no textures found; expected {info.type}/<texture>/*.jpg")

@@ -3,6 +3,8 @@
 import logging
 import re
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from utils import distributed
+from utils.config import refuse_excess
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import remove_parts, write_atomic
@@ -45,13 +48,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Allows tensors, plain Python values, and what safe_globals.py names.
 
     Raises:
-        UsageError: the file is missing or truncated, or needs another pickled class.
+        UsageError: the file is missing, truncated or damaged, or needs another pickled class.
     """
     path = Path(path)
     if not path.is_file():
         source = DOWNLOADS.get(path.name)
         fetch = f"; download it from {source}" if source else ""
         raise UsageError(f"{path} does not exist{fetch}")
+    _verify_checksums(path)
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -61,7 +65,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a state_dict or a checkpoint")
+    refuse_excess({key: value for key, value in content.items() if not torch.is_tensor(value)}, path)
     return content
+
+
+def _verify_checksums(path: Path) -> None:
+    """Check every part of a checkpoint against the checksum beside it, which torch.load does not do."""
+    if not zipfile.is_zipfile(path):
+        return  # Older files hold a bare pickle, without checksums; torch.load refuses what is neither.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path} is damaged ({reason}); copy or train it again") from None
+    if damaged is not None:
+        raise UsageError(f"{path} is damaged: {damaged} does not match its checksum; copy or train it again")
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -181,13 +200,9 @@ def save_for_resume(folder: str | Path, content: dict[str, Any]) -> None:
 def refuse_earlier_run(folder: str | Path, resume: bool, overwrite: bool) -> None:
     """Refuse to train in a folder with an earlier run, unless --resume or --overwrite says what to do with it.
 
-    Args:
-        folder: of the checkpoints. Half-written files are removed, so no other run may write there (lock.folder_lock).
-
     Raises:
         UsageError: neither does, or (resume) the earlier run has left no checkpoint that a run can resume from.
     """
-    clear_leftovers(folder)
     earlier = files_of_run(folder)
     if not earlier or overwrite:
         return
@@ -204,7 +219,8 @@ def load_for_resume(folder: str | Path, run: Run, resume: bool) -> dict[str, Any
     """The checkpoint that --resume continues from, on every rank; None means to start from the beginning.
 
     Args:
-        folder: of the checkpoints, which refuse_earlier_run has accepted.
+        folder: of the checkpoints, which refuse_earlier_run has accepted. Half-written files are removed, so no other
+            run may write there (lock.folder_lock).
         resume: whether --resume was given.
 
     Raises:
@@ -212,6 +228,7 @@ def load_for_resume(folder: str | Path, run: Run, resume: bool) -> dict[str, Any
     """
     content = None
     if run.is_main:
+        clear_leftovers(folder)
         content = newest_readable(folder) if resume else None
         if resume and content is None:
             log.info("%s: nothing to resume; starting from the beginning", folder)
@@ -228,9 +245,9 @@ def clear_earlier_run(folder: str | Path, run: Run) -> None:
 
 
 def files_of_run(folder: str | Path) -> list[Path]:
-    """The checkpoints of a training, with damaged ones and the thresholds that belong to them."""
+    """The checkpoints of a training, with damaged ones and the thresholds that belong to them; no half-written one."""
     patterns = ("ckpt_*.pth.tar", "ckpt_*.damaged", "ckpt_*.thresholds.json")
-    return sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+    return sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.name != NEXT)
 
 
 def newest_readable(folder: str | Path) -> dict[str, Any] | None:

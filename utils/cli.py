@@ -12,6 +12,7 @@ import torch
 
 from utils import distributed
 from utils.errors import RunError, Stopped, UsageError
+from utils.names import shown
 
 SECONDS_FOR_RANK_0 = 5.0
 
@@ -38,9 +39,9 @@ def add_resume_options(arguments: argparse.ArgumentParser) -> None:
 
 
 def config_path(args: argparse.Namespace, name: str) -> Path:
-    """The settings file: --config, else experiments/<dataset>/<name>.yaml."""
+    """The settings file: --config ({} stands for the data set), else experiments/<dataset>/<name>.yaml."""
     if args.config:
-        return Path(args.config)
+        return _given_config(args)
     if not args.dataset:
         known = _datasets_with(name)
         raise UsageError(f"--dataset is missing; {Path('experiments').resolve()} has {', '.join(known) or 'none'}")
@@ -57,8 +58,12 @@ def _datasets_with(name: str) -> list[str]:
 
 
 def experiment_dir(args: argparse.Namespace) -> Path:
-    """The folder for outputs: experiments/<dataset>/, or the folder of --config if --dataset is not given."""
-    return Path("experiments") / args.dataset if args.dataset else Path(args.config).parent
+    """The folder for outputs: that of --config, as in the reference program, else experiments/<dataset>/."""
+    return _given_config(args).parent if args.config else Path("experiments") / args.dataset
+
+
+def _given_config(args: argparse.Namespace) -> Path:
+    return Path(args.config.replace("{}", args.dataset) if args.dataset else args.config)
 
 
 @contextmanager
@@ -107,8 +112,7 @@ def _report(text: str) -> None:
         # If rank 0 ended with the same error, the launcher ends this rank during the wait.
         time.sleep(SECONDS_FOR_RANK_0)
         text = f"rank {os.environ.get('RANK')}: {text}"
-    # File names that are not UTF-8 cannot be printed unescaped.
-    print(f"error: {text.encode('utf-8', 'backslashreplace').decode()}", file=sys.stderr, flush=True)
+    print(f"error: {shown(text)}", file=sys.stderr, flush=True)
 
 
 def _message(error: Exception) -> str:

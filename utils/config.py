@@ -41,6 +41,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is not YAML, or gives a key twice.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(str(getattr(error, "problem", None) or error).split("\n", 1)[0]) from error
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = (), script: str | None = None) -> EasyDict:
     """Read a settings file, apply `key.path=value` overrides, check it and fill in the defaults.
 
@@ -58,18 +70,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), script: str | N
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UsageError(f"{path}{where}: not readable as YAML ({getattr(error, 'problem', error)})") from None
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        mark = getattr(error.__cause__, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{where}: not readable as YAML ({error})") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: has to hold settings, one `key: value` per line")
+    refuse_excess(raw, path)
     for override in overrides:
         _apply(raw, override)
     if script is not None and _script_of(raw, path) != script:
         other = _script_of(raw, path)
         raise UsageError(f"{path}: holds the settings of a {other}.yaml; a {script}.yaml is needed here")
     return checked(raw, path)
+
+
+MOST_LEVELS, MOST_VALUES = 40, 200_000  # far above those of any settings file or checkpoint
+
+
+def refuse_excess(value: Any, path: str | Path) -> None:
+    """Refuse values nested so deeply, or repeating each other so often, that going through them would take forever.
+
+    Raises:
+        UsageError: the message names the file.
+    """
+    count, stack = 0, [(value, 1)]
+    while stack:
+        value, level = stack.pop()
+        entries = value.values() if isinstance(value, dict) else value
+        children = list(entries) if isinstance(value, (dict, list, tuple)) else []
+        count += len(children)
+        if level > MOST_LEVELS or count > MOST_VALUES:
+            raise UsageError(f"{path}: more than {MOST_LEVELS} levels of nested values, or {MOST_VALUES} values")
+        stack += [(child, level + 1) for child in children]
 
 
 def checked(raw: dict, path: str | Path) -> EasyDict:
@@ -81,6 +115,7 @@ def checked(raw: dict, path: str | Path) -> EasyDict:
     Raises:
         UsageError: see load_config.
     """
+    refuse_excess(raw, path)
     problems: list[str] = []
     config = _check(raw, SETTINGS[_script_of(raw, path)], "", problems)
     if problems:
@@ -106,9 +141,9 @@ def _apply(raw: dict, override: str) -> None:
     if not equals:
         raise UsageError(f"--set {override}: write it as key.path=value")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {override}: the value is not readable as YAML") from None
+        value = read_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"--set {override}: the value is not readable as YAML ({error})") from None
     node: Any = raw
     *parents, last = name.strip().split(".")
     for part in parents:
@@ -252,7 +287,8 @@ def collect_errors(path: str | Path, checks: Iterable[tuple[str, Callable[[], An
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if os.environ.get("REALNET_DEBUG"):
                 raise
-            problems.append(f"{path}: {section}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            problems.append(f"{path}: {section}: {reason} (REALNET_DEBUG=1 shows where)")
     if problems:
         raise UsageError("\n".join(dict.fromkeys(problems)))
 
@@ -289,14 +325,19 @@ def call_with_settings(where: str, function: Callable, *args: Any, **kwargs: Any
     return function(*args, **kwargs)
 
 
-def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The settings that differ, as "key: old -> new"; entries of a list are named by their `name` or number."""
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+    """The settings that differ, as (key, old, new) in words; entries of a list are named by their `name` or number."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        lines = [changed_settings(old.get(key), new.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
-        return [line for part in lines for line in part]
+        parts = [differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+        return [difference for part in parts for difference in part]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old and isinstance(old[0], dict):
         names = [str(entry.get("name", i)) if isinstance(entry, dict) else str(i) for i, entry in enumerate(old)]
-        lines = [changed_settings(a, b, f"{prefix}.{name}") for name, a, b in zip(names, old, new, strict=True)]
-        return [line for part in lines for line in part]
-    return [] if old == new else [f"{prefix}: {_shortened(old)} -> {_shortened(new)}"]
+        parts = [differences(a, b, f"{prefix}.{name}") for name, a, b in zip(names, old, new, strict=True)]
+        return [difference for part in parts for difference in part]
+    return [] if old == new else [(prefix, _shortened(old), _shortened(new))]
+
+
+def changed_settings(old: Any, new: Any) -> list[str]:
+    """The settings that differ, as "key: old -> new"."""
+    return [f"{key}: {before} -> {now}" for key, before, now in differences(old, new)]

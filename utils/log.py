@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from utils.distributed import Run
 from utils.files import delete_older
+from utils.names import shown
 from utils.signals import StopRequest
 
 log = logging.getLogger("realnet")
@@ -25,6 +26,13 @@ class _TqdmHandler(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+
+
+class _Lines(logging.Formatter):
+    """Lines in which names from files cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class Board:
@@ -86,7 +94,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     log.propagate = False
     log.setLevel(level)
     terminal = _TqdmHandler()
-    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.setFormatter(_Lines("%(message)s"))
     log.addHandler(terminal)
 
 
@@ -101,7 +109,7 @@ def set_up_logging(run: Run, log_dir: str | Path, name: str, keep_pictures: int)
         return Board()
     Path(log_dir).mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(Path(log_dir) / f"{name}.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     return TensorBoard(Path(log_dir) / name, keep_pictures)
 

@@ -1,6 +1,7 @@
 """Optimiser steps of the training scripts: accumulation, clipping, skipped steps, EMA."""
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,13 @@ class Stepper:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        missing = _state_keys(self.optimizer) - _keys_of(state["optimizer"])
+        if missing and state["optimizer"]["state"]:
+            name = type(self.optimizer).__name__
+            raise ValueError(
+                f"trainer.optimizer: {name} with these kwargs keeps {', '.join(sorted(missing))}, which the saved "
+                "optimiser does not; go on with the earlier optimiser, or start anew with --overwrite"
+            )
         # The settings of this run apply, so that a resumed run can have a lower learning rate.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -140,6 +148,21 @@ class Stepper:
             group.update(own)
         self.scaler.load_state_dict(state["scaler"])
         self._keep_statistics()
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What an optimiser keeps per parameter, found by one step of another one with the same arguments."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.zeros(2, 2)
+    names = inspect.signature(type(optimizer).__init__).parameters
+    kwargs = {name: value for name, value in optimizer.defaults.items() if name in names and name != "fused"}
+    probe = type(optimizer)([parameter], **kwargs)
+    probe.step()
+    return {name for name, value in probe.state[parameter].items() if value is not None}
+
+
+def _keys_of(state: dict[str, Any]) -> set[str]:
+    return {name for values in state["state"].values() for name, value in values.items() if value is not None}
 
 
 class EpochLoss:

@@ -8,9 +8,13 @@ from utils.setting_types import Section, Setting, settings_page
 
 # ---- shared by several files -----------------------------------------------------------------------------------------
 
-_SEED = {"random_seed": Setting("int", "Seed of every random draw of the run.", 100, low=0, high=2**31 - 1)}
+_SEED = {
+    "version": Setting("str?", "The version of the reference program that the file is for.", None, legacy=True),
+    "random_seed": Setting("int", "Seed of every random draw of the run.", 100, low=0, high=2**31 - 1),
+}
 _COLOR_MODE_HELP = "RGB; GRAY shows networks three equal channels, for grey images; BGR swaps red and blue."
 _BITS_HELP = "Bits that the camera fills in 16-bit files, e.g. 12; null means 16. Set it if such images come out black."
+_MEGAPIXELS_HELP = "Larger images are refused: a small file may unpack to gigabytes."
 _READER = Section(
     {
         "type": Setting("str", "Images are always read by Pillow.", "opencv", legacy=True),
@@ -19,6 +23,7 @@ _READER = Section(
                 "image_dir": Setting("str", "Folder that the file names in the image lists are relative to."),
                 "color_mode": Setting("str", _COLOR_MODE_HELP, "RGB", choices=("RGB", "BGR", "GRAY")),
                 "bits": Setting("int?", _BITS_HELP, None, low=8, high=16),
+                "max_megapixels": Setting("int", _MEGAPIXELS_HELP, 178, low=1, high=100_000),
             }
         ),
     }
@@ -69,6 +74,7 @@ _CLASSIFIER = {
         choices=("adaptive", "attention", "spatial", "spatial_v2"),
     ),
 }  # fmt: skip
+_SCALED_HELP = "Not used here: SDAS scales images to -1 .. 1."
 _SDAS_DATASET = Section(
     {
         "type": Setting("str", "The name of the data set; not used here.", "sdas", legacy=True),
@@ -77,9 +83,16 @@ _SDAS_DATASET = Section(
             {"meta_file": Setting("str", "Image list to train on; only its good images are used."), **_AUGMENT}
         ),
         "test": Section(
-            {"meta_file": Setting("str", "Image list to validate on; only its good images are used."), **_NOT_AUGMENTED}
+            {
+                "meta_file": Setting(
+                    "str?", "Image list to validate on; only its good images are used. null: the training list.", None
+                ),
+                **_NOT_AUGMENTED,
+            }
         ),
         "input_size": Setting("ints", _INPUT_SIZE_HELP, [256, 256], low=1, length=2),
+        "pixel_mean": Setting("floats?", _SCALED_HELP, None, length=3, legacy=True),
+        "pixel_std": Setting("floats?", _SCALED_HELP, None, length=3, legacy=True),
         "batch_size": Setting("int", "Images per rank and forward pass. Lower it when memory runs out.", 5, low=1),
         **_LOADING,
     }
@@ -201,8 +214,8 @@ _SAMPLE = Section(
             {
                 "batch_size": Setting("int", "Images drawn at once, per rank; lower it to save memory.", 16, low=1),
                 "channels": Setting("int", "Images always have three channels.", 3, low=3, high=3, legacy=True),
-                "H": Setting("int", "Height of the images that the model was trained on.", 256, low=1),
-                "W": Setting("int", "Width of the images that the model was trained on.", 256, low=1),
+                "H": Setting("int?", "Height of the images; null: as the model was trained.", None, low=1),
+                "W": Setting("int?", "Width of the images; null: as the model was trained.", None, low=1),
             }
         ),
         "classes": Setting("list?", "Class names in the order of their numbers, if the checkpoint lacks them.", None),

@@ -47,7 +47,7 @@ class StopRequest:
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
             if self.run.is_main:
-                _say(f"signal {number}: finishing the step and saving; once more ends at once")
+                _say(f"signal {number}: stopping, and saving if there is something to save; once more ends at once")
         elif time.monotonic() - self.since > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 

@@ -16,7 +16,14 @@ from easydict import EasyDict
 from torch import nn
 
 from utils import distributed
-from utils.checkpoint import LAST, refuse_earlier_run, save_for_resume, state_dict_of
+from utils.checkpoint import (
+    LAST,
+    clear_earlier_run,
+    load_weights,
+    refuse_earlier_run,
+    save_for_resume,
+    state_dict_of,
+)
 from utils.config import changed_settings, plain
 from utils.distributed import Run, peak_memory
 from utils.errors import Stopped, UsageError
@@ -80,10 +87,11 @@ class Training:
         figures: results that checkpoints save, by key: best_metric or acc.
         ema: the averaged network, if one is kept.
         epoch_loss: the mean loss of the epoch, if checkpoints save it.
-        train_list: number of training images and a hash of their names (see lists.ImageList.summary).
+        train_list, test_list: number of images and a hash of their names (see lists.ImageList.summary).
         steps_per_epoch: optimiser steps of a whole epoch, for the remaining time.
         json_log: file that gets a line of JSON per report.
         meter: what was measured since the last report.
+        diverged: whether the last validation gave values that are not finite.
     """
 
     config: EasyDict
@@ -98,9 +106,14 @@ class Training:
     epoch_loss: EpochLoss | None = None
     progress: Progress = field(default_factory=Progress)
     train_list: str = ""
+    test_list: str = ""
     steps_per_epoch: int = 0
     json_log: Path | None = None
     meter: Meter = field(default_factory=Meter)
+    diverged: bool = False
+
+    def __post_init__(self) -> None:
+        self.first_figures = dict(self.figures)
 
     def checkpoint(self) -> dict[str, Any]:
         """The part of a checkpoint that other scripts use: weights, settings of the network, and figures."""
@@ -134,18 +147,36 @@ class Training:
 
     def _run_settings(self) -> dict[str, Any]:
         """What a resumed run is compared with."""
-        return {"settings": plain(self.config), "ranks": self.run.world_size, "training list": self.train_list}
+        lists = {"training list": self.train_list, "test list": self.test_list}
+        return {"settings": plain(self.config), "ranks": self.run.world_size, **lists}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         weights = state_dict_of(content)
         for key, part in self._parts().items():
-            part.load_state_dict(weights if key == "state_dict" else content[key])
+            state = weights if key == "state_dict" else content[key]
+            if isinstance(part, nn.Module):
+                load_weights(part, state, "the checkpoint", "the settings of the networks")
+            else:
+                part.load_state_dict(state)
         self.figures = {name: content[name] for name in self.figures}
+
+    def begin(self, saved: dict[str, Any] | None, folder: Path, args: argparse.Namespace) -> None:
+        """Resume from a checkpoint, or (--overwrite) clear the folder of an earlier run.
+
+        A resumed run is recorded here, since one that is refused must not replace the settings of the earlier run.
+        """
+        if saved:
+            self.resume(saved, folder)
+        elif args.overwrite:
+            clear_earlier_run(folder, self.run)
+        if args.resume and self.json_log is not None:
+            record_run(self.run, self.json_log.parent, self.json_log.stem, self.config)
 
     def resume(self, content: dict[str, Any], folder: Path) -> None:
         """Continue from a checkpoint that checkpoint.load_for_resume has read from a folder.
 
-        Learning rate and other settings of this run apply. All that differ from the earlier run's are logged.
+        Learning rate and other settings of this run apply. All that differ from the earlier run's are logged, also if
+        the checkpoint is refused because of them.
 
         Raises:
             UsageError: the checkpoint belongs to other networks or to other classes.
@@ -157,23 +188,33 @@ class Training:
                 f"{folder}: cannot be resumed: it was trained on the classes {texts[0]}, and the image list has "
                 f"{texts[1]}; their numbers would mean other classes"
             )
+        changes = self._changes_since(content.get("run"))
+        for change in changes:
+            log.info("  changed since: %s", change)
         try:
             self.load_state_dict(content)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise UsageError(f"{folder}: cannot be resumed with these settings ({reason})") from error
         log.info("resumed %s after epoch %d, step %d", folder, self.progress.epoch, self.progress.step)
-        self._log_changes(content.get("run"))
+        self._apply_changes(changes)
         if self.progress.epoch >= self.config.trainer.max_epoch:
             log.info("nothing is left to do: all %d epochs (trainer.max_epoch) are done", self.config.trainer.max_epoch)
 
-    def _log_changes(self, before: dict[str, Any] | None) -> None:
-        """Log what differs from the run that is resumed; begin the epoch anew if its batches are cut differently."""
+    def _changes_since(self, before: dict[str, Any] | None) -> list[str]:
+        """What differs from the run that is resumed, as "key: old -> new"."""
         if before is None:
-            return
-        changes = [text.removeprefix("settings.") for text in changed_settings(before, self._run_settings())]
-        for change in changes:
-            log.info("  changed since: %s", change)
+            return []
+        now = self._run_settings()
+        if "test list" not in before:
+            del now["test list"]  # an older checkpoint
+        return [text.removeprefix("settings.") for text in changed_settings(before, now)]
+
+    def _apply_changes(self, changes: list[str]) -> None:
+        """Begin the epoch anew if its batches are cut differently, and the figures if the test images are others."""
+        if self.figures and any(change.startswith("test list:") for change in changes):
+            self.figures = dict(self.first_figures)
+            log.info("  the best figures so far are of other test images and begin anew")
         cuts = ("dataset.batch_size:", "trainer.accumulate:", "ranks:", "training list:", "random_seed:")
         if self.progress.step_in_epoch and any(change.startswith(cuts) for change in changes):
             self.progress.step_in_epoch = 0
@@ -198,7 +239,8 @@ def training_folders(
         distributed.on_main(lambda: refuse_earlier_run(checkpoints, args.resume, args.overwrite))
         board = set_up_logging(run, log_dir, name, config.saver.keep_pictures)
         try:
-            record_run(run, log_dir, name, config)
+            if not args.resume:
+                record_run(run, log_dir, name, config)
             yield board
         finally:
             board.close()
@@ -209,11 +251,15 @@ def set_up_training(
     network: nn.Module,
     run: Run,
     settings: dict[str, Any],
-    train_list: str,
+    lists: tuple[str, str],
     figures: dict[str, float] | None = None,
     epoch_loss: EpochLoss | None = None,
 ) -> Training:
-    """Build the Training of a network that is on its device already: optimiser, average, precision, and ranks."""
+    """Build the Training of a network that is on its device already: optimiser, average, precision, and ranks.
+
+    Args:
+        lists: summaries of the training and test lists.
+    """
     trainer = config.trainer
     network = distributed.synchronize_batchnorm(network, run)
     if trainer.channels_last:
@@ -226,7 +272,7 @@ def set_up_training(
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log.info("%.1f M trainable parameters on %s x %d", trainable / 1e6, run.device.type, run.world_size)
     training = Training(config, run, network, model, stepper, precision, settings, figures or {}, ema, epoch_loss)
-    training.train_list = train_list
+    training.train_list, training.test_list = lists
     return training
 
 

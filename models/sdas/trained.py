@@ -28,11 +28,40 @@ def load_networks(config: EasyDict) -> dict[str, tuple[Path, dict]]:
             raise UsageError(f"{section}.pertrain_path is not set: name the trained checkpoint or its folder")
         checkpoint = trained_checkpoint(path)
         content = load_checkpoint(checkpoint)
-        config[section].update(network_settings(content, section))
+        settings = network_settings(content, section)
+        for key, value in settings.items():
+            default, given = SETTINGS["sample"].keys[section].keys[key].default, plain(config[section][key])
+            if given not in (value, default):
+                log.info("uses the checkpoint's %s.%s: %s (in the YAML: %s)", section, key, value, given)
+        config[section].update(settings)
         if config[section].class_number is None:
             raise UsageError(f"{section}.class_number is missing, and {checkpoint} does not hold it")
         networks[section] = checkpoint, content
+    _use_process_of(networks["unet"][1], config)
     return networks
+
+
+def _use_process_of(content: dict, config: EasyDict) -> None:
+    """Sample by the process, and by default at the image size, that the diffusion model was trained with."""
+    settings = content.get("arch") if isinstance(content.get("arch"), dict) else {}
+    trained = content.get("process") or settings.get("TrainSampler")
+    for key in ("T", "beta_scheduler", "rescale_timesteps"):
+        value = trained.get(key) if isinstance(trained, dict) else None
+        if value is not None and value != config.TestSampler[key]:
+            given = config.TestSampler[key]
+            log.info("uses the checkpoint's TestSampler.%s: %s (in the YAML: %s)", key, value, given)
+            config.TestSampler[key] = value
+    section = settings.get("dataset") if isinstance(settings.get("dataset"), dict) else {}
+    size = content.get("input_size") or section.get("input_size")
+    size = list(size) if isinstance(size, (list, tuple)) and len(size) == 2 else [None, None]
+    for key, side in zip(("H", "W"), size, strict=True):
+        if config.dataset[key] is None and side is None:
+            raise UsageError(f"dataset.{key} is missing, and the checkpoint does not hold the size of its images")
+        config.dataset[key] = config.dataset[key] or side
+    drawn = [config.dataset.H, config.dataset.W]
+    if size not in (drawn, [None, None]):
+        text = "warning: the model was trained on images of %s (height, width), and draws %s; see dataset.H, dataset.W"
+        log.warning(text, size, drawn)
 
 
 def network_settings(content: dict, section: str) -> dict:
@@ -41,6 +70,15 @@ def network_settings(content: dict, section: str) -> dict:
     arch = arch.get(section, arch) if isinstance(arch, dict) else {}
     known = set(SETTINGS["sample"].keys[section].keys) - {"pertrain_path", "pretrain_path"}
     return {key: plain(value) for key, value in arch.items() if key in known}
+
+
+def class_names_of(content: dict) -> list[str]:
+    """The classes in a checkpoint, in the order of their numbers; empty if it does not name them."""
+    settings = content.get("arch") if isinstance(content.get("arch"), dict) else {}
+    # The reference program stores all settings, with the names that its data set has filled in.
+    section = settings.get("dataset") if isinstance(settings.get("dataset"), dict) else {}
+    names = content.get("classes") or section.get("class_name_list") or []
+    return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
 
 
 def load_averaged(network: torch.nn.Module, path: Path, content: dict, hint: str) -> None:

@@ -13,12 +13,13 @@ from PIL import Image, ImageFilter
 import prepare_data
 from datasets.catalog import CATALOG
 from datasets.lists import Sample
-from preparation import inspection, settings_files
+from preparation import settings_files
 from preparation.duplicates import split_good
 from tests.conftest import REPOSITORY
 from tests.in_process import run
 from tests.layout_trees import image_file, mvtec_class
 from utils.config import load_config
+from utils.distributed import usable_cores
 from utils.errors import RunError, UsageError
 
 
@@ -132,7 +133,7 @@ def test_a_single_training_image_is_found(tmp_path, prepare):
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no such limit on this system")
 def test_no_more_threads_than_allowed_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
-    assert inspection._cores() == 3
+    assert usable_cores() == 3
 
 
 # ---- the split of near-duplicates ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -138,7 +139,7 @@ def test_textures_are_found_and_counted(tmp_path, prepare):
     official("DTD", tmp_path / "tree")
     done = prepare("--dataset", "DTD", "--root", tmp_path / "tree")
     assert "6 textures in 3 folders" in done.out
-    assert "missing: images: 6 (published: 5640)" in done.out
+    assert "missing: images: 6 here, 5640 published; any number will do" in done.out
     assert len(list((tmp_path / "data/DTD/images").rglob("*.jpg"))) == 6
     assert not (tmp_path / "data/DTD/samples").exists()
 
@@ -315,7 +316,12 @@ def test_lists_and_settings_that_differ_are_not_lost(tmp_path, prepare):
     edited = settings.read_text() + "# edited\n"
     settings.write_text(edited)
     done = prepare("--dataset", "parts", "--root", "shots")
-    assert "existing files kept; they differ from the current defaults: realnet.yaml" in done.out
+    assert "experiments/parts/realnet.yaml is kept as it is (delete it to have it written anew)" in done.out
+    done = prepare("--dataset", "parts", "--root", "shots", "--input-size", "64", "96")
+    assert re.search(
+        r"realnet.yaml is kept as it is: it has dataset.input_size .*, not \[64, 96\] \(delete it", done.out
+    )
+    assert settings.read_text() == edited
     image_file(tmp_path / "shots/train/good/new.png", "new")
     before = samples.read_text()
     assert "--overwrite" in prepare("--dataset", "parts", "--root", "shots", code=2).err

@@ -1,10 +1,13 @@
 """What an earlier run left: checkpoints are not lost or mixed up, thresholds never judge another model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from easydict import EasyDict
+from PIL import Image
 
 import evaluation_realnet
 import export
@@ -15,10 +18,12 @@ import train_diffusion
 import train_realnet
 from tests.conftest import settings
 from tests.in_process import run
-from utils.checkpoint import load_checkpoint, refuse_earlier_run, save_checkpoint, save_numbered
+from utils.checkpoint import load_checkpoint, load_for_resume, refuse_earlier_run, save_checkpoint, save_numbered
+from utils.config import read_yaml
 from utils.distributed import Run
 from utils.errors import Stopped
 from utils.lock import folder_lock
+from utils.optim import Stepper, build_optimizer
 
 ONE_EPOCH = ["--set", "trainer.max_epoch=1"]
 DOTS = ["--class_name", "dots"]
@@ -76,6 +81,14 @@ def test_resuming_a_folder_without_a_newest_checkpoint_is_refused(command, works
     assert (folder / "ckpt_best.pth.tar").is_file()
 
 
+def test_an_earlier_run_of_any_class_is_refused_before_the_first_is_trained(command, workspace):
+    save_checkpoint(workspace.out / "second/checkpoints/lines/ckpt_best.pth.tar", {"epoch": 1})
+    _, err = command(train_realnet, "--class_name", "dots,lines", *folders("second"), *ONE_EPOCH, code=2)
+    assert "lines holds the checkpoints of an earlier run" in err
+    assert not (workspace.out / "second/checkpoints/dots").exists()
+    assert not (workspace.out / "second/log").exists()
+
+
 def test_a_folder_in_use_is_refused_before_anything_is_logged(command, workspace):
     checkpoints = workspace.out / "in_use/checkpoints/dots"
     with folder_lock(checkpoints, Run(0, 1, torch.device("cpu"))):
@@ -87,6 +100,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_logged(command, workspace
 def test_half_written_checkpoints_are_no_earlier_run(tmp_path):
     (tmp_path / "ckpt_next.pth.tar").touch()
     refuse_earlier_run(tmp_path, resume=False, overwrite=False)
+    assert load_for_resume(tmp_path, Run(0, 1, torch.device("cpu")), resume=False) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -173,6 +187,26 @@ def test_exports_carry_matching_thresholds_only(evaluated, tmp_path, monkeypatch
         assert (json.loads(stored["thresholds"]) is not None) == fits
 
 
+def test_another_evaluation_does_not_replace_a_models_own_thresholds(evaluated, command):
+    folder = evaluated.out / "judged/checkpoints/dots"
+    sidecar = folder / "ckpt_best.thresholds.json"
+    before = sidecar.read_text()
+    assert json.loads(before)["chosen_on"].endswith("test_dots.json")
+    elsewhere = ["--class_name", "lines", "--checkpoint", str(folder / "ckpt_best.pth.tar"), "--no-pictures"]
+    out, _ = command(evaluation_realnet, *elsewhere, *folders("judged_elsewhere"))
+    assert "was chosen on" in out
+    assert "is kept; delete it to have the thresholds of" in out
+    assert sidecar.read_text() == before
+    # Its own list again, or no thresholds yet: they are written.
+    own = [*DOTS, "--checkpoint", str(folder / "ckpt_best.pth.tar"), "--no-pictures", "--target-fpr", "0.1"]
+    command(evaluation_realnet, *own, *folders("judged"))
+    assert sidecar.read_text() != before
+    sidecar.unlink()
+    command(evaluation_realnet, *elsewhere, *folders("judged_elsewhere"))
+    assert json.loads(sidecar.read_text())["chosen_on"].endswith("test_lines.json")
+    sidecar.write_text(before)
+
+
 # ---- settings come from the checkpoint -------------------------------------------------------------------------------
 
 
@@ -184,7 +218,12 @@ def test_evaluation_takes_the_settings_of_the_checkpoint(evaluated, command):
     out, _ = command(evaluation_realnet, *DOTS, *folders("judged"), "--no-pictures", *overrides)
     row = next(line for line in plain.splitlines() if line.startswith("dots "))
     assert row in out.splitlines()
-    for key in ("dataset.input_size: [64, 64] (in the YAML: [32, 48])", "dataset.pixel_mean", "net", "color_mode: RGB"):
+    for key in (
+        "dataset.input_size: [64, 64] (in the YAML: [32, 48])",
+        "dataset.pixel_mean",
+        "net",
+        "color_mode: 'RGB'",
+    ):
         assert f"uses the checkpoint's {key}" in out or key in out, key
     assert "uses the checkpoint's" not in plain
 
@@ -198,6 +237,26 @@ def test_sampling_takes_the_networks_of_the_checkpoints(command, workspace):
     config |= {"sample_number": 1, "workspace": {"root": "data/tiny/short_yaml"}}
     command(sample, "--config", str(workspace.write_settings("short_sample", config)))
     assert (workspace.data / "short_yaml/lines/rank0_0.jpg").is_file()
+
+
+def test_sampling_takes_process_and_size_of_the_checkpoint_and_says_what_differs(command, workspace):
+    if not (workspace.out / "sampled").exists():
+        command(train_diffusion, *folders("sampled"), *ONE_EPOCH)
+    config = settings("data/tiny", "experiments/tiny")["sample"]
+    counts = config["TestSampler"]["section_counts"]
+    config["unet"] = {"pertrain_path": "experiments/tiny/sampled/checkpoints/", "classifier_width": 64}
+    config["dataset"] = {"batch_size": 4}
+    config["TestSampler"] = {"T": 500, "section_counts": counts, "beta_scheduler": "cosine"}
+    config |= {"sample_number": 1, "workspace": {"root": "data/tiny/other_yaml"}, "classifier": None}
+    out, _ = command(sample, "--config", str(workspace.write_settings("other_sample", config)))
+    assert "uses the checkpoint's unet.classifier_width: 32 (in the YAML: 64)" in out
+    assert "uses the checkpoint's TestSampler.T: 1000 (in the YAML: 500)" in out
+    assert "uses the checkpoint's TestSampler.beta_scheduler: linear (in the YAML: cosine)" in out
+    with Image.open(workspace.data / "other_yaml/lines/rank0_0.jpg") as image:
+        assert image.size == (16, 16)
+    config["dataset"] |= {"H": 32, "W": 16}
+    out, _ = command(sample, "--config", str(workspace.write_settings("other_sample", config)), "--overwrite")
+    assert "trained on images of [16, 16] (height, width), and draws [32, 16]" in out
 
 
 @pytest.mark.parametrize(
@@ -267,12 +326,85 @@ def test_a_changed_image_list_is_said(command, workspace):
     assert "-> '7 images" in out
 
 
-def test_the_reason_of_a_refused_resume_is_whole(command, workspace):
+def test_a_changed_test_list_is_said_and_its_figures_begin_anew(command, workspace):
+    command(train_realnet, *DOTS, *folders("retested"), *ONE_EPOCH)
+    path = workspace.out / "retested/checkpoints/dots/ckpt_last.pth.tar"
+    save_checkpoint(path, {**load_checkpoint(path), "best_metric": 2.0})
+    lines = (workspace.data / "samples/test_dots.json").read_text().splitlines()
+    (workspace.data / "samples/fewer_test_dots.json").write_text("\n".join(lines[:-1]))
+    fewer = ["--set", "dataset.test.meta_file=data/tiny/samples/fewer_test_{}.json", "--set", "trainer.max_epoch=2"]
+    out, _ = command(train_realnet, *DOTS, *folders("retested"), *fewer, "--resume")
+    assert "changed since: test list: '8 images" in out
+    assert "the best figures so far are of other test images and begin anew" in out
+    assert load_checkpoint(path)["best_metric"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "missing"),
+    [
+        ("{type: Adam, kwargs: {lr: 1e-3}}", "{type: Adam, kwargs: {lr: 1e-3, amsgrad: True}}", "max_exp_avg_sq"),
+        ("{type: SGD, kwargs: {lr: 1e-3, momentum: 0.9}}", "{type: Adam, kwargs: {lr: 1e-3}}", "exp_avg, exp_avg_sq"),
+        ("{type: RMSprop, kwargs: {lr: 1e-3}}", "{type: RMSprop, kwargs: {lr: 1e-3, centered: True}}", "grad_avg"),
+        ("{type: Adam, kwargs: {lr: 1e-3}}", "{type: AdamW, kwargs: {lr: 1e-3}}", None),
+    ],
+)
+def test_an_optimiser_that_cannot_go_on_is_named(before, after, missing):
+    networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+    steppers = [
+        Stepper(net, build_optimizer(EasyDict(read_yaml(text)), net, torch.device("cpu")), "off", None)
+        for net, text in zip(networks, (before, after), strict=True)
+    ]
+    steppers[0].backward(networks[0](torch.ones(1, 2)).sum())
+    steppers[0].step()
+    state = steppers[0].state_dict()
+    if missing is None:
+        steppers[1].load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match=f"keeps {missing}.*start anew with --overwrite"):
+            steppers[1].load_state_dict(state)
+
+
+def test_the_reason_of_a_refused_resume_is_whole_and_short(command, workspace):
     command(train_realnet, *DOTS, *folders("refused"), *ONE_EPOCH)
     other = ["--set", "net.rrs.kwargs.mode_numbers=[4, 4]", "--resume"]
-    _, err = command(train_realnet, *DOTS, *folders("refused"), *other, code=2)
-    assert "size mismatch for rrs.decoder1" in err
+    settings_file = workspace.out / "refused/log/dots/train_realnet.settings.yaml"
+    before = settings_file.read_bytes()
+    out, err = command(train_realnet, *DOTS, *folders("refused"), *other, code=2)
+    assert settings_file.read_bytes() == before
+    assert re.search(r"tensors \d+ of another shape \(rrs\.decoder1", err)
     assert len(err.strip().splitlines()) == 1
+    assert len(err) < 500
+    assert "changed since: net.rrs.kwargs.mode_numbers: [8, 8] -> [4, 4]" in out
+
+
+# ---- not finite is a failure -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [(train_diffusion, []), (train_classifier, []), (train_realnet, DOTS)],
+    ids=["diffusion", "classifier", "realnet"],
+)  # fmt: skip
+def test_a_training_that_ends_in_values_that_are_not_finite_fails(script, arguments, command):
+    stage = f"diverged_{script.__name__}"
+    far = ["--set", "trainer.optimizer.kwargs.lr=1e36", "--set", "trainer.max_epoch=2"]
+    _, err = command(script, *arguments, *folders(stage), *far, code=1)
+    assert "not finite" in err
+
+
+def test_overwriting_with_a_diverged_model_deletes_nothing(command, workspace, monkeypatch):
+    if not (workspace.out / "sampled").exists():
+        command(train_diffusion, *folders("sampled"), *ONE_EPOCH)
+    content = load_checkpoint(workspace.out / "sampled/checkpoints/ckpt_1.pth.tar")
+    nan = {name: torch.full_like(value, torch.nan) for name, value in content["ema_state_dict"].items()}
+    save_checkpoint(workspace.root / "nan_unet.pth.tar", {**content, "ema_state_dict": nan})
+    folder = workspace.data / "kept_images/dots"
+    folder.mkdir(parents=True)
+    (folder / "rank0_0.jpg").write_bytes(b"an image")
+    arguments = ["unet.pertrain_path=nan_unet.pth.tar", "workspace.root=data/tiny/kept_images"]
+    options = [part for argument in arguments for part in ("--set", argument)]
+    _, err = command(sample, "--class_name", "dots", "--no-classifier", "--overwrite", *options, code=1)
+    assert "not finite" in err
+    assert (folder / "rank0_0.jpg").read_bytes() == b"an image"
 
 
 def test_a_validation_that_a_signal_ended_is_made_up_for(command, workspace, monkeypatch):

@@ -71,7 +71,7 @@ def autocast_dtype() -> torch.dtype | None:
 
 
 def training_of(config, network: nn.Module, **kwargs):
-    return set_up_training(config, network, ALONE, {"arch": {}}, "8 images", **kwargs)
+    return set_up_training(config, network, ALONE, {"arch": {}}, ("8 images", "4 images"), **kwargs)
 
 
 def sdas_batches(count: int, size: int = 4) -> list[dict[str, torch.Tensor]]:

@@ -198,7 +198,7 @@ def test_a_programming_error_keeps_its_traceback_when_asked_for(monkeypatch):
     def broken() -> None:
         raise TypeError("a mistake in the code")
 
-    with pytest.raises(UsageError, match=r"a\.yaml: net: a mistake in the code"):
+    with pytest.raises(UsageError, match=r"a\.yaml: net: TypeError: a mistake in the code \(REALNET_DEBUG=1"):
         collect_errors("a.yaml", [("net", broken)])
     monkeypatch.setenv("REALNET_DEBUG", "1")
     with pytest.raises(TypeError):
