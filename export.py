@@ -68,6 +68,7 @@ def main() -> None:
     if not has_finite_weights(model) or not all(np.isfinite(output).all() for output in expected):
         raise RunError(f"{path}: its weights or anomaly maps are not finite; train it again with a lower lr")
     metadata = describe(trained, path)
+    log.info("exporting, and checking on %d images; this takes a minute or two", len(images))
     if args.format != "torch":
         file = args.output / "model.onnx"
         export_onnx(model, images, file, metadata)

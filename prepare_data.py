@@ -314,22 +314,22 @@ def print_next(args: argparse.Namespace) -> None:
     name = args.dataset
     classes = listed_classes(f"data/{name}/samples/train_{{}}.json")
     chosen = "all" if len(classes) > 1 else shlex.quote(classes[0])
-    commands = [
-        "" if args.preview else f"prepare_data.py --dataset {name} --preview    # what training will see",
-        f"train_diffusion.py --dataset {name}",
-        f"train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"
-        if len(classes) > 1
-        else "",
-        f"sample.py --dataset {name}",
-        f"train_realnet.py --dataset {name} --class_name {chosen}",
-        f"evaluation_realnet.py --dataset {name} --class_name {chosen}",
-    ]
-    lines = ["", "Next:", *(f"  python {command}" for command in commands if command)]
-    lines.append(
-        "Without a diffusion model, only the last two, and train_realnet.py with textures as anomalies (DTD, or any"
-    )
-    lines.append("folder of images as dataset.train.dtd_dir):")
-    lines.append('  --set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"')
+    train = f"train_realnet.py --dataset {name} --class_name {chosen}"
+    evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
+    textures = '--set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"'
+    classifier = f"train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"
+    diffusion = [f"train_diffusion.py --dataset {name}", *[classifier] * (len(classes) > 1)]
+    blocks = {
+        "Next:": [f"prepare_data.py --dataset {name} --preview    # what training will see"] * (not args.preview),
+        "The quick way, with textures as anomalies (DTD, or any folder of images as dataset.train.dtd_dir):": [
+            f"{train} {textures}",
+            evaluate,
+        ],
+        "Or with the anomalies of a diffusion model:": [*diffusion, f"sample.py --dataset {name}", train, evaluate],
+    }
+    lines = [""]
+    for heading, commands in blocks.items():
+        lines += [heading, *(f"  python {command}" for command in commands)]
     log.info("%s", "\n".join(lines))
 
 

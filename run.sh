@@ -189,6 +189,10 @@ main() {
             ;;
         tensorboard)
             (($# == 1)) || usage
+            if [[ ! -d experiments/$1 ]]; then
+                echo "error: there is no folder experiments/$1" >&2
+                exit 2
+            fi
             setup
             exec "$PYTHON" -m tensorboard.main --logdir "experiments/$1" --port "${PORT:-6006}"
             ;;

@@ -184,9 +184,16 @@ def checkpoint_path(path: str | Path) -> Path:
     """
     path = Path(path)
     file = path / BEST if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(f"--checkpoint {file} does not exist; train_realnet.py writes it")
-    return file
+    if file.is_file():
+        return file
+    if path.is_dir():
+        # A folder that holds what is meant, one level too high or exported.
+        classes = sorted(str(found.parent) for found in path.glob(f"*/{BEST}"))
+        exported = sorted(str(found) for ending in ("onnx", "pt2") for found in path.glob(f"*.{ending}"))
+        if classes or exported:
+            found = ", ".join([*exported, *classes][:5])
+            raise UsageError(f"--checkpoint {path}: name one of those that the folder holds: {found}")
+    raise UsageError(f"--checkpoint {file} does not exist; train_realnet.py writes it")
 
 
 def _from_onnx(path: Path) -> Detector:

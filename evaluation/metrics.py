@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 PRO_LIMIT = 0.3
 
@@ -133,15 +131,14 @@ def image_scores(maps: np.ndarray, avgpool_size: tuple[int, int] = (16, 16)) -> 
         >>> image_scores(np.eye(4, dtype=np.float32)[None], avgpool_size=(2, 2))
         array([0.5])
     """
-    window = tuple(min(k, side) for k, side in zip(avgpool_size, maps.shape[1:], strict=True))
-    # In chunks: pooling thousands of maps at once would double the memory.
-    chunks = [
-        F.avg_pool2d(torch.from_numpy(np.ascontiguousarray(chunk))[:, None].float(), window, stride=1).amax(
-            dim=(1, 2, 3)
-        )
-        for chunk in np.array_split(maps, max(1, len(maps) // 64))
-    ]
-    return torch.cat(chunks).numpy().astype(np.float64)
+    height, width = maps.shape[1:]
+    k_y, k_x = min(avgpool_size[0], height), min(avgpool_size[1], width)
+    scores = np.empty(len(maps))
+    for i, values in enumerate(maps):
+        # Running sums, in double precision: their cost does not grow with the window, which tiles make large.
+        means = cv2.boxFilter(np.ascontiguousarray(values, np.float32), cv2.CV_32F, (k_x, k_y), anchor=(0, 0))
+        scores[i] = means[: height - k_y + 1, : width - k_x + 1].max()
+    return scores
 
 
 def pixel_ranking(scores: np.ndarray, masks: np.ndarray) -> Ranking:

@@ -51,8 +51,14 @@ class Thresholds:
         Raises:
             UsageError: there are no thresholds for this class.
         """
+        if not self.classes:
+            if self.chosen_on.endswith(f"_{name}.json"):
+                return self
+            raise UsageError(
+                f"no thresholds for the class {name!r}; this model serves one class, so leave the name out"
+            )
         if name not in self.classes:
-            known = ", ".join(self.classes) or "none (the model was evaluated as a whole)"
+            known = ", ".join(self.classes)
             raise UsageError(f"no thresholds for the class {name!r}; known are {known}")
         return self.classes[name]
 

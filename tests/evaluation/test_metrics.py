@@ -166,3 +166,14 @@ def test_tables_leave_undefined_values_out(tmp_path):
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0].startswith("class,image_auroc,")
     assert lines[2].split(",")[1:4] == ["0.9", "0.5", ""]
+
+
+@pytest.mark.parametrize("window", [(1, 1), (3, 5), (16, 16), (20, 9), (64, 64)])
+def test_image_scores_are_the_highest_mean_of_a_window(window):
+    maps = np.random.default_rng(0).random((3, 20, 24)).astype(np.float32) + 1000
+    k_y, k_x = min(window[0], 20), min(window[1], 24)
+    windows = np.lib.stride_tricks.sliding_window_view(maps.astype(np.float64), (k_y, k_x), axis=(1, 2))
+    expected = windows.mean(axis=(3, 4)).max(axis=(1, 2))
+    np.testing.assert_allclose(image_scores(maps, window), expected, rtol=1e-7)
+    maps[1, 3, 4] = np.nan
+    assert not np.isfinite(image_scores(maps, window)[1])

@@ -264,3 +264,15 @@ def test_the_bits_of_a_camera_travel_in_the_checkpoint(score, detector, tmp_path
     # Without the setting, the image is nearly black.
     other = score(tmp_path / "in", output="b")[3]
     assert abs(other["twelve.png"]["score"] - other["eight.png"]["score"]) > 1e-3
+
+
+def test_a_folder_above_the_checkpoint_or_of_exports_names_what_it_holds(score, tmp_path):
+    _, _, err, _ = score(TEST_FOLDER, checkpoint="experiments/tiny/predict_checkpoints")
+    assert "--checkpoint experiments/tiny/predict_checkpoints: name one of" in err
+    assert CLASS_FOLDER in err
+    (tmp_path / "model.onnx").touch()
+    _, _, err, _ = score(TEST_FOLDER, checkpoint=tmp_path)
+    assert f"{tmp_path / 'model.onnx'}" in err
+    (tmp_path / "empty").mkdir()
+    _, _, err, _ = score(TEST_FOLDER, checkpoint=tmp_path / "empty")
+    assert "does not exist; train_realnet.py writes it" in err
