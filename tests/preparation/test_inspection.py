@@ -263,5 +263,7 @@ def test_a_foreground_that_training_cannot_read_is_refused_before_anything_is_wr
 def test_the_printed_commands_quote_class_names(tmp_path, prepare):
     mvtec_class(tmp_path / "shots/metal nut $HOME")
     commands = [shlex.split(line) for line in prepare().splitlines() if line.startswith("  python train_realnet.py")]
-    assert commands == [["python", "train_realnet.py", "--dataset", "parts", "--class_name", "metal nut $HOME"]]
+    command = ["python", "train_realnet.py", "--dataset", "parts", "--class_name", "metal nut $HOME"]
+    textures = ["--set", "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"]
+    assert commands == [[*command, *textures], command]
     assert yaml.safe_load((tmp_path / "experiments/parts/realnet.yaml").read_text())["dataset"]["foreground"] == "none"
