@@ -55,6 +55,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--copy", action="store_true", help="copy the images to data/<dataset>/ instead of linking")
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that differ")
     parser.add_argument("--preview", action="store_true", help="write sheets of masks, foregrounds and anomalies")
+    parser.add_argument(
+        "--max-megapixels", type=int, default=MEGAPIXELS, help=f"refuse images above this size ({MEGAPIXELS})"
+    )
     own = parser.add_argument_group("for data sets of your own")
     folders = {"type": Path, "nargs": "+", "metavar": "DIR", "default": []}
     own.add_argument("--good", **folders, help="folders of good images, in --root; the images are one class")
@@ -72,9 +75,6 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         metavar=("H", "W"),
         help="default: the area of 256x256 pixels, in the images' aspect ratio",
-    )
-    parser.add_argument(
-        "--max-megapixels", type=int, default=MEGAPIXELS, help=f"refuse images above this size ({MEGAPIXELS})"
     )
     own.add_argument("--foreground", default="none", help="value of the setting dataset.foreground (default none)")
     return parser.parse_args()

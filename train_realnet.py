@@ -43,6 +43,7 @@ from utils.training import Saver, Training, report_step, set_up_training, traine
 
 CALIBRATION_BATCHES = 8
 SHEET_IMAGES = 8
+DIVERGED = float("-inf")  # the metric of a network whose anomaly maps are not finite
 
 
 def parse_args() -> argparse.Namespace:
@@ -143,7 +144,7 @@ def train_class(
     training.begin(saved, checkpoints, args)
 
     criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
-    progress = training.progress
+    progress, metric = training.progress, None
     saver = Saver(checkpoints, training, stop)
     sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
     for epoch in range(progress.epoch, config.trainer.max_epoch):
@@ -156,7 +157,7 @@ def train_class(
                 if run.is_main:
                     save_best(training, metric, checkpoints)
                 saver.save()
-    if distributed.broadcast(training.diverged):
+    if distributed.broadcast(metric == DIVERGED):
         raise RunError(
             f"{class_name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "
             "lower trainer.optimizer.kwargs.lr"
@@ -274,10 +275,9 @@ def validate(
     if scored is None:
         return None
     epoch = training.progress.epoch
-    training.diverged = not scored.finite
-    if training.diverged:
+    if not scored.finite:
         log.warning("epoch %d  the anomaly maps hold values that are not finite", epoch)
-        return float("-inf")
+        return DIVERGED
     metrics = validation_metrics(scored)
     text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     log.info("epoch %d  %s", epoch, text or "validation: the test list lacks good or defective images")

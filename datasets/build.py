@@ -71,8 +71,7 @@ def check_sdas_list(config: dict, split: str, network: str) -> None:
         network: the section whose class_number must be large enough, "unet" or "classifier".
     """
     path = config.dataset[split].meta_file or config.dataset.train.meta_file
-    root = config.dataset.image_reader.kwargs.image_dir
-    samples = _good_samples(path, root, None, may_be_empty=split == "test")
+    samples = _good_samples(path, _image_folder(config.dataset), None, may_be_empty=split == "test")
     if not samples and split == "train":
         raise UsageError(f"{path}: holds no good image")
     classes, class_number = class_names(samples), config[network].class_number
@@ -124,7 +123,7 @@ def foreground_rules(config: dict, images: ImageList, preprocessing: Preprocessi
 
 def check_realnet_data(config: dict, class_name: str) -> None:
     """Check the lists and folders that a class of a realnet.yaml needs, without opening the images."""
-    train, root = config.train, config.image_reader.kwargs.image_dir
+    train, root = config.train, _image_folder(config)
     samples = read_list(train.meta_file.replace("{}", class_name), root)
     read_list(config.test.meta_file.replace("{}", class_name), root, may_be_empty=True)
     classes = class_names(samples)

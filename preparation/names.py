@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from datasets.folders import MASK_WORDS
 from preparation import vocabulary
 
 GOOD, BAD, UNCLEAR = "good", "bad", "unclear"
@@ -106,7 +107,7 @@ def _word(token: str) -> _Word:
         (_NOT, vocabulary.NEGATIONS),
         (_FREE, vocabulary.FREE),
         (_FILLER, vocabulary.FILLERS | vocabulary.NOUNS),
-        (_MASK, vocabulary.MASKS),
+        (_MASK, MASK_WORDS),
         (TRAIN, vocabulary.TRAIN),
         (TEST, vocabulary.TEST),
         (UNCLEAR, vocabulary.EITHER),

@@ -1,7 +1,5 @@
 """The words of several languages that folder and file names use, in lower case and without accents."""
 
-from datasets.folders import MASK_WORDS
-
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -60,7 +58,6 @@ NOUNS = _words("""
     examples class classes category type types jpegimages bild bilder teil teile aufnahme aufnahmen muster
     pieza piezas imagen imagenes immagini pezzi onderdelen
 """)
-MASKS = MASK_WORDS
 TRAIN = _words("train training trainset trainingset trainingsdaten entrainement entrenamiento addestramento")
 TEST = _words("test testing tests testset testdaten val valid validation validierung prueba")
 

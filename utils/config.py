@@ -77,7 +77,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), script: str | N
         raise UsageError(f"{path}{where}: not readable as YAML ({error})") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: has to hold settings, one `key: value` per line")
-    refuse_excess(raw, path)
     for override in overrides:
         _apply(raw, override)
     if script is not None and _script_of(raw, path) != script:

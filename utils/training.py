@@ -91,7 +91,6 @@ class Training:
         steps_per_epoch: optimiser steps of a whole epoch, for the remaining time.
         json_log: file that gets a line of JSON per report.
         meter: what was measured since the last report.
-        diverged: whether the last validation gave values that are not finite.
     """
 
     config: EasyDict
@@ -110,7 +109,6 @@ class Training:
     steps_per_epoch: int = 0
     json_log: Path | None = None
     meter: Meter = field(default_factory=Meter)
-    diverged: bool = False
 
     def __post_init__(self) -> None:
         self.first_figures = dict(self.figures)

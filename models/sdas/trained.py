@@ -43,16 +43,14 @@ def load_networks(config: EasyDict) -> dict[str, tuple[Path, dict]]:
 
 def _use_process_of(content: dict, config: EasyDict) -> None:
     """Sample by the process, and by default at the image size, that the diffusion model was trained with."""
-    settings = content.get("arch") if isinstance(content.get("arch"), dict) else {}
-    trained = content.get("process") or settings.get("TrainSampler")
+    trained = content.get("process") or _reference_section(content, "TrainSampler")
     for key in ("T", "beta_scheduler", "rescale_timesteps"):
         value = trained.get(key) if isinstance(trained, dict) else None
         if value is not None and value != config.TestSampler[key]:
             given = config.TestSampler[key]
             log.info("uses the checkpoint's TestSampler.%s: %s (in the YAML: %s)", key, value, given)
             config.TestSampler[key] = value
-    section = settings.get("dataset") if isinstance(settings.get("dataset"), dict) else {}
-    size = content.get("input_size") or section.get("input_size")
+    size = content.get("input_size") or _reference_section(content, "dataset").get("input_size")
     size = list(size) if isinstance(size, (list, tuple)) and len(size) == 2 else [None, None]
     for key, side in zip(("H", "W"), size, strict=True):
         if config.dataset[key] is None and side is None:
@@ -74,11 +72,15 @@ def network_settings(content: dict, section: str) -> dict:
 
 def class_names_of(content: dict) -> list[str]:
     """The classes in a checkpoint, in the order of their numbers; empty if it does not name them."""
-    settings = content.get("arch") if isinstance(content.get("arch"), dict) else {}
-    # The reference program stores all settings, with the names that its data set has filled in.
-    section = settings.get("dataset") if isinstance(settings.get("dataset"), dict) else {}
-    names = content.get("classes") or section.get("class_name_list") or []
+    names = content.get("classes") or _reference_section(content, "dataset").get("class_name_list") or []
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+
+
+def _reference_section(content: dict, name: str) -> dict:
+    """A section of the settings that the reference program stores as `arch`, where ours store the network's only."""
+    settings = content.get("arch")
+    section = settings.get(name) if isinstance(settings, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def load_averaged(network: torch.nn.Module, path: Path, content: dict, hint: str) -> None:

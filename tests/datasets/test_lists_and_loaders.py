@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -267,3 +268,19 @@ def test_a_rank_that_leaves_a_worker_behind_still_ends():
 )
 def test_the_defect_type_is_the_first_folder_below_the_split(filename, defect_type):
     assert Sample(filename, 1, "candle" if "candle" in filename else "bottle").defect_type == defect_type
+
+
+def test_fewer_samples_than_ranks_do_not_hang():
+    for length, world in ((1, 3), (2, 5), (1, 2)):
+        batches = [list(EpochBatches(length, 2, Run(rank, world, torch.device("cpu")), 1)) for rank in range(world)]
+        assert {len(rank) for rank in batches} == {1}
+
+
+def test_skip_leaves_out_the_first_batches():
+    batches = EpochBatches(10, 3, Run(0, 1, torch.device("cpu")), 1)
+    batches.set_epoch(2)
+    whole = list(batches)
+    batches.set_epoch(2, skip=2)
+    assert list(batches) == whole[2:]
+    assert len(batches) == 2
+    assert np.all([epoch == 2 for batch in batches for epoch, _ in batch])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from easydict import EasyDict
 from PIL import Image
 
 import evaluation_realnet
@@ -19,11 +18,9 @@ import train_realnet
 from tests.conftest import settings
 from tests.in_process import run
 from utils.checkpoint import load_checkpoint, load_for_resume, refuse_earlier_run, save_checkpoint, save_numbered
-from utils.config import read_yaml
 from utils.distributed import Run
 from utils.errors import Stopped
 from utils.lock import folder_lock
-from utils.optim import Stepper, build_optimizer
 
 ONE_EPOCH = ["--set", "trainer.max_epoch=1"]
 DOTS = ["--class_name", "dots"]
@@ -316,52 +313,31 @@ def test_shifted_class_numbers_are_refused(command, workspace):
     assert "was trained on the classes bolts, dots, and the image list has dots, lines" in err
 
 
+def resumed_with_fewer_images(split: str, command, workspace) -> str:
+    """Train an epoch, resume with an image less in the training or test list; returns what the second run printed."""
+    stage = f"fewer_{split}"
+    command(train_realnet, *DOTS, *folders(stage), *ONE_EPOCH)
+    path = workspace.out / stage / "checkpoints/dots/ckpt_last.pth.tar"
+    save_checkpoint(path, {**load_checkpoint(path), "best_metric": 2.0})
+    lines = (workspace.data / f"samples/{split}_dots.json").read_text().splitlines()
+    (workspace.data / f"samples/fewer_{split}_dots.json").write_text("\n".join(lines[:-1]))
+    fewer = f"dataset.{split}.meta_file=data/tiny/samples/fewer_{split}_{{}}.json"
+    options = ["--set", fewer, "--set", "trainer.max_epoch=2", "--resume"]
+    return command(train_realnet, *DOTS, *folders(stage), *options)[0]
+
+
 def test_a_changed_image_list_is_said(command, workspace):
-    command(train_realnet, *DOTS, *folders("relisted"), *ONE_EPOCH)
-    lines = (workspace.data / "samples/train_dots.json").read_text().splitlines()
-    (workspace.data / "samples/fewer_dots.json").write_text("\n".join(lines[:-1]))
-    fewer = ["--set", "dataset.train.meta_file=data/tiny/samples/fewer_{}.json", "--set", "trainer.max_epoch=2"]
-    out, _ = command(train_realnet, *DOTS, *folders("relisted"), *fewer, "--resume")
+    out = resumed_with_fewer_images("train", command, workspace)
     assert "changed since: training list: '8 images" in out
     assert "-> '7 images" in out
 
 
 def test_a_changed_test_list_is_said_and_its_figures_begin_anew(command, workspace):
-    command(train_realnet, *DOTS, *folders("retested"), *ONE_EPOCH)
-    path = workspace.out / "retested/checkpoints/dots/ckpt_last.pth.tar"
-    save_checkpoint(path, {**load_checkpoint(path), "best_metric": 2.0})
-    lines = (workspace.data / "samples/test_dots.json").read_text().splitlines()
-    (workspace.data / "samples/fewer_test_dots.json").write_text("\n".join(lines[:-1]))
-    fewer = ["--set", "dataset.test.meta_file=data/tiny/samples/fewer_test_{}.json", "--set", "trainer.max_epoch=2"]
-    out, _ = command(train_realnet, *DOTS, *folders("retested"), *fewer, "--resume")
+    out = resumed_with_fewer_images("test", command, workspace)
     assert "changed since: test list: '8 images" in out
     assert "the best figures so far are of other test images and begin anew" in out
+    path = workspace.out / "fewer_test/checkpoints/dots/ckpt_last.pth.tar"
     assert load_checkpoint(path)["best_metric"] <= 1
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "missing"),
-    [
-        ("{type: Adam, kwargs: {lr: 1e-3}}", "{type: Adam, kwargs: {lr: 1e-3, amsgrad: True}}", "max_exp_avg_sq"),
-        ("{type: SGD, kwargs: {lr: 1e-3, momentum: 0.9}}", "{type: Adam, kwargs: {lr: 1e-3}}", "exp_avg, exp_avg_sq"),
-        ("{type: RMSprop, kwargs: {lr: 1e-3}}", "{type: RMSprop, kwargs: {lr: 1e-3, centered: True}}", "grad_avg"),
-        ("{type: Adam, kwargs: {lr: 1e-3}}", "{type: AdamW, kwargs: {lr: 1e-3}}", None),
-    ],
-)
-def test_an_optimiser_that_cannot_go_on_is_named(before, after, missing):
-    networks = [torch.nn.Linear(2, 2) for _ in range(2)]
-    steppers = [
-        Stepper(net, build_optimizer(EasyDict(read_yaml(text)), net, torch.device("cpu")), "off", None)
-        for net, text in zip(networks, (before, after), strict=True)
-    ]
-    steppers[0].backward(networks[0](torch.ones(1, 2)).sum())
-    steppers[0].step()
-    state = steppers[0].state_dict()
-    if missing is None:
-        steppers[1].load_state_dict(state)
-    else:
-        with pytest.raises(ValueError, match=f"keeps {missing}.*start anew with --overwrite"):
-            steppers[1].load_state_dict(state)
 
 
 def test_the_reason_of_a_refused_resume_is_whole_and_short(command, workspace):

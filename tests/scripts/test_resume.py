@@ -1,6 +1,5 @@
 """Runs that are killed, stopped or fail: what they leave behind, and that they resume as if never interrupted."""
 
-import gc
 import importlib
 import json
 import os
@@ -10,18 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from tests.conftest import REPOSITORY, Workspace
 from tests.in_process import run
-from utils import distributed
 from utils.checkpoint import (
     LAST,
     PREVIOUS,
@@ -35,8 +30,7 @@ from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import write_text
 from utils.lock import folder_lock
-from utils.meter import Meter
-from utils.optim import EMA, EpochLoss, Stepper
+from utils.optim import Stepper
 from utils.signals import StopRequest
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -375,40 +369,7 @@ def test_an_error_of_one_rank_only_is_reported(workspace, tmp_path):
     assert time.monotonic() - began < 60
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(fused, value):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
-    stepper = Stepper(model, optimizer, "off", 1.0, max_bad_steps=2)
-
-    def step(scale: float) -> None:
-        stepper.backward(model(torch.randn(2, 3, 4, 4) * scale).square().mean())
-        stepper.step()
-
-    step(1.0)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
-    for _ in range(2):
-        step(value)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(moments, (v for s in optimizer.state.values() for v in s.values()), strict=True)
-    )
-    assert int(stepper.bad_steps) == 2
-    stepper.check(Path("ckpt"))
-    step(1.0)
-    assert int(stepper.bad_in_a_row) == 0
-    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    for _ in range(3):
-        step(value)
-    with pytest.raises(RunError, match=r"not finite in 3 steps in a row .*no state was saved"):
-        stepper.check(Path("ckpt"))
+# ---- divergence ------------------------------------------------------------------------------------------------------
 
 
 def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(workspace):
@@ -419,68 +380,3 @@ def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(workspace)
     assert "not finite in 2 steps in a row (trainer.max_bad_steps: 1)" in done.stderr
     assert f"diverged/checkpoints/dots/{LAST}" in done.stderr
     assert load_checkpoint(workspace.out / f"diverged/checkpoints/dots/{LAST}")["position"]["step"] >= 1
-
-
-def memory_in_use() -> dict[str, int]:
-    """What is alive now: tensors, bytes of Python objects, and resident bytes of the process."""
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
-        "python": tracemalloc.get_traced_memory()[0],
-        "resident": pages * os.sysconf("SC_PAGE_SIZE"),
-    }
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_memory_does_not_grow_with_steps():
-    """The parts of the training loop: steps, averages and running means."""
-    model = nn.Linear(64, 64)
-    stepper = Stepper(model, torch.optim.Adam(model.parameters()), "off", 1.0)
-    meter, epoch_loss, ema = Meter(), EpochLoss(ALONE.device), EMA(model, 0.99)
-    tracemalloc.start()
-    try:
-        for step in range(1500):
-            loss = model(torch.ones(64, 64)).square().mean()
-            stepper.backward(loss)
-            stepper.step()
-            ema.update(model, step)
-            meter.add({"loss": loss.detach()}, 8)
-            meter.finish_step()
-            epoch_loss.add(loss.detach(), 1.0)
-            if step % 20 == 0:
-                meter.read()
-            if step in (250, 500):  # the first measurement needs memory of its own
-                before = memory_in_use()
-        growth = {name: value - before[name] for name, value in memory_in_use().items()}
-    finally:
-        tracemalloc.stop()
-    # Of 1000 steps: a tensor, 20 bytes of Python objects or 2 kB of others kept in each would show.
-    assert growth["tensors"] <= 20, growth
-    assert growth["python"] < 20_000, growth
-    assert growth["resident"] < 2_000_000, growth
-
-
-def test_fewer_samples_than_ranks_do_not_hang():
-    from datasets.loaders import EpochBatches
-
-    for length, world in ((1, 3), (2, 5), (1, 2)):
-        batches = [list(EpochBatches(length, 2, Run(rank, world, ALONE.device), 1)) for rank in range(world)]
-        assert {len(rank) for rank in batches} == {1}
-
-
-def test_skip_leaves_out_the_first_batches():
-    from datasets.loaders import EpochBatches
-
-    batches = EpochBatches(10, 3, ALONE, 1)
-    batches.set_epoch(2)
-    whole = list(batches)
-    batches.set_epoch(2, skip=2)
-    assert list(batches) == whole[2:]
-    assert len(batches) == 2
-    assert np.all([epoch == 2 for batch in batches for epoch, _ in batch])
-
-
-def test_lost_connections_are_recognised():
-    assert distributed.is_lost_connection(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))
-    assert not distributed.is_lost_connection(RuntimeError("shapes cannot be multiplied"))

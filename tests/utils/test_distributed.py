@@ -247,3 +247,8 @@ def test_ema_warms_up():
     # Without warm-up it would be 0.005.
     torch.testing.assert_close(ema.model.weight.item(), expected)
     assert ema.model.weight.item() > 0.99
+
+
+def test_lost_connections_are_recognised():
+    assert distributed.is_lost_connection(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"))
+    assert not distributed.is_lost_connection(RuntimeError("shapes cannot be multiplied"))

@@ -1,0 +1,114 @@
+"""Optimiser steps: which are skipped, what they keep, and which optimiser can go on from a saved one."""
+
+import gc
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from easydict import EasyDict
+from torch import nn
+
+from utils.config import read_yaml
+from utils.errors import RunError
+from utils.meter import Meter
+from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(fused, value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+    stepper = Stepper(model, optimizer, "off", 1.0, max_bad_steps=2)
+
+    def step(scale: float) -> None:
+        stepper.backward(model(torch.randn(2, 3, 4, 4) * scale).square().mean())
+        stepper.step()
+
+    step(1.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    for _ in range(2):
+        step(value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(moments, (v for s in optimizer.state.values() for v in s.values()), strict=True)
+    )
+    assert int(stepper.bad_steps) == 2
+    stepper.check(Path("ckpt"))
+    step(1.0)
+    assert int(stepper.bad_in_a_row) == 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for _ in range(3):
+        step(value)
+    with pytest.raises(RunError, match=r"not finite in 3 steps in a row .*no state was saved"):
+        stepper.check(Path("ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "missing"),
+    [
+        ("{type: Adam, kwargs: {lr: 1e-3}}", "{type: Adam, kwargs: {lr: 1e-3, amsgrad: True}}", "max_exp_avg_sq"),
+        ("{type: SGD, kwargs: {lr: 1e-3, momentum: 0.9}}", "{type: Adam, kwargs: {lr: 1e-3}}", "exp_avg, exp_avg_sq"),
+        ("{type: RMSprop, kwargs: {lr: 1e-3}}", "{type: RMSprop, kwargs: {lr: 1e-3, centered: True}}", "grad_avg"),
+        ("{type: Adam, kwargs: {lr: 1e-3}}", "{type: AdamW, kwargs: {lr: 1e-3}}", None),
+    ],
+)
+def test_an_optimiser_that_cannot_go_on_is_named(before, after, missing):
+    networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+    steppers = [
+        Stepper(net, build_optimizer(EasyDict(read_yaml(text)), net, torch.device("cpu")), "off", None)
+        for net, text in zip(networks, (before, after), strict=True)
+    ]
+    steppers[0].backward(networks[0](torch.ones(1, 2)).sum())
+    steppers[0].step()
+    state = steppers[0].state_dict()
+    if missing is None:
+        steppers[1].load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match=f"keeps {missing}.*start anew with --overwrite"):
+            steppers[1].load_state_dict(state)
+
+
+def memory_in_use() -> dict[str, int]:
+    """What is alive now: tensors, bytes of Python objects, and resident bytes of the process."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
+        "python": tracemalloc.get_traced_memory()[0],
+        "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_memory_does_not_grow_with_steps():
+    """The parts of the training loop: steps, averages and running means."""
+    model = nn.Linear(64, 64)
+    stepper = Stepper(model, torch.optim.Adam(model.parameters()), "off", 1.0)
+    meter, epoch_loss, ema = Meter(), EpochLoss(torch.device("cpu")), EMA(model, 0.99)
+    tracemalloc.start()
+    try:
+        for step in range(1500):
+            loss = model(torch.ones(64, 64)).square().mean()
+            stepper.backward(loss)
+            stepper.step()
+            ema.update(model, step)
+            meter.add({"loss": loss.detach()}, 8)
+            meter.finish_step()
+            epoch_loss.add(loss.detach(), 1.0)
+            if step % 20 == 0:
+                meter.read()
+            if step in (250, 500):  # the first measurement needs memory of its own
+                before = memory_in_use()
+        growth = {name: value - before[name] for name, value in memory_in_use().items()}
+    finally:
+        tracemalloc.stop()
+    # Of 1000 steps: a tensor, 20 bytes of Python objects or 2 kB of others kept in each would show.
+    assert growth["tensors"] <= 20, growth
+    assert growth["python"] < 20_000, growth
+    assert growth["resident"] < 2_000_000, growth
