@@ -12,6 +12,7 @@ realnet_vis/<class>/<defect type>/. The figures do not depend on the number of r
 """
 
 import argparse
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def main() -> None:
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out, stop)
         if run.is_main:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
+            checkpoint = args.checkpoint or out / config.saver.checkpoints_dir / results[0].name
+            predict = f"predict.py --checkpoint {shlex.quote(str(checkpoint))}"
+            log.info("Next: python %s --input NEW_IMAGES --output results", predict)
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:

@@ -12,6 +12,7 @@ ONNX needs `pip install -r requirements-export.txt`.
 import argparse
 import json
 import logging
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
     parser.add_argument("--output", required=True, type=Path, help="folder for the models")
     parser.add_argument("--format", choices=["onnx", "torch", "both"], default="both")
+    parser.add_argument("--overwrite", action="store_true", help="replace models in the folder")
     parser.add_argument("--input", help="images for the check (default: from the test list)")
     return parser.parse_args()
 
@@ -59,6 +61,10 @@ def main() -> None:
     if args.format != "torch":
         require_onnx(args.format)
     path = checkpoint_path(args.checkpoint)
+    endings = {"onnx": ["onnx"], "torch": ["pt2"]}.get(args.format, ["onnx", "pt2"])
+    existing = [file for file in (args.output / f"model.{ending}" for ending in endings) if file.exists()]
+    if existing and not args.overwrite:
+        raise UsageError(f"{existing[0]} already exists; choose another --output, or pass --overwrite")
     trained = load_trained(path, load_config(args.config, script="realnet") if args.config else None, args.config)
     config = trained.config
     model = ExportedRealNet(trained.network, pooling_window(config.evaluator)).eval()
@@ -77,6 +83,7 @@ def main() -> None:
         file = args.output / "model.pt2"
         write_atomic(file, lambda part: export_torch(model, images, part, metadata))
         compare(file, expected, run_torch(file, images))
+    log.info("Next: python predict.py --checkpoint %s --input NEW_IMAGES --output results", shlex.quote(str(file)))
 
 
 def require_onnx(wanted: str) -> None:

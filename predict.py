@@ -9,7 +9,7 @@
 Writes scores.csv and scores.jsonl (one line per image, as soon as it is done), heatmaps/ and masks/ (at the images' own
 size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside the checkpoint, or --threshold and
 --pixel-threshold. Images that cannot be read or scored are reported on stderr and skipped; the exit code is then 1.
-Mask folders and earlier results below the input folder are not scored.
+Mask folders and earlier results below the input folder are not scored. Up to 20 images, their scores are also printed.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from tqdm import tqdm
 from datasets.build import preprocessing_of
 from datasets.images import MEGAPIXELS, allow_megapixels, count_pages, read_size
 from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path
-from evaluation.inputs import PIXELS_AHEAD, Input, find_inputs, groups, prefetch
-from evaluation.prediction_files import SCORES, TABLE, Results, rounded
+from evaluation.inputs import HEAT_MAPS, MASKS, PIXELS_AHEAD, SCORES, Input, find_inputs, groups, prefetch
+from evaluation.prediction_files import TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
 from utils import cli
 from utils.errors import RunError, UsageError
@@ -38,6 +38,7 @@ from utils.log import log, log_to_terminal
 from utils.names import shown
 
 OVERLAP = 64  # pixels, or a quarter of a small tile
+FEW_IMAGES = 20  # whose scores are printed too
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,9 +54,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tile", type=int, help="score large images in square tiles with this side, in pixels")
     parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles share (64, at most tile / 4)")
     parser.add_argument("--batch-size", type=int, help="images or tiles per batch (8; 1 for stdin)")
-    parser.add_argument(
-        "--max-megapixels", type=float, default=MEGAPIXELS, help=f"refuse images above this size ({MEGAPIXELS})"
-    )
+    limit_help = f"refuse images above this size (default: as in training; {MEGAPIXELS})"
+    parser.add_argument("--max-megapixels", type=float, help=limit_help)
     parser.add_argument("--no-pictures", action="store_true", help="write no heat maps or masks")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing results in the folder")
@@ -82,10 +82,10 @@ def main() -> None:
     check_arguments(args)
     log_to_terminal()
     signal.signal(signal.SIGTERM, interrupt)
-    allow_megapixels(args.max_megapixels)
     detector = Detector.load(args.checkpoint, args.config, args.device)
     detector = detector.with_thresholds(choose_thresholds(detector.thresholds, args))
     preprocessing = preprocessing_of(detector.config.dataset)
+    allow_megapixels(args.max_megapixels or detector.config.dataset.image_reader.kwargs.max_megapixels)
     inputs = find_inputs(args.input, detector.config.dataset.image_reader.kwargs.image_dir, sys.stdin, args.output)
     batch = args.batch_size or (1 if args.input == "-" else 8)
     tiles = Tiles(args.tile, overlap_of(args), batch) if args.tile else None
@@ -101,12 +101,13 @@ def main() -> None:
 
     options = {"overwrite": args.overwrite, "resume": args.resume, "drawn": not args.no_pictures}
     with Results(args.output, detector.thresholds, run_of(args, detector.thresholds), **options) as results:
-        if results.done:
-            log.info("%d images were scored before; the others follow", len(results.done))
         left = (source for source in inputs.images if source.name not in results.done)
         # Paths on stdin may arrive one by one. Reading ahead would delay the results of earlier ones.
         images = map(read, left) if args.input == "-" else prefetch(read, left, 2 * batch, pixels_of)
         count = None if inputs.count is None else max(0, inputs.count - len(results.done))
+        if results.done:
+            others = "all are done" if count == 0 else "the others follow"
+            log.info("%d images were scored before; %s", len(results.done), others)
         try:
             unreadable, failed = score(detector, images, tiles, batch, count, results)
         except KeyboardInterrupt:
@@ -132,7 +133,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for option, value in (("--threshold", args.threshold), ("--pixel-threshold", args.pixel_threshold)):
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{option} {value}: has to be a finite number")
-    if not (math.isfinite(args.max_megapixels) and args.max_megapixels > 0):
+    if args.max_megapixels is not None and not (math.isfinite(args.max_megapixels) and args.max_megapixels > 0):
         raise UsageError(f"--max-megapixels {args.max_megapixels:g}: has to be a number above 0")
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: at least 1")
@@ -141,6 +142,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.tile is not None and not 0 <= overlap_of(args) < args.tile:
         raise UsageError(f"--overlap {args.overlap}: has to lie in 0 .. {args.tile - 1}, below --tile")
     existing = [path for path in (args.output / TABLE, args.output / SCORES) if path.exists()]
+    foreign = [path for path in (args.output / HEAT_MAPS, args.output / MASKS) if path.exists() and not existing]
+    if foreign:
+        raise UsageError(f"{foreign[0]} exists, but is no result of predict.py; choose another --output")
     if existing and not (args.overwrite or args.resume):
         advice = "choose another --output, or pass --overwrite, or --continue after an interrupted run"
         raise UsageError(f"{existing[0]} already exists; {advice}")
@@ -218,7 +222,11 @@ def score(
             if problem:
                 report("not scored", f"{item.source.path}: {problem}")
                 failed += 1
-            elif item.pages > 1:
+                continue
+            if count is None or count <= FEW_IMAGES:
+                verdict = {None: "", True: "  anomalous", False: "  normal"}[detection.is_anomalous]
+                log.info("%.4f%s  %s", detection.score, verdict, item.source.name)
+            if item.pages > 1:
                 paged.append(f"{item.source.name} ({item.pages})")
         unreadable += len(group) - len(readable)
         bar.update(len(group))

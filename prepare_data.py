@@ -55,6 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--copy", action="store_true", help="copy the images to data/<dataset>/ instead of linking")
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that differ")
     parser.add_argument("--preview", action="store_true", help="write sheets of masks, foregrounds and anomalies")
+    set_help = "override a setting of realnet.yaml in the preview"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     parser.add_argument(
         "--max-megapixels", type=int, default=MEGAPIXELS, help=f"refuse images above this size ({MEGAPIXELS})"
     )
@@ -89,7 +91,7 @@ def main() -> None:
     if args.root is not None:
         unreadable = prepare_textures(args) if args.dataset in TEXTURES else prepare(args)
     if args.preview:
-        write_previews(args.dataset)
+        write_previews(args.dataset, args.set)
     if args.root is not None and args.dataset not in TEXTURES:
         print_next(args)
     if unreadable:
@@ -111,6 +113,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.root = common_folder([*args.good, *args.defects, *args.masks])
     if args.root is None and not args.preview:
         raise UsageError("--root is missing: pass the folder or archive of the images")
+    if args.set and not args.preview:
+        raise UsageError("--set: overrides settings of the preview; pass --preview, too, or edit the YAML files")
     if args.preview and name in TEXTURES:
         raise UsageError(f"--preview: {name} has no lists to preview")
     if not own and (args.test_fraction is not None or args.input_size or args.foreground != "none" or args.good):
@@ -294,12 +298,12 @@ def print_counts(train: list[Sample], test: list[Sample]) -> None:
         log.info("%s  %5d  %10d  %9d  %9d", name.ljust(width), count, good, len(test_samples) - good, masks)
 
 
-def write_previews(dataset: str) -> None:
+def write_previews(dataset: str, overrides: list[str]) -> None:
     """Write data/<dataset>/preview/<class>.png for every class that has a list."""
     path = Path("experiments") / dataset / "realnet.yaml"
     if not path.is_file():
         raise UsageError(f"{path} does not exist; pass --root to write it")
-    config = load_config(path)
+    config = load_config(path, overrides)
     classes = listed_classes(config.dataset.train.meta_file)
     if not classes:
         raise UsageError(f"{config.dataset.train.meta_file}: there are no such lists; pass --root to write them")

@@ -37,7 +37,7 @@ from utils.names import name_problem
 from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.precision import autocast, resolve_precision
 from utils.run_record import record_run
-from utils.signals import StopRequest, stop_requests
+from utils.signals import StopRequest, signal_name, stop_requests
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 PREVIEW_ROWS = 2
@@ -282,7 +282,7 @@ def draw_class(
             if i not in existing:
                 write_image(folder / f"rank{run.rank}_{i}.jpg", image)
         if stop.signal:
-            log.info("signal %d: stopped; the same command without --overwrite goes on", stop.signal)
+            log.info("%s: stopped; the same command without --overwrite goes on", signal_name(stop.signal))
             raise Stopped(stop.signal)
     distributed.barrier()
     kept = len(existing & set(range(config.sample_number)))

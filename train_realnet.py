@@ -71,6 +71,7 @@ def main() -> None:
             checkpoints, log_dir = (out / config.saver[key] / class_name for key in ("checkpoints_dir", "log_dir"))
             with training_folders("train_realnet", checkpoints, log_dir, config, args, run) as board:
                 train_class(config, class_name, run, out, board, args, stop)
+        cli.log_next("evaluation_realnet.py", args)
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
@@ -320,7 +321,10 @@ def save_best(training: Training, metric: float, checkpoints: Path) -> None:
     figures["best_metric"] = max(metric, figures["best_metric"])
     if best:
         # They were chosen on the scores of the checkpoint that is replaced.
-        sidecar(checkpoints / BEST).unlink(missing_ok=True)
+        thresholds = sidecar(checkpoints / BEST)
+        if thresholds.is_file():
+            thresholds.unlink()
+            log.info("%s belonged to the checkpoint before and is deleted; evaluate to have new ones", thresholds)
         save_checkpoint(checkpoints / BEST, training.checkpoint())
         log.info("saved %s (%.4f)", checkpoints / BEST, metric)
 

@@ -83,7 +83,7 @@ def sigterm(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, s
         began = time.monotonic()
         out, _ = process.communicate(timeout=120)
         took = time.monotonic() - began
-        announced = f"signal {int(signal.SIGTERM)}: saved after step" in out
+        announced = "SIGTERM: saved after step" in out
         resumed = run(job, work, "--resume")
         held = announced and resumed.returncode == 0 and "resumed" in resumed.stdout
         yield f"SIGTERM, {script}", held, f"ended after {took:.1f} s, {'resumed' if held else 'NOT resumed'}"

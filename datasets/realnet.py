@@ -98,7 +98,8 @@ def _source_images(folder: str | None, setting: str, hint: str, tell: bool) -> l
     """The images in a folder whose headers can be read."""
     found = find_images(folder) if folder else None
     if found is None or not found.images:
-        problem = f"{folder} holds no image" if folder else "not set"
+        missing = "holds no image" if folder and Path(folder).is_dir() else "does not exist"
+        problem = f"{folder} {missing}" if folder else "not set"
         others = not_read(found.others) if found else ""
         raise UsageError(f"dataset.train.{setting}: {problem}{f' ({others})' if others else ''}; {hint}")
     problems = _header_problems(tuple(found.images))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,7 +172,12 @@ class Detector:
 
 
 def as_one_process() -> None:
-    """Forget the ranks of a launcher that are left in the environment, for commands that need none."""
+    """Forget the ranks of a launcher that are left in the environment, for commands that need none.
+
+    Under torchrun, all ranks but the first end here: they would write the same files.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        sys.exit(0)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
 

@@ -96,7 +96,7 @@ def _in_folder(folder: Path, output: Path | None) -> Inputs:
     def leave_out(path: Path) -> bool:
         drawn = path.name in (HEAT_MAPS, MASKS) and (path.parent / SCORES).is_file()
         masks = is_mask_folder(path) or (names_masks(path) and _holds_masks(path))
-        return drawn or masks or (results is not None and path.resolve() == results)
+        return drawn or masks or _holds_own_pictures(path) or (results is not None and path.resolve() == results)
 
     found = find_images(folder, leave_out)
     images, masks = _without_masks(found.images)
@@ -106,6 +106,13 @@ def _in_folder(folder: Path, output: Path | None) -> Inputs:
         raise UsageError(f"--input {folder}: holds no image ({others or ' '.join(SUFFIXES)})")
     problems = [f"{path} cannot be opened ({reason})" for path, reason in found.closed]
     return Inputs([Input(path, path.relative_to(folder).as_posix()) for path in images], len(images), problems)
+
+
+def _holds_own_pictures(folder: Path) -> bool:
+    """Whether training, evaluation or preparation have written the pictures in a folder, by its place and name."""
+    beside = folder.parent
+    drawn = folder.name.endswith("_vis") and any(beside.glob("*.yaml"))
+    return drawn or (folder.name == "preview" and (beside / "samples").is_dir())
 
 
 def _holds_masks(folder: Path) -> bool:
@@ -148,6 +155,8 @@ def _listed(path: Path, image_dir: str | None) -> list[Input]:
         raise UsageError(f"--input {path}: cannot be read ({error.strerror})") from None
     if "\0" in text:
         raise UsageError(f"--input {path}: neither an image nor text that lists images")
+    if path.suffix.lower() in (".csv", ".tsv", ".jsonl"):
+        raise UsageError(f"--input {path}: is a table; pass a text file with the path of one image per line")
     lines = [line.strip() for line in text.split("\n")]
     inputs = []
     for number, line in enumerate(lines, start=1):

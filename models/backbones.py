@@ -29,6 +29,10 @@ TIMM_FILES = {
     "resnet50": "resnet50_a1_0-14fe96d1.pth",
     "wide_resnet50_2": "wide_resnet50_racm-8234f177.pth",
 }
+# The reference program's names of layers, where torchvision's differ (those of timm's feature_info).
+LAYERS = {
+    "efficientnet_b4": {f"layer{i}": f"features.{stage}" for i, stage in enumerate((1, 2, 3, 5, 7), start=1)},
+}
 UNIT_SCALE = ("resnet", "wide_resnet", "resnext")
 
 
@@ -72,7 +76,9 @@ class Backbone(nn.Module):
         self.needs_calibration = weights == "random"
         network = _build_network(backbone)
         try:
-            self.feature_extractor = create_feature_extractor(network, {name: name for name in outlayers})
+            layers = LAYERS.get(backbone, {})
+            nodes = {layers.get(name, name): name for name in outlayers}
+            self.feature_extractor = create_feature_extractor(network, nodes)
         except ValueError:
             names = [name for name, _ in network.named_modules() if name and name.count(".") <= 1]
             raise UsageError(

@@ -42,30 +42,44 @@ class FeatureMSELoss(nn.Module):
 class SegmentFocalLoss(nn.Module):
     """Focal loss (Lin et al. 2017): the mean of -a (1-p)^gamma log p.
 
-    p is the probability of the true class, from one-hot targets clamped to [1e-5, 1 - 1e-5], plus 1e-5.
+    p is the probability of the true class, from one-hot targets clamped to [smooth, 1 - smooth], plus smooth.
 
     Args:
-        alpha: the weight a of class balance_index; that of the other class is 1 - alpha. None: a = 1 for both.
+        alpha: the weight a of class balance_index; that of the other class is 1 - alpha. A list holds the weights of
+            both classes, which are divided by their sum. None: a = 1 for both.
         gamma: focusing exponent >= 0.
         balance_index: the class that alpha weights.
+        smooth: in (0, 0.5).
+        size_average: False sums over pixels and images instead.
     """
 
     def __init__(
-        self, weight: float = 1.0, alpha: float | None = None, gamma: float = 2.0, balance_index: int = 0
+        self,
+        weight: float = 1.0,
+        alpha: float | Sequence[float] | None = None,
+        gamma: float = 2.0,
+        balance_index: int = 0,
+        smooth: float = 1e-5,
+        size_average: bool = True,
     ) -> None:
         super().__init__()
-        self.weight, self.alpha, self.gamma, self.balance_index = weight, alpha, gamma, balance_index
+        self.weight, self.gamma, self.smooth, self.size_average = weight, gamma, smooth, size_average
+        if isinstance(alpha, (int, float)):
+            alpha = (alpha, 1 - alpha) if balance_index == 0 else (1 - alpha, alpha)
+        elif alpha is not None:
+            alpha = tuple(value / sum(alpha) for value in alpha)
+        self.alpha = alpha
 
     def forward(self, outputs: dict) -> torch.Tensor:
-        eps = 1e-5
+        eps = self.smooth
         targets = _targets(outputs)
         probability = outputs["logit"].float().softmax(dim=1)
         one_hot = F.one_hot(targets, 2).permute(0, 3, 1, 2).clamp(eps, 1 - eps)
         p = (one_hot * probability).sum(dim=1) + eps
         loss = -((1 - p) ** self.gamma) * p.log()
         if self.alpha is not None:
-            loss = loss * torch.where(targets == self.balance_index, self.alpha, 1 - self.alpha)
-        return self.weight * loss.mean()
+            loss = loss * torch.where(targets == 0, *self.alpha)
+        return self.weight * (loss.mean() if self.size_average else loss.sum())
 
 
 class ImageMSELoss(nn.Module):

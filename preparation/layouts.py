@@ -1,9 +1,10 @@
 """Recognises data sets on disk: a benchmark, or the user's own images in one of several layouts."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from datasets.catalog import CATALOG
 from datasets.lists import Sample
@@ -60,7 +61,7 @@ def recognize(folder: Path, dataset: str, chosen: Chosen | None = None) -> Datas
 
 
 def report_masks(samples: list[Sample]) -> list[Finding]:
-    """Findings for defective images without a mask: one per image, or one per class if no image of it has one."""
+    """Findings for defective images without a mask: one per image, or one per folder or class if none in it has one."""
     findings = []
     for name in sorted({sample.clsname for sample in samples}):
         defective = [sample for sample in samples if sample.clsname == name and sample.label]
@@ -69,8 +70,18 @@ def report_masks(samples: list[Sample]) -> list[Finding]:
             text = f"none of the {len(lacking)} defective images has a mask: pixel metrics will be absent"
             findings.append(Finding(NO_MASK, name, text))
         else:
-            findings += [Finding(NO_MASK, sample.filename, "has no mask") for sample in lacking]
+            findings += _without_masks(defective, lacking)
     return findings
+
+
+def _without_masks(defective: list[Sample], lacking: list[Sample]) -> list[Finding]:
+    def folder(sample: Sample) -> str:
+        return PurePosixPath(sample.filename).parent.as_posix()
+
+    masked = {folder(sample) for sample in defective if sample.maskname is not None}
+    bare = Counter(folder(sample) for sample in lacking if folder(sample) not in masked)
+    findings = [Finding(NO_MASK, name, f"none of its {count} images has a mask") for name, count in bare.items()]
+    return findings + [Finding(NO_MASK, s.filename, "has no mask") for s in lacking if folder(s) in masked]
 
 
 # ---- by the names of folders and files -------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def official(folder: Path, dataset: str, info: DatasetInfo) -> DatasetOnDisk:
     root = _deepest_match(folder, info)
     if root is None:
         hint = f"; it looks like the single class {folder.name}: pass the folder above it" if is_class(folder) else ""
+        hint = hint or "; for images of your own, choose another name as --dataset"
         classes = ", ".join(info.classes)
         raise UsageError(f"{folder}: holds none of the classes of {dataset} ({classes}); expected {info.layout}{hint}")
     reader = Reader(root)

@@ -1,12 +1,15 @@
 """Shared by the commands: arguments, paths of settings and outputs, and error reports."""
 
 import argparse
+import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -14,12 +17,14 @@ from utils import distributed
 from utils.errors import RunError, Stopped, UsageError
 from utils.names import shown
 
+log = logging.getLogger("realnet")
+
 SECONDS_FOR_RANK_0 = 5.0
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """Arguments that every script takes; `doc` is its module docstring."""
-    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--dataset", help="name of a folder experiments/NAME/ with this script's YAML")
     arguments.add_argument("--config", help="settings file to use instead")
     arguments.add_argument(
@@ -29,6 +34,26 @@ def parser(doc: str) -> argparse.ArgumentParser:
     # torch.distributed.launch passes the rank in one of these spellings; the environment has it too.
     arguments.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Explains the error of a value in braces that the shell has cut into words."""
+
+    def error(self, message: str) -> NoReturn:
+        words = sys.argv[1:]
+        cut = next(
+            (word for word in words if word.count("{") + word.count("[") > word.count("}") + word.count("]")), ""
+        )
+        if message.startswith("unrecognized arguments") and "=" in cut:
+            message += f'\nput quotes around the whole value: --set "{cut} ..."'
+        super().error(message)
+
+
+def log_next(script: str, args: argparse.Namespace) -> None:
+    """Print the command that follows, for the same data set and classes."""
+    names = (("--dataset", args.dataset), ("--config", args.config), ("--class_name", args.class_name))
+    options = " ".join(f"{option} {shlex.quote(value)}" for option, value in names if value)
+    log.info("Next: python %s %s", script, options)
 
 
 def add_resume_options(arguments: argparse.ArgumentParser) -> None:
@@ -138,14 +163,20 @@ def chosen_classes(wanted: str | None, meta_file: str, listed: Callable[[str], l
     if "{}" not in meta_file:
         return [unified]
     known = listed(meta_file)
+    if not wanted and len(known) == 1:
+        return known
     if not wanted:
         raise UsageError(f"--class_name is missing: one of {', '.join(known) or meta_file}, several, or all")
     if wanted == "all":
         if not known:
-            raise UsageError(f"--class_name all: there is no list {meta_file}; see data/README.md")
+            how = "write it with prepare_data.py (the demo's: python -m preparation.demo), see data/README.md"
+            raise UsageError(f"--class_name all: there is no list {meta_file}; {how}")
         return known
     chosen = [name.strip() for name in wanted.split(",")]
     for name in chosen:
+        if name == unified:
+            hint = "the model for all classes has settings of its own, --config experiments/NAME/realnet_unified.yaml"
+            raise UsageError(f"--class_name {name}: is the list of all classes; {hint}")
         if name not in known:
             path = meta_file.replace("{}", name)
             raise UsageError(f"--class_name {name}: {path} does not exist; known are {', '.join(known) or 'none'}")

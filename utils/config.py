@@ -253,6 +253,7 @@ def _fits(value: Any, kind: str) -> bool:
         "str": isinstance(value, str),
         "ints": isinstance(value, list) and all(_fits(v, "int") for v in value),
         "floats": isinstance(value, list) and all(_fits(v, "float") for v in value),
+        "strs": isinstance(value, list) and all(isinstance(v, str) for v in value),
         "list": isinstance(value, list),
         "map": isinstance(value, dict),
         "shares": isinstance(value, dict) and all(_fits(v, "float") for v in value.values()),

@@ -12,6 +12,7 @@ KINDS = {
     "str": "text",
     "ints": "a list of whole numbers",
     "floats": "a list of numbers",
+    "strs": 'a list of texts (quote names such as "01")',
     "list": "a list",
     "map": "a mapping",
     "shares": "a mapping from names to numbers",

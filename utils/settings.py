@@ -218,7 +218,7 @@ _SAMPLE = Section(
                 "W": Setting("int?", "Width of the images; null: as the model was trained.", None, low=1),
             }
         ),
-        "classes": Setting("list?", "Class names in the order of their numbers, if the checkpoint lacks them.", None),
+        "classes": Setting("strs?", "Class names in the order of their numbers, if the checkpoint lacks them.", None),
         "sample_number": Setting("int", "Images per class; the paper draws 10000.", low=1),
         "strength": Setting(
             "floats", "Range [low, high] of the anomaly strength s; 0 draws normal images. For ddim, 0.01 .. 0.03.",

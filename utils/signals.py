@@ -28,6 +28,16 @@ AGREE_SECONDS = 5.0
 Item = TypeVar("Item")
 
 
+def signal_name(number: int) -> str:
+    """What a user calls a signal.
+
+    Example:
+        >>> signal_name(2), signal_name(15)
+        ('Ctrl-C', 'SIGTERM')
+    """
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 class StopRequest:
     """The signal that asked this run to end, if one did.
 
@@ -47,7 +57,9 @@ class StopRequest:
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
             if self.run.is_main:
-                _say(f"signal {number}: stopping, and saving if there is something to save; once more ends at once")
+                _say(
+                    f"{signal_name(number)}: stopping, and saving if there is something to save; once more ends at once"
+                )
         elif time.monotonic() - self.since > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 

@@ -33,7 +33,7 @@ from utils.meter import Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
 from utils.precision import resolve_precision, training_precision
 from utils.run_record import record_run
-from utils.signals import StopRequest
+from utils.signals import StopRequest, signal_name
 
 log = logging.getLogger("realnet")
 
@@ -301,7 +301,7 @@ class Saver:
         if number or (every and step % every == 0):
             self.save()
         if number:
-            log.info("signal %d: saved after step %d; continue with --resume", number, step)
+            log.info("%s: saved after step %d; the same command with --resume continues", signal_name(number), step)
             raise Stopped(number)
 
     @contextmanager
@@ -313,7 +313,8 @@ class Saver:
             self.training.progress.reopen_epoch(self.training.steps_per_epoch)
             self.save()
             step = self.training.progress.step
-            log.info("signal %d: saved after step %d, in the validation; continue with --resume", stopped.signal, step)
+            text = "%s: saved after step %d, in the validation; the same command with --resume continues"
+            log.info(text, signal_name(stopped.signal), step)
             raise
 
     def save(self) -> None:

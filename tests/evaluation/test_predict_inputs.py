@@ -276,3 +276,39 @@ def test_a_folder_above_the_checkpoint_or_of_exports_names_what_it_holds(score, 
     (tmp_path / "empty").mkdir()
     _, _, err, _ = score(TEST_FOLDER, checkpoint=tmp_path / "empty")
     assert "does not exist; train_realnet.py writes it" in err
+
+
+def test_pictures_that_other_commands_drew_are_not_scored(score, tmp_path):
+    folder = tmp_path / "in"
+    for name in ("a.png", "exp/realnet_vis/dots/x.png", "data/preview/dots.png", "own_vis/b.png", "preview/c.png"):
+        image_file(folder / name, name)
+    (folder / "exp/realnet.yaml").write_text("net: []")
+    (folder / "data/samples").mkdir()
+    code, out, err, lines = score(folder)
+    assert code == 0, err
+    assert list(lines) == ["a.png", "own_vis/b.png", "preview/c.png"]
+    assert "data/preview/, exp/realnet_vis/" in out
+
+
+def test_foreign_mask_folders_and_tables_are_refused(score, tmp_path):
+    image_file(tmp_path / "in/a.png", "a")
+    image_file(tmp_path / "own/masks/a.png", "mask")
+    before = (tmp_path / "own/masks/a.png").read_bytes()
+    code, _, err, _ = score(tmp_path / "in", "--overwrite", output="own")
+    assert code == 2
+    assert "own/masks exists, but is no result of predict.py" in err
+    assert (tmp_path / "own/masks/a.png").read_bytes() == before
+    (tmp_path / "scores.csv").write_text("file,score\na.png,0.5\n")
+    code, _, err, _ = score(tmp_path / "scores.csv", output="other")
+    assert code == 2
+    assert "scores.csv: is a table" in err
+
+
+def test_scores_of_a_few_images_are_printed_and_a_finished_run_says_so(score, tmp_path):
+    image_file(tmp_path / "in/a.png", "a")
+    code, out, err, lines = score(tmp_path / "in", "--threshold", "0")
+    assert code == 0, err
+    assert f"{lines['a.png']['score']:.4f}  anomalous  a.png" in out
+    code, out, err, _ = score(tmp_path / "in", "--threshold", "0", "--continue")
+    assert code == 0, err
+    assert "1 images were scored before; all are done" in out

@@ -10,7 +10,7 @@ from torch import nn
 from models import backbones, build_realnet
 from models.afs import AFS, Block, channel_losses
 from models.backbones import Backbone
-from models.losses import build_criterion
+from models.losses import SegmentFocalLoss, build_criterion
 from models.recon import ReconstructionLayer, SimpleReconstructionLayer
 from models.rrs import RRS
 from tests.conftest import REALNET
@@ -265,3 +265,26 @@ def test_criterion_weights_scale_and_mistakes_are_named():
         build_criterion([{"name": "x", "type": "Loss9"}])
     with pytest.raises(UsageError, match="wieght"):
         build_criterion([{"name": "x", "type": "FeatureMSELoss", "kwargs": {"wieght": 1}}])
+
+
+def test_the_reference_s_layers_of_efficientnet_are_known():
+    layers = [f"layer{i}" for i in range(1, 6)]
+    backbone = Backbone("efficientnet_b4", layers, weights="random", standardize=False)
+    assert backbone.channels == dict(zip(layers, (24, 32, 56, 160, 448), strict=True))
+    assert backbone.strides == dict(zip(layers, (2, 4, 8, 16, 32), strict=True))
+
+
+def test_the_focal_loss_takes_the_reference_s_arguments():
+    logit, mask = torch.randn(2, 2, 4, 4), torch.zeros(2, 1, 4, 4)
+    mask[:, :, :2] = 1
+    outputs = {"logit": logit, "mask": mask}
+    p = logit.softmax(1)
+    of_true = torch.where(mask[:, 0] > 0, p[:, 1], p[:, 0])
+    smooth = 1e-3
+    of_true = of_true * (1 - smooth) + (1 - of_true) * smooth + smooth
+    weights = torch.where(mask[:, 0] > 0, 0.75, 0.25)
+    wanted = (-weights * (1 - of_true) ** 1.5 * of_true.log()).sum()
+    loss = SegmentFocalLoss(alpha=[1, 3], gamma=1.5, smooth=smooth, size_average=False)
+    torch.testing.assert_close(loss(outputs), wanted)
+    by_number = SegmentFocalLoss(alpha=0.75, balance_index=1, gamma=1.5, smooth=smooth, size_average=False)
+    torch.testing.assert_close(by_number(outputs), wanted)

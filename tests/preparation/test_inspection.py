@@ -267,3 +267,12 @@ def test_the_printed_commands_quote_class_names(tmp_path, prepare):
     textures = ["--set", "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"]
     assert commands == [[*command, *textures], command]
     assert yaml.safe_load((tmp_path / "experiments/parts/realnet.yaml").read_text())["dataset"]["foreground"] == "none"
+
+
+def test_a_folder_without_any_mask_is_one_finding(prepare, tmp_path):
+    mvtec_class(tmp_path / "shots")
+    for i in range(3):
+        image_file(tmp_path / f"shots/test/bent/{i}.png", f"bent{i}")
+    out = prepare()
+    assert out.count("without a mask: ") == 1, out
+    assert "test/bent: none of its 3 images has a mask" in out

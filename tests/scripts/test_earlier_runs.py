@@ -393,7 +393,7 @@ def test_a_validation_that_a_signal_ended_is_made_up_for(command, workspace, mon
     with monkeypatch.context() as patched:
         patched.setattr(train_realnet, "predict_maps", stopped)
         out, _ = command(train_realnet, *DOTS, *folders("stopped"), *two_epochs, code=143)
-        assert "signal 15: saved after step 2, in the validation; continue with --resume" in out
+        assert "SIGTERM: saved after step 2, in the validation; the same command with --resume continues" in out
     out, _ = command(train_realnet, *DOTS, *folders("stopped"), *two_epochs, "--resume")
     assert "resumed" in out
     assert out.count("image_auroc") == 2

@@ -8,6 +8,7 @@ from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import REALNET, REPOSITORY, settings
+from utils import cli
 from utils.config import collect_errors, load_config, plain
 from utils.errors import UsageError
 
@@ -219,3 +220,21 @@ def test_off_without_quotes_means_off(tmp_path):
     assert load_config(path, ["trainer.amp=off"]).trainer.amp == "off"
     with pytest.raises(UsageError, match=r"trainer\.channels_last"):
         load_config(path, ["trainer.channels_last=maybe"])
+
+
+def test_the_error_of_a_value_that_the_shell_has_cut_says_to_quote_it(monkeypatch, capsys):
+    arguments = ["train_realnet.py", "--set", "dataset.train.anomaly_types={normal:", "0.5,", "dtd:", "0.5}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit):
+        cli.parser("x").parse_args()
+    assert (
+        'put quotes around the whole value: --set "dataset.train.anomaly_types={normal: ..."' in capsys.readouterr().err
+    )
+
+
+def test_the_only_class_needs_no_name_and_the_list_of_all_classes_is_no_class():
+    assert cli.chosen_classes(None, "train_{}.json", lambda _: ["bolts"], "uni") == ["bolts"]
+    with pytest.raises(UsageError, match="--class_name is missing"):
+        cli.chosen_classes(None, "train_{}.json", lambda _: ["bolts", "nuts"], "uni")
+    with pytest.raises(UsageError, match=r"realnet_unified\.yaml"):
+        cli.chosen_classes("uni", "train_{}.json", lambda _: ["bolts"], "uni")

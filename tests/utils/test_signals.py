@@ -17,7 +17,7 @@ from utils.log import progress_bar
 from utils.signals import StopRequest, stop_requests
 
 ALONE = Run(0, 1, torch.device("cpu"))
-ANSWER = "signal 15: stopping, and saving if there is something to save; once more ends at once"
+ANSWER = "SIGTERM: stopping, and saving if there is something to save; once more ends at once"
 PROGRAM = """
 import sys, time, torch
 from utils import cli
