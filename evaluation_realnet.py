@@ -13,6 +13,7 @@ realnet_vis/<class>/<defect type>/. The figures do not depend on the number of r
 
 import argparse
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,8 +38,9 @@ from utils.checkpoint import BEST
 from utils.config import collect_errors, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
+from utils.lock import folder_lock
 from utils.log import log, set_up_logging
-from utils.run_record import record_run
+from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, stop_requests
 
 
@@ -71,7 +73,7 @@ def main() -> None:
     classes = check(config, path, args.class_name)
     options = check_options(args, classes)
     out = cli.experiment_dir(args)
-    with distributed.session(args.device) as run, stop_requests(run) as stop:
+    with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet", config.saver.keep_pictures).close()
         record_run(run, out / config.saver.log_dir, "evaluation_realnet", config)
         results: list[ClassResult] = []
@@ -169,7 +171,9 @@ def evaluate(
         result = evaluate_class(name, class_images, options.target_fpr, options.pro_limit)
         log_undefined_metrics(result)
         folder = out / config.saver.vis_dir / name if options.pictures else None
-        draw_images(result, class_images, options.gallery, folder, run, stop)
+        # On rank 0 alone, which is the only one here.
+        with folder_lock(folder) if folder else nullcontext():
+            draw_images(result, class_images, options.gallery, folder, run, stop)
         results.append(result)
     chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
     save_thresholds(checkpoint, scored, results, options, trained.fingerprint, chosen_on)

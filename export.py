@@ -10,6 +10,7 @@ ONNX needs `pip install -r requirements-export.txt`.
 """
 
 import argparse
+import io
 import json
 import logging
 import shlex
@@ -34,7 +35,8 @@ from models.realnet import ExportedRealNet
 from utils import cli
 from utils.config import load_config, plain
 from utils.errors import RunError, UsageError
-from utils.files import PART, write_atomic
+from utils.files import PART, remove_parts, write_atomic, write_checksums
+from utils.lock import folder_lock
 from utils.log import log, log_to_terminal
 
 IMAGES = 8
@@ -65,6 +67,13 @@ def main() -> None:
     existing = [file for file in (args.output / f"model.{ending}" for ending in endings) if file.exists()]
     if existing and not args.overwrite:
         raise UsageError(f"{existing[0]} already exists; choose another --output, or pass --overwrite")
+    with folder_lock(args.output):
+        remove_parts(args.output)
+        export(args, path)
+
+
+def export(args: argparse.Namespace, path: Path) -> None:
+    """Write the models, and compare each with the network."""
     trained = load_trained(path, load_config(args.config, script="realnet") if args.config else None, args.config)
     config = trained.config
     model = ExportedRealNet(trained.network, pooling_window(config.evaluator)).eval()
@@ -77,12 +86,15 @@ def main() -> None:
     log.info("exporting, and checking on %d images; this takes a minute or two", len(images))
     if args.format != "torch":
         file = args.output / "model.onnx"
-        export_onnx(model, images, file, metadata)
+        parts = export_onnx(model, images, file, metadata)
         compare(file, expected, run_onnx(file, images))
+        write_checksums(file, *parts)
     if args.format != "onnx":
         file = args.output / "model.pt2"
-        write_atomic(file, lambda part: export_torch(model, images, part, metadata))
+        program = export_torch(model, images, metadata)
+        write_atomic(file, lambda part: part.write_bytes(program))
         compare(file, expected, run_torch(file, images))
+        write_checksums(file)
     log.info("Next: python predict.py --checkpoint %s --input NEW_IMAGES --output results", shlex.quote(str(file)))
 
 
@@ -141,8 +153,8 @@ def describe(trained: TrainedModel, path: Path) -> dict[str, str]:
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
 
-def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: dict[str, str]) -> None:
-    """Write an ONNX file; weights that are too large for it go to <file>.data beside it."""
+def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: dict[str, str]) -> list[Path]:
+    """Write an ONNX file; weights that are too large for it go to <file>.data beside it, whose path is returned."""
     import onnx
 
     # Silence the exporter, which warns about every operator; compare() checks the result.
@@ -169,8 +181,10 @@ def export_onnx(model: nn.Module, images: torch.Tensor, file: Path, metadata: di
             program.save(str(written), external_data=external)
             onnx.checker.check_model(str(written))
             # Move the data first, because the model file refers to it.
-            for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name):
+            parts = sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name)
+            for part in parts:
                 part.replace(file.parent / part.name)
+    return [file.parent / part.name for part in parts if part.name != file.name]
 
 
 def run_onnx(file: Path, images: torch.Tensor) -> list[np.ndarray]:
@@ -180,12 +194,15 @@ def run_onnx(file: Path, images: torch.Tensor) -> list[np.ndarray]:
     return _with_batch_of_one(lambda x: session.run(None, {"image": x.numpy()}), images)
 
 
-def export_torch(model: nn.Module, images: torch.Tensor, file: Path, metadata: dict[str, str]) -> None:
+def export_torch(model: nn.Module, images: torch.Tensor, metadata: dict[str, str]) -> bytes:
+    """The content of model.pt2. In memory, because torch's writer ends the process when a disk is full."""
     # Under no_grad, or the exported program would switch gradients off itself and could not be loaded again.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, file, extra_files=metadata)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files=metadata)
+    return buffer.getvalue()
 
 
 def run_torch(file: Path, images: torch.Tensor) -> list[np.ndarray]:

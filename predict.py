@@ -27,15 +27,17 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.build import preprocessing_of
-from datasets.images import MEGAPIXELS, allow_megapixels, count_pages, read_size
+from datasets.images import MEGAPIXELS, allow_megapixels, count_pages, pixels_of
 from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path
-from evaluation.inputs import HEAT_MAPS, MASKS, PIXELS_AHEAD, SCORES, Input, find_inputs, groups, prefetch
+from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, find_inputs
 from evaluation.prediction_files import TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
 from utils import cli
 from utils.errors import RunError, UsageError
+from utils.lock import folder_lock
 from utils.log import log, log_to_terminal
 from utils.names import shown
+from utils.prefetch import PIXELS_AHEAD, groups, prefetch
 
 OVERLAP = 64  # pixels, or a quarter of a small tile
 FEW_IMAGES = 20  # whose scores are printed too
@@ -85,8 +87,9 @@ def main() -> None:
     detector = Detector.load(args.checkpoint, args.config, args.device)
     detector = detector.with_thresholds(choose_thresholds(detector.thresholds, args))
     preprocessing = preprocessing_of(detector.config.dataset)
-    allow_megapixels(args.max_megapixels or detector.config.dataset.image_reader.kwargs.max_megapixels)
-    inputs = find_inputs(args.input, detector.config.dataset.image_reader.kwargs.image_dir, sys.stdin, args.output)
+    reader = detector.config.dataset.image_reader.kwargs
+    allow_megapixels(args.max_megapixels or reader.max_megapixels)
+    inputs = find_inputs(args.input, reader.image_dir, sys.stdin, args.output, reader.follow_links)
     batch = args.batch_size or (1 if args.input == "-" else 8)
     tiles = Tiles(args.tile, overlap_of(args), batch) if args.tile else None
 
@@ -100,10 +103,15 @@ def main() -> None:
             return ReadInput(source, None, f"{source.path}: {type(error).__name__}: {error}")
 
     options = {"overwrite": args.overwrite, "resume": args.resume, "drawn": not args.no_pictures}
-    with Results(args.output, detector.thresholds, run_of(args, detector.thresholds), **options) as results:
+    run = run_of(args, detector.thresholds)
+    with folder_lock(args.output), Results(args.output, detector.thresholds, run, **options) as results:
         left = (source for source in inputs.images if source.name not in results.done)
         # Paths on stdin may arrive one by one. Reading ahead would delay the results of earlier ones.
-        images = map(read, left) if args.input == "-" else prefetch(read, left, 2 * batch, pixels_of)
+        images = (
+            map(read, left)
+            if args.input == "-"
+            else prefetch(read, left, 2 * batch, lambda source: pixels_of(source.path))
+        )
         count = None if inputs.count is None else max(0, inputs.count - len(results.done))
         if results.done:
             others = "all are done" if count == 0 else "the others follow"
@@ -183,14 +191,6 @@ def run_of(args: argparse.Namespace, thresholds: Thresholds) -> dict[str, Any]:
         "threshold": rounded(thresholds.image),
         "pixel_threshold": rounded(thresholds.pixel),
     }
-
-
-def pixels_of(source: Input) -> int:
-    try:
-        height, width = read_size(source.path)
-    except UsageError:
-        return 0
-    return height * width
 
 
 def report(kind: str, problem: str) -> None:

@@ -26,7 +26,7 @@ import yaml
 
 from datasets.catalog import CATALOG, TEXTURES
 from datasets.images import MEGAPIXELS, allow_megapixels
-from datasets.lists import UNIFIED, Sample, list_text, listed_classes
+from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
 from preparation import findings, placing, settings_files
 from preparation.archives import SUFFIXES
 from preparation.classes import UNSPLIT, DatasetOnDisk
@@ -40,7 +40,8 @@ from preparation.textures import recognize_textures
 from utils import cli
 from utils.config import load_config
 from utils.errors import UsageError
-from utils.files import write_text
+from utils.files import remove_parts, write_text
+from utils.lock import folder_lock
 from utils.log import log, log_to_terminal
 from utils.pictures import write_image
 
@@ -53,6 +54,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(OFFICIAL)}, or a name for your own")
     parser.add_argument("--root", type=Path, help=f"folder of the images, or an archive ({' '.join(SUFFIXES)})")
     parser.add_argument("--copy", action="store_true", help="copy the images to data/<dataset>/ instead of linking")
+    links_help = "take images that links in the folder lead to outside of it"
+    parser.add_argument("--follow-links", action="store_true", help=links_help)
     parser.add_argument("--overwrite", action="store_true", help="replace lists and copies that differ")
     parser.add_argument("--preview", action="store_true", help="write sheets of masks, foregrounds and anomalies")
     set_help = "override a setting of realnet.yaml in the preview"
@@ -89,7 +92,10 @@ def main() -> None:
     allow_megapixels(args.max_megapixels)
     unreadable = False
     if args.root is not None:
-        unreadable = prepare_textures(args) if args.dataset in TEXTURES else prepare(args)
+        with folder_lock(Path("data") / args.dataset):
+            # What a killed run had unpacked so far.
+            remove_parts(Path("data") / args.dataset)
+            unreadable = prepare_textures(args) if args.dataset in TEXTURES else prepare(args)
     if args.preview:
         write_previews(args.dataset, args.set)
     if args.root is not None and args.dataset not in TEXTURES:
@@ -183,6 +189,10 @@ def prepare(args: argparse.Namespace) -> bool:
         lists = list_texts(folder_of_lists(args.dataset), train, test)
         check_existing(lists, args.overwrite)
         names = [name for sample in train + test for name in (sample.filename, sample.maskname) if name]
+        linked = None if args.copy else first_outside(data.root, names)
+        if linked is not None and not args.follow_links:
+            how = "pass --copy to have copies, or --follow-links if that is meant"
+            raise UsageError(f"{args.root}: {linked} is reached by a link that leads out of this folder; {how}")
         placing.place(args.root, data.root, target, names, args.copy, args.overwrite)
     for path, text in lists.items():
         write_text(path, text)
@@ -259,7 +269,9 @@ def list_texts(folder: Path, train: list[Sample], test: list[Sample]) -> dict[Pa
 def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]) -> None:
     """Write the YAML files for a data set of the user's own; existing files are kept, and what differs is said."""
     folder, kept = Path("experiments") / args.dataset, {}
-    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, args.max_megapixels)
+    reader = {"max_megapixels": args.max_megapixels} if args.max_megapixels != MEGAPIXELS else {}
+    reader |= {"follow_links": True} if args.follow_links else {}
+    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader)
     for name, text in texts.items():
         if not (folder / name).is_file():
             write_text(folder / name, text)

@@ -36,7 +36,7 @@ from utils.log import log, progress_bar, set_up_logging
 from utils.names import name_problem
 from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.precision import autocast, resolve_precision
-from utils.run_record import record_run
+from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, signal_name, stop_requests
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -111,7 +111,7 @@ def main() -> None:
     apply_arguments(config, args)
     collect_errors(path, [("TestSampler", lambda: SpacedDiffusion(**config.TestSampler))])
     out = cli.experiment_dir(args)
-    with distributed.session(args.device) as run, stop_requests(run) as stop:
+    with distributed.session(args.device, identity_of(config)) as run, stop_requests(run) as stop:
         board = set_up_logging(run, out / config.saver.log_dir, "sample", config.saver.keep_pictures)
         record_run(run, out / config.saver.log_dir, "sample", config)
         networks = load_networks(config)
@@ -183,7 +183,7 @@ def class_list(config: EasyDict, networks: dict[str, tuple[Path, dict]], dataset
     path, content = networks["unet"]
     classes = class_names_of(content) or [str(name) for name in config.classes or []]
     for name in classes:
-        problem = name_problem(name)
+        problem = name_problem(name) or ("is there twice" if classes.count(name) > 1 else None)
         if problem:
             raise UsageError(f"{path}: the class {name[:80]!r} {problem}; it cannot be the name of a folder")
     if "classifier" in networks:

@@ -27,6 +27,7 @@ from utils.errors import RunError
 from utils.log import Board, log, progress_bar
 from utils.optim import accumulation_groups, seed_step
 from utils.precision import autocast
+from utils.run_record import identity_of
 from utils.signals import StopRequest, stop_requests
 from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
 
@@ -60,7 +61,7 @@ def main() -> None:
     out = cli.experiment_dir(args)
     checkpoints, log_dir = out / config.saver.checkpoints_dir, out / config.saver.log_dir
     with (
-        distributed.session(args.device) as run,
+        distributed.session(args.device, identity_of(config)) as run,
         stop_requests(run) as stop,
         training_folders("train_classifier", checkpoints, log_dir, config, args, run) as board,
     ):
@@ -88,7 +89,7 @@ def main() -> None:
         for epoch in range(progress.epoch, config.trainer.max_epoch):
             batches.set_epoch(epoch, progress.step_in_epoch * config.trainer.accumulate)
             train_one_epoch(training, process, loader, board, saver)
-            progress.finish_epoch()
+            saver.after_epoch()
             last = progress.epoch == config.trainer.max_epoch
             if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
                 with training.meter.paused(), saver.save_if_stopped():

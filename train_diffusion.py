@@ -32,6 +32,7 @@ from utils.log import Board, log, progress_bar
 from utils.optim import EpochLoss, accumulation_groups, seed_step
 from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.precision import autocast
+from utils.run_record import identity_of
 from utils.signals import StopRequest, stop_requests
 from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
 
@@ -53,7 +54,7 @@ def main() -> None:
     out = cli.experiment_dir(args)
     checkpoints, log_dir = out / config.saver.checkpoints_dir, out / config.saver.log_dir
     with (
-        distributed.session(args.device) as run,
+        distributed.session(args.device, identity_of(config)) as run,
         stop_requests(run) as stop,
         training_folders("train_diffusion", checkpoints, log_dir, config, args, run) as board,
     ):
@@ -84,7 +85,7 @@ def main() -> None:
         for epoch in range(progress.epoch, config.trainer.max_epoch):
             batches.set_epoch(epoch, progress.step_in_epoch * config.trainer.accumulate)
             train_one_epoch(training, process, loader, board, saver)
-            progress.finish_epoch()
+            saver.after_epoch()
             last = progress.epoch == config.trainer.max_epoch
             if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
                 # Save first: validation takes long, and a run killed during it then loses only the validation.

@@ -20,7 +20,7 @@ from easydict import EasyDict
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.build import build_realnet_test_set, build_realnet_train_set, check_realnet_data
+from datasets.build import build_realnet_test_set, build_realnet_train_set, check_realnet_data, preprocessing_of
 from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
@@ -29,6 +29,7 @@ from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.thresholds import heat_range, sidecar
 from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
+from models.realnet import RealNet
 from utils import cli, distributed
 from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_checkpoint
 from utils.config import collect_errors, load_config, plain
@@ -36,8 +37,9 @@ from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.log import Board, log, progress_bar
 from utils.optim import seed_step
-from utils.pictures import contact_sheet, heat_overlay, spread, to_uint8, write_image
+from utils.pictures import contact_sheet, heat_overlay, spread, write_image
 from utils.precision import autocast
+from utils.run_record import identity_of
 from utils.signals import StopRequest, stop_requests
 from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
 
@@ -59,10 +61,7 @@ def main() -> None:
     config = load_config(path, args.set, "realnet")
     classes = check(config, path, args.class_name)
     out = cli.experiment_dir(args)
-    with distributed.session(args.device) as run, stop_requests(run) as stop:
-        problem = untrained_network(config)
-        if problem and run.world_size > 1:
-            raise UsageError(f"{path}: {problem}. Several ranks cannot train a network without gradients")
+    with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
         for class_name in classes:
             # Said before the first class is trained, not hours later.
             folder = out / config.saver.checkpoints_dir / class_name
@@ -95,15 +94,20 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     return classes
 
 
-def untrained_network(config: EasyDict) -> str | None:
-    """What is wrong with a criterion that leaves one of the networks without gradients; None if it does not."""
+def freeze_untrained(network: RealNet, config: EasyDict) -> None:
+    """Freeze the part that no loss reaches, and warn; several ranks would wait for its gradients forever."""
     types = {entry["type"] for entry in config.criterion}
-    rrs = next((part.get("kwargs") or {} for part in config.net if part["name"] == "rrs"), {})
     if types == {"FeatureMSELoss"}:
-        return "criterion: FeatureMSELoss alone does not train rrs; add SegmentCrossEntropyLoss"
-    if "FeatureMSELoss" not in types and rrs.get("stop_grad"):
-        return "criterion: nothing trains recon; add FeatureMSELoss, or set net.rrs.kwargs.stop_grad: False"
-    return None
+        network.rrs.requires_grad_(False)
+        log.warning(
+            "warning: criterion: FeatureMSELoss alone does not train rrs, which is frozen; add SegmentCrossEntropyLoss"
+        )
+    elif "FeatureMSELoss" not in types and network.rrs.stop_grad:
+        network.recon.requires_grad_(False)
+        log.warning(
+            "warning: criterion: nothing trains recon, which is frozen; add FeatureMSELoss, or set "
+            "net.rrs.kwargs.stop_grad: False"
+        )
 
 
 def train_class(
@@ -117,9 +121,6 @@ def train_class(
 ) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
     seed = config.random_seed
-    problem = untrained_network(config)
-    if problem:
-        log.warning("warning: %s", problem)
     train_set = build_realnet_train_set(config.dataset, class_name, seed)
     test_set = build_realnet_test_set(config.dataset, class_name)
     log.info("%s: %d training images, %d test images", class_name, len(train_set), len(test_set))
@@ -136,10 +137,12 @@ def train_class(
     network = build_realnet(config, "checkpoint" if saved else None).to(run.device)
     if not saved:
         prepare_features(network, train_set, config, run, board, stop)
+    freeze_untrained(network, config)
     # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
     settings = {"arch": plain(config.net), "config": plain(config)}
     lists, figures = (train_set.images.summary(), test_set.images.summary()), {"best_metric": -1.0}
     training = set_up_training(config, network, run, settings, lists, figures)
+    training.class_name = class_name
     training.steps_per_epoch = len(batches)
     training.json_log = out / config.saver.log_dir / class_name / "train_realnet.jsonl"
     training.begin(saved, checkpoints, args)
@@ -151,7 +154,7 @@ def train_class(
     for epoch in range(progress.epoch, config.trainer.max_epoch):
         batches.set_epoch(epoch, progress.step_in_epoch)
         train_one_epoch(training, criterion, loader, board, saver, sheet_path if progress.step == 0 else None)
-        progress.finish_epoch()
+        saver.after_epoch()
         if progress.epoch % config.trainer.val_freq_epoch == 0 or progress.epoch == config.trainer.max_epoch:
             with training.meter.paused(), saver.save_if_stopped():
                 metric = validate(training, test_set, test_loader, board, stop)
@@ -245,11 +248,10 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Boar
     """Write a sheet of images, their anomalous versions and masks."""
     if not training.run.is_main:
         return
-    config = training.config.dataset
+    preprocessing = preprocessing_of(training.config.dataset)
     rows = []
     for caption, name in (("image", "gt_image"), ("with a synthetic anomaly", "image")):
-        images = batch[name][:SHEET_IMAGES].numpy()
-        rows.append((caption, list(to_uint8(images, config.pixel_mean, config.pixel_std))))
+        rows.append((caption, list(preprocessing.pictures(batch[name][:SHEET_IMAGES].numpy()))))
     masks = batch["mask"][:SHEET_IMAGES, 0].numpy()
     rows.append(("mask", list((masks * 255).astype(np.uint8))))
     sheet = contact_sheet(rows)

@@ -8,6 +8,7 @@ point does not hold.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.jobs import SMALL, Job, kill_tree, leftovers, result_of, run, same, start, train_for_sampling
 from preparation.demo import make_demo
-from utils.checkpoint import LAST, load_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.errors import UsageError
 
 LEAK_WARM_UP = 200  # steps
@@ -96,15 +97,34 @@ def dead_rank(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool,
         job = Job("train_realnet.py", 2, f"dead{victim}")
         process = start(job, work)
         wait(lambda job=job: (job.folder(work) / LAST).is_file(), process)
-        listing = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-        )
-        os.kill([int(line) for line in listing.stdout.split()][-2:][victim], signal.SIGKILL)
+        os.kill(ranks_of(process)[victim], signal.SIGKILL)
         began = time.monotonic()
         _, err = process.communicate(timeout=120)
         took = time.monotonic() - began
         explained = "connection to another rank is lost" in err or "Signal 9" in err
         yield f"rank {victim} killed", took < 60 and explained and process.returncode != 0, f"ended after {took:.1f} s"
+
+
+def stopped_rank(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
+    """Stop one of two ranks, as a hanging host does: the job must end within two minutes and say why."""
+    del args
+    for victim in (0, 1):
+        job = Job("train_realnet.py", 2, f"stopped{victim}")
+        process = start(job, work, "--set", "trainer.max_epoch=4000")
+        wait(lambda job=job: (job.folder(work) / LAST).is_file(), process)
+        os.kill(ranks_of(process)[victim], signal.SIGSTOP)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=300)
+        took = time.monotonic() - began
+        held = took < 120 and f"rank {victim} has not answered" in err and process.returncode != 0
+        yield f"rank {victim} stopped", held, f"ended after {took:.1f} s"
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """The process ids of the two ranks that torchrun has started."""
+    command = ["ps", "-o", "pid=", "--ppid", str(launcher.pid)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(line) for line in listing.stdout.split()][-2:]
 
 
 def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
@@ -139,6 +159,54 @@ def disk_full(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool,
             yield f"disk full, {script}", held, "explained, intact, resumed, identical" if held else err.strip()[-160:]
 
 
+def results_disk(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
+    """Predict and export onto a disk that is too small: one line, whole rows, and nothing half-written."""
+    del args
+    job = Job("train_realnet.py", 1, "predicted")
+    assert run(job, work).returncode == 0
+    checkpoint, images = str(job.folder(work) / BEST), "data/demo/images/brick/test"
+    commands = {
+        "predict": ["predict.py", "--input", images],
+        "export": ["export.py", "--input", images, "--format", "torch"],
+    }
+    for what, (script, *options) in commands.items():
+        place = work / f"full_{what}"
+        with small_disk(place, "1m") as fill:
+            if fill is None:
+                yield f"disk full, {what}", True, "not tried: cannot mount a file system here"
+                continue
+            command = [sys.executable, str(ROOT / script), "--checkpoint", checkpoint, "--output", str(place), *options]
+            done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+            explained = done.returncode == 1 and "No space left on device" in done.stderr
+            explained = explained and len(done.stderr.splitlines()) == 1
+            rows = (place / "scores.jsonl").read_bytes() if what == "predict" else b"{}\n"
+            whole = rows.endswith(b"\n") and all(json.loads(line) is not None for line in rows.splitlines())
+            clean = not list(place.rglob(".part-*")) and not (place / "model.pt2").exists()
+            held = explained and whole and clean
+            text = f"explained, {len(rows.splitlines())} whole rows" if held else done.stderr.strip()[-160:]
+            yield f"disk full, {what}", held, text
+
+
+def mutants(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
+    """A short campaign of benchmarks/mutants.py: no survivors."""
+    del args
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/mutants.py"),
+        "--settings",
+        "400",
+        "--count",
+        "20",
+        "--bits",
+        "100",
+    ]
+    done = subprocess.run([*command, "--work", str(work)], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    survivors = sum(line.startswith("  ") for line in lines)
+    tried = sum(int(line.split()[1]) for line in lines[1:] if not line.startswith("  "))
+    yield "mutants", done.returncode == 0, f"{tried} tried, {survivors} survivors {done.stderr.strip()[-100:]}"
+
+
 def readable(path: Path) -> bool:
     try:
         load_checkpoint(path)
@@ -148,10 +216,10 @@ def readable(path: Path) -> bool:
 
 
 @contextmanager
-def small_disk(place: Path) -> Iterator[Path | None]:
+def small_disk(place: Path, size: str = "60m") -> Iterator[Path | None]:
     place.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(place)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=False, capture_output=True
     )
     try:
         yield place / "fill" if mounted.returncode == 0 else None
@@ -196,7 +264,7 @@ def suites(work: Path, args: argparse.Namespace) -> Iterator[tuple[str, bool, st
     """Run the tests with hostile files, and with two hundred bad settings and lists."""
     del work, args
     for what, files in {
-        "pickles that run a command": ["tests/scripts/test_hostile_files.py"],
+        "hostile checkpoints": ["tests/scripts/test_hostile_files.py"],
         "bad settings and lists": ["tests/scripts/test_bad_settings.py", "tests/preparation/test_broken_files.py"],
     }.items():
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", *files]
@@ -210,7 +278,17 @@ def wait(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-POINTS = {"kills": kills, "sigterm": sigterm, "rank": dead_rank, "disk": disk_full, "leak": leak, "suites": suites}
+POINTS = {
+    "kills": kills,
+    "sigterm": sigterm,
+    "rank": dead_rank,
+    "stopped": stopped_rank,
+    "disk": disk_full,
+    "results": results_disk,
+    "leak": leak,
+    "suites": suites,
+    "mutants": mutants,
+}
 
 
 def main() -> None:

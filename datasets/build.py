@@ -49,16 +49,18 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
     """
     section, root = config[split], _image_folder(config)
     path = section.meta_file or config.train.meta_file
-    samples = _good_samples(path, root, classes, may_be_empty=split == "test")
+    samples = _good_samples(config, path, classes, may_be_empty=split == "test")
     if not samples and split == "test":
         log.info("%s: holds no good image; the training images are used instead", path)
-        samples = _good_samples(config.train.meta_file, root, classes)
+        samples = _good_samples(config, config.train.meta_file, classes)
     if classes is None:
         classes = class_names(samples)
     if not samples:
         raise UsageError(f"{path}: holds no good image" + (f" of {', '.join(classes)}" if classes else ""))
     half, reader = (0.5, 0.5, 0.5), config.image_reader.kwargs
-    preprocessing = Preprocessing(tuple(config.input_size), half, half, reader.color_mode, reader.bits)
+    # The order of the channels is that of the files that sample.py writes.
+    color_mode = "GRAY" if reader.color_mode == "GRAY" else "RGB"
+    preprocessing = Preprocessing(tuple(config.input_size), half, half, color_mode, reader.bits)
     augmentation = _augmentation(section) if split == "train" else Augmentation()
     cache_mb = config.cache_mb if split == "train" else 0
     return SDASDataset(ImageList(samples, Path(root)), classes, preprocessing, augmentation, seed, cache_mb)
@@ -71,7 +73,7 @@ def check_sdas_list(config: dict, split: str, network: str) -> None:
         network: the section whose class_number must be large enough, "unet" or "classifier".
     """
     path = config.dataset[split].meta_file or config.dataset.train.meta_file
-    samples = _good_samples(path, _image_folder(config.dataset), None, may_be_empty=split == "test")
+    samples = _good_samples(config.dataset, path, None, may_be_empty=split == "test")
     if not samples and split == "train":
         raise UsageError(f"{path}: holds no good image")
     classes, class_number = class_names(samples), config[network].class_number
@@ -79,8 +81,13 @@ def check_sdas_list(config: dict, split: str, network: str) -> None:
         raise UsageError(f"{network}.class_number: {class_number}, but {path} has {len(classes)} classes")
 
 
-def _good_samples(path: str, image_dir: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
-    samples = read_list(path, image_dir, may_be_empty)
+def _listed(config: dict, path: str, may_be_empty: bool = False) -> list[Sample]:
+    """The lines of an image list, by a `dataset` section's folder and rule for links."""
+    return read_list(path, _image_folder(config), may_be_empty, config.image_reader.kwargs.follow_links)
+
+
+def _good_samples(config: dict, path: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
+    samples = _listed(config, path, may_be_empty)
     return [s for s in samples if s.label == 0 and (classes is None or s.clsname in classes)]
 
 
@@ -91,7 +98,7 @@ def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNet
     """Build the training set of a class from a realnet.yaml's `dataset` section."""
     train, root = config.train, _image_folder(config)
     path = train.meta_file.replace("{}", class_name)
-    images = ImageList(_good_samples(path, root, None), Path(root))
+    images = ImageList(_good_samples(config, path, None), Path(root))
     if not len(images):
         raise UsageError(f"{path}: holds no good image")
     preprocessing, synthesis = preprocessing_of(config), _synthesis(train)
@@ -103,7 +110,7 @@ def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
     """Build the test set of a class from a realnet.yaml's `dataset` section; it may be empty."""
     meta_file = config.test.meta_file.replace("{}", class_name)
     root = _image_folder(config)
-    images = ImageList(read_list(meta_file, root, may_be_empty=True), Path(root))
+    images = ImageList(_listed(config, meta_file, may_be_empty=True), Path(root))
     return RealNetTestSet(images, preprocessing_of(config))
 
 
@@ -123,9 +130,9 @@ def foreground_rules(config: dict, images: ImageList, preprocessing: Preprocessi
 
 def check_realnet_data(config: dict, class_name: str) -> None:
     """Check the lists and folders that a class of a realnet.yaml needs, without opening the images."""
-    train, root = config.train, _image_folder(config)
-    samples = read_list(train.meta_file.replace("{}", class_name), root)
-    read_list(config.test.meta_file.replace("{}", class_name), root, may_be_empty=True)
+    train = config.train
+    samples = _listed(config, train.meta_file.replace("{}", class_name))
+    _listed(config, config.test.meta_file.replace("{}", class_name), may_be_empty=True)
     classes = class_names(samples)
     _synthesis(train).open(classes)
     if config.foreground != "auto":

@@ -1,5 +1,7 @@
 """Foreground masks: where in an image a synthetic anomaly may lie."""
 
+import dataclasses
+import difflib
 import logging
 from collections.abc import Callable, Iterable
 
@@ -7,12 +9,14 @@ import cv2
 import numpy as np
 
 from datasets.catalog import CATALOG, ForegroundRule, find
-from utils.config import call_with_settings
+from utils.config import shortened
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
 
 _THRESHOLDS = {"otsu": cv2.THRESH_OTSU, "triangle": cv2.THRESH_TRIANGLE}
+FIELDS = tuple(field.name for field in dataclasses.fields(ForegroundRule))
+MOST_SIDE = 1000  # of the squares of closing and opening, in pixels
 _CHANNELS = {"red": 0, "green": 1, "blue": 2}
 
 
@@ -80,22 +84,38 @@ def rule_for(
         return auto_rule(images(), class_name)
     if isinstance(setting, dict):
         return _rule_from(setting)
-    dataset, _, name = str(setting).rpartition("/")
+    dataset, _, name = setting.rpartition("/") if isinstance(setting, str) else ("", "", "")
     named = [find(dataset)] if dataset else list(CATALOG.values())
     info = next((info for info in named if info is not None and name in info.classes), None)
     if info is None:
         raise UsageError(
-            f"dataset.foreground: {setting!r} is not none, auto, a mapping or a rule such as MVTec-AD/bottle"
+            f"dataset.foreground: {shortened(setting)} is not none, auto, a mapping or a rule such as MVTec-AD/bottle"
         )
     return info.foreground.get(name)
 
 
 def _rule_from(setting: dict) -> ForegroundRule:
-    rule = call_with_settings("dataset.foreground", ForegroundRule, **setting)
+    for key in setting:
+        if key not in FIELDS:
+            close = difflib.get_close_matches(str(key), FIELDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
+            raise UsageError(f"dataset.foreground.{str(key)[:80]} is not a setting; {hint}")
+    rule = ForegroundRule(**setting)
+    for name in ("close", "open"):
+        side = getattr(rule, name)
+        if not isinstance(side, int) or isinstance(side, bool) or not 0 <= side <= MOST_SIDE:
+            raise UsageError(
+                f"dataset.foreground.{name}: {shortened(side)} is not a number of pixels, 0 .. {MOST_SIDE}"
+            )
+    if not isinstance(rule.invert, bool):
+        raise UsageError(f"dataset.foreground.invert: {shortened(rule.invert)} is not True or False")
+    if not isinstance(rule.channel, str) or not isinstance(rule.threshold, (str, int)):
+        raise UsageError("dataset.foreground: channel is a text, and threshold a text or a number")
     if rule.channel != "gray" and rule.channel not in _CHANNELS:
         raise UsageError(f"dataset.foreground.channel: {rule.channel!r} is not gray, red, green or blue")
-    if rule.threshold not in _THRESHOLDS and not (isinstance(rule.threshold, int) and 0 <= rule.threshold <= 255):
-        raise UsageError(f"dataset.foreground.threshold: {rule.threshold!r} is not otsu, triangle or 0 .. 255")
+    number = isinstance(rule.threshold, int) and not isinstance(rule.threshold, bool) and 0 <= rule.threshold <= 255
+    if rule.threshold not in _THRESHOLDS and not number:
+        raise UsageError(f"dataset.foreground.threshold: {shortened(rule.threshold)} is not otsu, triangle or 0 .. 255")
     return rule
 
 

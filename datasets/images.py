@@ -17,29 +17,32 @@ from PIL import ExifTags, Image, ImageOps
 from datasets.folders import SUFFIXES as SUFFIXES
 from datasets.folders import list_images as list_images
 from utils.errors import UsageError
+from utils.pictures import to_uint8
 
 log = logging.getLogger("realnet")
 
-COLOR_MODES = ("RGB", "BGR", "GRAY")
+# What Pillow may decode: the formats of SUFFIXES, and of single files that are named. JPEG includes MPO, of phones.
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 RESAMPLING = Image.Resampling.BILINEAR  # antialiased in Pillow
 MEGAPIXELS = 178  # default limit, about that of Pillow, against small files that unpack to gigabytes
 # Pillow warns at half of its limit. What is above the limit is refused, and said in one line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL")  # of odd tags; what cannot be read raises an error
 Image.MAX_IMAGE_PIXELS = MEGAPIXELS * 500_000  # Pillow refuses images with more than twice this number of pixels.
 
 
 def read_image(
-    path: str | Path, size: Sequence[int] | None = None, color_mode: str = "RGB", bits: int | None = None
+    path: str | Path, size: Sequence[int] | None = None, grey: bool = False, bits: int | None = None
 ) -> np.ndarray:
     """Decode an image, turn it upright by its EXIF data, and resize it with Pillow's antialiased bilinear filter.
 
     Args:
         size: (height, width), or None to keep the image's own.
-        color_mode: "RGB", "BGR", or "GRAY" (three equal channels).
+        grey: make the three channels equal.
         bits: bits that the camera fills in 16-bit files, e.g. 12: white is 2**bits - 1. None means 16.
 
     Returns:
-        (H,W,3) uint8. 16-bit values are scaled to 8 bits; transparency is dropped. Of several pages, it is the first.
+        (H,W,3) uint8 RGB. 16-bit values are scaled to 8 bits, transparency is dropped; of several pages, the first.
 
     Raises:
         UsageError: the file is missing, too large, not a readable image, or holds floating-point values.
@@ -55,13 +58,11 @@ def read_image(
     _refuse_floats(path, opened)
     if opened.mode.startswith("I;16") or opened.mode == "I":
         opened = Image.fromarray(_eight_bits(np.asarray(opened, dtype=np.uint32), bits))
-    opened = opened.convert("L" if color_mode == "GRAY" else "RGB")
+    opened = opened.convert("L" if grey else "RGB")
     if size is not None and opened.size != (size[1], size[0]):
         opened = opened.resize((size[1], size[0]), RESAMPLING)
     image = np.asarray(opened)
-    if color_mode == "GRAY":
-        return np.repeat(image[..., None], 3, axis=2)
-    return np.ascontiguousarray(image[..., ::-1]) if color_mode == "BGR" else image
+    return np.repeat(image[..., None], 3, axis=2) if grey else image
 
 
 def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -94,12 +95,26 @@ def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright image, read from the file's header only."""
-    with _reporting(path), Image.open(path) as opened:
+    with _reporting(path), open_image(path) as opened:
         # The newer versions of Pillow give the size of a TIFF as it is upright; its tags say how it is stored.
         tags = getattr(opened, "tag_v2", {})
         width, height = tags.get(256, opened.width), tags.get(257, opened.height)
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (width, height) if turned else (height, width)
+
+
+def pixels_of(path: str | Path) -> int:
+    """Number of pixels of an image, by its header; 0 if it cannot be read."""
+    try:
+        height, width = read_size(path)
+    except UsageError:
+        return 0
+    return height * width
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image in one of FORMATS, whatever its ending; other decoders, as that of EPS, call other programs."""
+    return Image.open(path, formats=FORMATS)
 
 
 def allow_megapixels(limit: float) -> None:
@@ -115,7 +130,7 @@ def allowed_megapixels() -> float:
 def count_pages(path: str | Path) -> int:
     """Number of pages of a TIFF, or of images of an animation; 1 for all other images, and for unreadable files."""
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             # The second image in a phone's JPEG (MPO) is a preview.
             return 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
     except Exception:
@@ -125,7 +140,7 @@ def count_pages(path: str | Path) -> int:
 def header_problem(path: str | Path) -> str | None:
     """Why an image cannot be read, as far as its header tells, or None."""
     try:
-        with _reporting(path), Image.open(path) as opened:
+        with _reporting(path), open_image(path) as opened:
             _refuse_floats(path, opened)
     except UsageError as error:
         return str(error)
@@ -139,7 +154,7 @@ def same_aspect_ratio(first: Sequence[int], second: Sequence[int]) -> bool:
 
 
 def _open(path: str | Path, bits: int | None = None) -> Image.Image:
-    with _reporting(path), Image.open(path) as opened:
+    with _reporting(path), open_image(path) as opened:
         if bits is not None and _is_deep_colour(opened):
             # OpenCV turns a TIFF upright itself.
             orientation = 1 if opened.format == "TIFF" else opened.getexif().get(ExifTags.Base.Orientation, 1)
@@ -180,7 +195,8 @@ def _reporting(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except Image.UnidentifiedImageError:
-        raise UsageError(f"{path} is not a readable image (empty, or of an unknown format)") from None
+        reason = "empty, damaged, or not PNG, JPEG, BMP, TIFF or WebP"
+        raise UsageError(f"{path} is not a readable image ({reason})") from None
     except UsageError:
         raise
     except Image.DecompressionBombError as error:
@@ -203,7 +219,9 @@ class Preprocessing:
     Args:
         size: (height, width).
         mean, std: per channel, for values in [0, 1].
-        color_mode, bits: see read_image.
+        color_mode: "RGB"; "GRAY" for three equal channels; or "BGR", the order in which the network gets the channels.
+            Images outside the network are RGB.
+        bits: see read_image.
 
     Example:
         >>> preprocessing = Preprocessing((2, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -219,15 +237,20 @@ class Preprocessing:
 
     def read(self, path: str | Path) -> np.ndarray:
         """The image at `path`, (H,W,3) uint8 at the input size."""
-        return read_image(path, self.size, self.color_mode, self.bits)
+        return read_image(path, self.size, self.color_mode == "GRAY", self.bits)
 
     def read_full(self, path: str | Path) -> np.ndarray:
         """The image at `path`, (H,W,3) uint8 at its own size."""
-        return read_image(path, None, self.color_mode, self.bits)
+        return read_image(path, None, self.color_mode == "GRAY", self.bits)
 
     def tensor(self, image: np.ndarray) -> torch.Tensor:
-        """(H,W,3) in [0, 255] at the input size -> (3,H,W) float32, normalised."""
-        return normalize(image, self.mean, self.std)
+        """(H,W,3) RGB in [0, 255] at the input size -> (3,H,W) float32, normalised."""
+        return normalize(image[..., ::-1] if self.color_mode == "BGR" else image, self.mean, self.std)
+
+    def pictures(self, tensors: np.ndarray) -> np.ndarray:
+        """What `tensor` was made of: (N,3,H,W) -> (N,H,W,3) uint8 RGB."""
+        images = to_uint8(tensors, self.mean, self.std)
+        return np.ascontiguousarray(images[..., ::-1]) if self.color_mode == "BGR" else images
 
 
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

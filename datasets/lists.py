@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -17,6 +18,7 @@ from utils.files import write_text
 from utils.names import name_problem
 
 UNIFIED = "uni"
+LINKS_ADVICE = "set dataset.image_reader.kwargs.follow_links: True if that is meant"
 SPLIT_FOLDERS = ("train", "training", "test", "testing")
 
 
@@ -56,8 +58,13 @@ class Sample:
         return folders[-1] if folders else ("defective" if self.label else "good")
 
 
-def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = False) -> list[Sample]:
+def read_list(
+    path: str | Path, image_dir: str | Path, may_be_empty: bool = False, follow_links: bool = False
+) -> list[Sample]:
     """Read and check an image list.
+
+    Args:
+        follow_links: whether links below image_dir may lead out of it.
 
     Raises:
         UsageError: the list is missing or (unless may_be_empty) empty, or a line is not JSON, lacks a key, repeats an
@@ -81,6 +88,10 @@ def read_list(path: str | Path, image_dir: str | Path, may_be_empty: bool = Fals
                 raise UsageError(f"{path}, line {number}: {sample.filename} is already in line {earlier}")
             lines_of[sample.filename] = number
             samples.append(sample)
+    if not follow_links:
+        outside = first_outside(root, [name for s in samples for name in (s.filename, s.maskname) if name])
+        if outside is not None:
+            raise UsageError(f"{path}: {outside} is reached by a link that leads out of {root}; {LINKS_ADVICE}")
     if not samples and not may_be_empty:
         raise UsageError(f"{path}: holds no image")
     return samples
@@ -132,6 +143,23 @@ def lies_outside(name: str) -> bool:
     """Whether a relative path from a list leads out of its folder; both slashes count, as Windows accepts either."""
     parts = name.replace("\\", "/").split("/")
     return PurePosixPath(name).is_absolute() or ".." in parts or bool(PureWindowsPath(name).drive)
+
+
+def first_outside(root: Path, names: Iterable[str]) -> str | None:
+    """The first of these files below a folder that a link leads out of it; the folder itself may be a link."""
+    real_root, inside = os.path.realpath(root), {}
+    for name in names:
+        path = root / name
+        folder = path.parent
+        if folder not in inside:
+            inside[folder] = _is_below(os.path.realpath(folder), real_root)
+        if not inside[folder] or (path.is_symlink() and not _is_below(os.path.realpath(path), real_root)):
+            return name
+    return None
+
+
+def _is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([path, root]) == root
 
 
 def _check_file(key: str, name: object, where: str, root: Path) -> None:
@@ -229,7 +257,8 @@ def main() -> None:
         raise UsageError("usage: python -m datasets.lists SETTINGS.yaml")
     config = load_config(sys.argv[1])
     path = config.dataset.train.meta_file
-    classes = listed_classes(path) or class_names(read_list(path, config.dataset.image_reader.kwargs.image_dir))
+    reader = config.dataset.image_reader.kwargs
+    classes = listed_classes(path) or class_names(read_list(path, reader.image_dir, follow_links=reader.follow_links))
     print("\n".join(classes))
 
 

@@ -15,10 +15,11 @@ import torch
 
 from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
 from evaluation.trained_model import TrainedModel, fingerprint_of
-from models.realnet import build_realnet
+from models.realnet import build_realnet, check_realnet
 from utils.checkpoint import load_weights
-from utils.config import checked
+from utils.config import checked, collect_errors
 from utils.errors import UsageError
+from utils.files import verify_checksums
 
 NETWORK = "network."  # where ExportedRealNet keeps the RealNet
 _WEIGHTS = "data/weights/"
@@ -35,14 +36,16 @@ def load_program(path: Path) -> tuple[TrainedModel, Thresholds | None]:
     Raises:
         UsageError: export.py did not write this file.
     """
+    verify_checksums(path)
     try:
         state, metadata = read_program(path)
         settings, exported = json.loads(metadata["config"]), json.loads(metadata["thresholds"])
     except Exception as error:
         # A damaged or foreign file fails in a dozen ways.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UsageError(f"{path} is not a model that this version of export.py wrote ({reason})") from None
-    config = checked(settings, path)
+    config = checked(settings, path, "realnet")
+    collect_errors(path, [("structure, net", lambda: check_realnet(config))])
     network = build_realnet(config, "checkpoint")
     load_weights(network, state, path, "structure and net in the settings")
     network = network.requires_grad_(False).eval()

@@ -3,12 +3,9 @@
 import json
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -22,13 +19,10 @@ from datasets.folders import (
     not_read,
 )
 from datasets.images import read_image
-from datasets.lists import lies_outside, with_slashes
-from utils.distributed import usable_cores
+from datasets.lists import first_outside, lies_outside, with_slashes
 from utils.errors import UsageError
 from utils.log import log
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
-PIXELS_AHEAD = 64_000_000  # of images that are read in advance
 SCORES, HEAT_MAPS, MASKS = "scores.jsonl", "heatmaps", "masks"  # what predict.py writes into its output folder
 MASK_VALUES = 8
 _MASK_ENDING = re.compile(r"[._-](mask|gt|ground_?truth)$", re.IGNORECASE)
@@ -62,7 +56,13 @@ class Inputs:
     problems: list[str] = field(default_factory=list)
 
 
-def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str], output: Path | None = None) -> Inputs:
+def find_inputs(
+    argument: str,
+    image_dir: str | None,
+    stdin: Iterable[str],
+    output: Path | None = None,
+    follow_links: bool = False,
+) -> Inputs:
     """Find the images that --input names.
 
     Args:
@@ -71,6 +71,7 @@ def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str], outp
         image_dir: image folder of the settings that the model was trained with.
         stdin: lines of standard input; bytes if it has a buffer.
         output: the results' folder, whose images are no inputs.
+        follow_links: whether links below image_dir may lead out of it; those in an input folder always may.
 
     Raises:
         UsageError: the input does not exist, or holds no image.
@@ -86,7 +87,7 @@ def find_inputs(argument: str, image_dir: str | None, stdin: Iterable[str], outp
         raise UsageError(f"--input {path} does not exist")
     # A single image is read whatever its ending, because it was named.
     single = path.suffix.lower() in SUFFIXES or has_image_content(path)
-    inputs = [Input(path, path.name)] if single else _listed(path, image_dir)
+    inputs = [Input(path, path.name)] if single else _listed(path, image_dir, follow_links)
     return Inputs(inputs, len(inputs))
 
 
@@ -147,7 +148,7 @@ def _tell_left_out(folder: Path, found: FoundImages, masks: int) -> None:
         log.info("%s", not_read(found.others))
 
 
-def _listed(path: Path, image_dir: str | None) -> list[Input]:
+def _listed(path: Path, image_dir: str | None, follow_links: bool) -> list[Input]:
     try:
         # surrogateescape: file names need not be UTF-8.
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -158,13 +159,14 @@ def _listed(path: Path, image_dir: str | None) -> list[Input]:
     if path.suffix.lower() in (".csv", ".tsv", ".jsonl"):
         raise UsageError(f"--input {path}: is a table; pass a text file with the path of one image per line")
     lines = [line.strip() for line in text.split("\n")]
-    inputs = []
+    inputs, names = [], []
+    root = Path(image_dir or path.parent)
     for number, line in enumerate(lines, start=1):
         if line.startswith("{"):
             try:
                 name = json.loads(line)["filename"]
-                root = Path(image_dir or path.parent)
                 name = with_slashes(name, root)
+                names.append(name)
                 inputs.append(Input(root / name, name))
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f"{path}, line {number}: not a JSON object with a filename") from None
@@ -174,6 +176,9 @@ def _listed(path: Path, image_dir: str | None) -> list[Input]:
             inputs.append(_listed_file(line, path.parent))
     if not inputs:
         raise UsageError(f"--input {path}: lists no image")
+    outside = None if follow_links else first_outside(root, names)
+    if outside is not None:
+        raise UsageError(f"{path}: {outside} is reached by a link that leads out of {root}; list its path instead")
     return inputs
 
 
@@ -210,70 +215,3 @@ class ResultNames:
             chosen, number = f"{base}_{number}", number + 1
         self.taken.add(chosen.lower())
         return chosen
-
-
-def prefetch(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    ahead: int,
-    pixels: Callable[[Item], int] = lambda item: 0,
-    most: int = PIXELS_AHEAD,
-) -> Iterator[Result]:
-    """Yield function(item) for every item, in order. Threads compute some results in advance.
-
-    Args:
-        ahead: most items in advance.
-        pixels: size of an item.
-        most: most pixels in advance; a larger item is computed alone.
-    """
-    items, following = iter(items), None
-    waiting: deque = deque()
-    held = 0
-    with ThreadPoolExecutor(min(ahead, usable_cores())) as pool:
-        try:
-            while True:
-                while len(waiting) < ahead:
-                    if following is None:
-                        item = next(items, None)
-                        if item is None:
-                            break
-                        following = item, pixels(item)
-                    if waiting and held + following[1] > most:
-                        break
-                    waiting.append((pool.submit(function, following[0]), following[1]))
-                    held += following[1]
-                    following = None
-                if not waiting:
-                    return
-                future, size = waiting.popleft()
-                result = future.result()
-                held -= size
-                yield result
-        finally:
-            # After an error or Ctrl-C nobody wants the rest.
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def groups(items: Iterable[Item], count: int, pixels: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
-    """Groups of up to `count` consecutive items with up to `most` pixels together; a larger item is alone.
-
-    An item is not waited for when its group is full.
-
-    Example:
-        >>> list(groups([1, 2, 3, 9, 1], 3, lambda item: item, most=5))
-        [[1, 2], [3], [9], [1]]
-    """
-    group: list[Item] = []
-    held = 0
-    for item in items:
-        size = pixels(item)
-        if group and held + size > most:
-            yield group
-            group, held = [], 0
-        group.append(item)
-        held += size
-        if len(group) == count:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group

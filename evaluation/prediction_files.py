@@ -14,7 +14,7 @@ from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, ResultNames
 from evaluation.thresholds import Thresholds
 from utils import cli
 from utils.errors import UsageError
-from utils.files import write_atomic, write_text
+from utils.files import remove_parts, write_atomic, write_text, write_whole
 from utils.names import csv_cell
 from utils.pictures import heat_overlay, write_image
 
@@ -64,22 +64,19 @@ class Results:
         self.stack = ExitStack()
         with cli.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("", HEAT_MAPS, MASKS):
+                remove_parts(self.folder / name, nested=bool(name))
             if self.mode == "a":
                 # A killed run may have written half a line.
-                table = io.StringIO()
-                writer = csv.DictWriter(table, COLUMNS, lineterminator="\n", extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(map(_for_spreadsheets, self.rows))
-                _write(self.table, table.getvalue())
+                _write(self.table, _csv_text(self.rows, header=True))
                 _write(self.lines, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+            # Unbuffered, so that a line is on the disk as soon as its image is done.
             opened = [
-                self.stack.enter_context(path.open(self.mode, newline="", **ENCODING))
-                for path in (self.table, self.lines)
+                self.stack.enter_context(path.open(f"{self.mode}b", buffering=0)) for path in (self.table, self.lines)
             ]
             self.csv_file, self.json_file = opened
-            self.writer = csv.DictWriter(self.csv_file, COLUMNS, lineterminator="\n")
             if self.mode != "a":
-                self.writer.writeheader()
+                write_whole(self.csv_file, _encoded(_csv_text([], header=True)))
         write_text(self.folder / RUN, json.dumps(self.run, indent=2) + "\n")
         return self
 
@@ -104,10 +101,8 @@ class Results:
         # Encoded before anything is written: no half line, and no NaN, which JSON does not know.
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         with cli.writing(self.folder):
-            self.writer.writerow(_for_spreadsheets(row))
-            self.json_file.write(line)
-            self.csv_file.flush()
-            self.json_file.flush()
+            write_whole(self.json_file, _encoded(line))
+            write_whole(self.csv_file, _encoded(_csv_text([row])))
         self.count += 1
         self.anomalous += bool(anomalous)
 
@@ -140,6 +135,19 @@ class Results:
 def rounded(value: float | None) -> float | None:
     """A score or threshold as it is written, with 6 digits."""
     return None if value is None else round(value, 6)
+
+
+def _csv_text(rows: list[dict[str, Any]], header: bool = False) -> str:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    if header:
+        writer.writeheader()
+    writer.writerows(map(_for_spreadsheets, rows))
+    return table.getvalue()
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(ENCODING["encoding"], ENCODING["errors"])
 
 
 def _for_spreadsheets(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from evaluation.tables import Row
 from evaluation.thresholds import Thresholds, thresholds_of
 from utils.distributed import Run
 from utils.errors import RunError
+from utils.files import remove_parts
 from utils.log import log, progress_bar
 from utils.pictures import heat_overlay, result_picture, thumbnail, write_image
 from utils.signals import StopRequest
@@ -130,6 +131,8 @@ def draw_images(
         stop: ends the drawing between two images when a signal has arrived.
     """
     thresholds, errors, names = result.thresholds, result.errors(), ResultNames()
+    if folder is not None:
+        remove_parts(folder, nested=True)
     worst = set(np.argsort(-errors, kind="stable")[:gallery].tolist())
     for index in progress_bar(range(len(scored)), run, f"{result.name} pictures", stop=stop):
         if folder is None and index not in worst:

@@ -16,7 +16,6 @@ from utils import distributed
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.log import progress_bar
-from utils.pictures import to_uint8
 from utils.precision import autocast
 from utils.signals import StopRequest
 
@@ -118,7 +117,7 @@ def predict_maps(
         for i, index in enumerate(batch["index"].tolist()):
             if index in show:
                 tensor = batch["image"][i : i + 1].numpy()
-                images[index] = to_uint8(tensor, preprocessing.mean, preprocessing.std)[0]
+                images[index] = preprocessing.pictures(tensor)[0]
         inputs = batch["image"].to(run.device, non_blocking=True)
         start = time.perf_counter()
         with autocast(run.device, precision):

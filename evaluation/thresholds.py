@@ -167,10 +167,13 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
     values = {}
     for name in ("image", "pixel", "low", "high"):
         value = content.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # A threshold beyond these bounds is none; and Python cannot compare all of its numbers with infinity.
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 <= value <= 1e9
         if not number and not (value is None and name in ("image", "pixel")):
             raise UsageError(f"{where}: {name} is {value!r}, not a number; evaluate the model again")
         values[name] = value
+    if values["low"] > values["high"]:
+        raise UsageError(f"{where}: low {values['low']} is above high {values['high']}; evaluate the model again")
     classes = content.get("classes") or {}
     if not isinstance(classes, dict):
         raise UsageError(f"{where}: classes is not a JSON object; evaluate the model again")

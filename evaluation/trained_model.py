@@ -63,11 +63,11 @@ def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: st
     content = load_checkpoint(path)
     own = isinstance(content.get("config"), dict)
     if own:
-        config = checked(content["config"], path)
+        config = checked(content["config"], path, "realnet")
         if fallback is not None and fallback_path is not None and overruled_settings(config, fallback):
             log.info("%s holds its settings, which are used instead of those of %s", path, fallback_path)
     elif fallback is not None:
-        config = _with_networks_of(content, fallback)
+        config = _with_networks_of(content, fallback, path)
     else:
         raise UsageError(f"{path} holds no settings; pass the realnet.yaml that it was trained with as --config")
     where = path if own else fallback_path or path
@@ -78,17 +78,18 @@ def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: st
     return TrainedModel(network, config, fingerprint_of(network, config), content.get("epoch", "?"))
 
 
-def _with_networks_of(content: dict[str, Any], fallback: EasyDict) -> EasyDict:
+def _with_networks_of(content: dict[str, Any], fallback: EasyDict, path: Path) -> EasyDict:
     """The fallback with the networks of a reference checkpoint, whose `arch` lists them with AFS's structure."""
     arch = plain(content.get("arch"))
     if not isinstance(arch, list) or not all(isinstance(part, dict) and "name" in part for part in arch):
         return fallback
     config = copy.deepcopy(fallback)
     config.net = arch
-    structure = next((part.get("kwargs", {}).get("structure") for part in arch if part["name"] == "afs"), None)
+    kwargs = next((part.get("kwargs") for part in arch if part["name"] == "afs"), None)
+    structure = kwargs.get("structure") if isinstance(kwargs, dict) else None
     if structure:
         config.structure = structure
-    return EasyDict(config)
+    return checked(plain(config), path, "realnet")
 
 
 def fingerprint_of(network: torch.nn.Module, config: EasyDict) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from models.backbones import Backbone, FeatureStatistics, key
 from utils import distributed
+from utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,20 @@ class AFS(nn.Module):
         for block in self.structure:
             for layer, planes in block.layers:
                 self.indexes.register_buffer(f"{block.name}_{key(layer)}", torch.arange(planes))
+        self.register_load_state_dict_post_hook(lambda module, _: module.check_indexes())
+
+    def check_indexes(self) -> None:
+        """Check indices from a file; on a GPU, wrong ones would only fail later, and end the whole process.
+
+        Raises:
+            UsageError: an index is no channel of its layer, or is there twice.
+        """
+        for block in self.structure:
+            for layer, _ in block.layers:
+                kept, channels = self._kept(block, layer), self.channels[layer]
+                if kept.min() < 0 or kept.max() >= channels or len(kept.unique()) < len(kept):
+                    name = f"afs.indexes.{block.name}_{key(layer)}"
+                    raise UsageError(f"{name} has to hold different channels, 0 .. {channels - 1}, of {layer}")
 
     def forward(self, features: dict[str, torch.Tensor], image_size: Sequence[int]) -> dict[str, torch.Tensor]:
         blocks = {}

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 import ssl
 import sys
 import urllib.error
@@ -16,7 +17,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from utils import distributed
-from utils.checkpoint import load_checkpoint, state_dict_of
+from utils.checkpoint import load_checkpoint, state_dict_of, tensor_problem
 from utils.errors import RunError, UsageError
 
 log = logging.getLogger("realnet")
@@ -79,7 +80,8 @@ class Backbone(nn.Module):
             layers = LAYERS.get(backbone, {})
             nodes = {layers.get(name, name): name for name in outlayers}
             self.feature_extractor = create_feature_extractor(network, nodes)
-        except ValueError:
+        # A name is also tried as a pattern.
+        except (ValueError, re.error):
             names = [name for name, _ in network.named_modules() if name and name.count(".") <= 1]
             raise UsageError(
                 f"structure: {backbone} lacks one of the layers {list(outlayers)}; it has {', '.join(names)}"
@@ -99,7 +101,11 @@ class Backbone(nn.Module):
         state = state_dict_of(load_checkpoint(path))
         # Old files lack num_batches_tracked, which nothing reads in eval mode.
         need = {k: v for k, v in self.feature_extractor.state_dict().items() if not k.endswith("num_batches_tracked")}
-        missing = [name for name in need if name not in state or state[name].shape != need[name].shape]
+        missing = [
+            name
+            for name, own in need.items()
+            if name not in state or state[name].shape != own.shape or tensor_problem(state[name], own.dtype)
+        ]
         if missing:
             fit = len(need) - len(missing)
             raise UsageError(

@@ -1,6 +1,5 @@
 """Losses on a model's outputs, built from the YAML's `criterion` list."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -106,8 +105,8 @@ def build_criterion(criterion: Sequence[dict], types: Sequence[str] = tuple(LOSS
         types: the losses that fit the model's outputs.
 
     Raises:
-        UsageError: no loss, an unknown type or argument, a type that does not fit, a name given twice, or a weight
-            that is not finite.
+        UsageError: no loss, an unknown type or argument, a type that does not fit, a name given twice, or no weight
+            above 0.
 
     Example:
         >>> losses = build_criterion([{"name": "segmentation", "type": "SegmentFocalLoss", "kwargs": {"gamma": 2.0}}])
@@ -123,9 +122,8 @@ def build_criterion(criterion: Sequence[dict], types: Sequence[str] = tuple(LOSS
             raise UsageError(f"criterion: {entry['type']!r} is not one of {', '.join(types)}")
         if entry["name"] in built:
             raise UsageError(f"criterion: two losses are called {entry['name']!r}")
-        weight = (entry.get("kwargs") or {}).get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise UsageError(f"criterion.{entry['name']}.kwargs.weight: {weight!r} is not a finite number >= 0")
         where, loss = f"criterion.{entry['name']}.kwargs", LOSSES[entry["type"]]
         built[entry["name"]] = call_with_settings(where, loss, **(entry.get("kwargs") or {}))
+    if not any(loss.weight for loss in built.values()):
+        raise UsageError("criterion: the weights of all losses are 0, so nothing is trained")
     return built

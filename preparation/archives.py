@@ -13,6 +13,8 @@ from tqdm import tqdm
 from utils.errors import RunError, UsageError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".txz", ".zip")
+# Images hardly shrink in archives. Bitmaps may: ten times, perhaps.
+MOST_TIMES, MOST_UNCHECKED = 200, 1 << 30
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError, ValueError)
 
 
@@ -25,8 +27,9 @@ def unpack(archive: Path, target: Path) -> None:
     """Unpack the regular files of a .tar (also .gz, .bz2, .xz) or .zip into an empty folder.
 
     Raises:
-        UsageError: the archive is unreadable, encrypted or truncated; a member would land outside the target or is a
-            link or device; or a name occurs twice. All members are checked before any is written.
+        UsageError: the archive is unreadable, encrypted or truncated, or claims to unpack to far too much; a member
+            would land outside the target or is a link or device; or a name occurs twice. All members are checked before
+            any is written.
         RunError: the disk has no room for the members or cannot be written.
     """
     try:
@@ -97,6 +100,11 @@ def _check_names(archive: Path, names: list[str]) -> None:
 
 
 def _check_room(archive: Path, size: int, target: Path) -> None:
+    most = max(MOST_TIMES * archive.stat().st_size, MOST_UNCHECKED)
+    if size > most:
+        raise UsageError(
+            f"{archive}: claims to unpack to {size >> 20} MiB, over {MOST_TIMES} times its size, as images never do"
+        )
     free = shutil.disk_usage(target).free
     if size > free:
         raise RunError(f"{archive}: unpacks to {size >> 20} MiB, but {target} has room for {free >> 20} MiB")

@@ -11,6 +11,8 @@ from preparation.names import GOOD, Name, read_name
 # Beside "mask" in a name; these alone could also be the name of a product.
 MASK_FOLDERS = ("labels", "annotation", "annotations", "segmentation", "segmentations")
 
+NOT_UTF8 = "its name is not UTF-8; rename it"
+
 
 @dataclass
 class Reader:
@@ -35,11 +37,17 @@ class Reader:
         if isinstance(path, Path):
             self.told.add(path)
         # A name that is not UTF-8 cannot be printed without escaping.
-        self.findings.append(Finding(kind, where.encode("utf-8", "backslashreplace").decode(), text))
+        finding = Finding(kind, where.encode("utf-8", "backslashreplace").decode(), text)
+        if finding not in self.findings:
+            self.findings.append(finding)
 
     def subfolders(self, folder: Path) -> list[Path]:
         """Visible folders in a folder, sorted."""
-        return sorted(path for path in _entries(folder, self) if path.is_dir() and visible(path))
+        folders = sorted(path for path in _entries(folder, self) if path.is_dir() and visible(path))
+        for path in folders:
+            if not _printable(path):
+                self.report(UNREADABLE, path, NOT_UTF8)
+        return [path for path in folders if _printable(path)]
 
     def images(self, folder: Path, nested: bool = True, masks: bool = False) -> list[Path]:
         """Images in a folder, sorted; other files are reported.
@@ -53,7 +61,9 @@ class Reader:
             if not visible(path):
                 continue
             if path.is_dir():
-                if path.suffix.lower() in SUFFIXES:
+                if not _printable(path):
+                    self.report(UNREADABLE, path, NOT_UTF8)
+                elif path.suffix.lower() in SUFFIXES:
                     self.report(UNREADABLE, path, "is a folder, not an image")
                 elif path.is_symlink() and path.resolve() in (folder.resolve(), *folder.resolve().parents):
                     self.report(SURPLUS, path, "is a link to a folder above it")
@@ -64,7 +74,7 @@ class Reader:
             elif not path.is_file():
                 self.report(UNREADABLE, path, "is a broken link, or not a file")
             elif not _printable(path):
-                self.report(UNREADABLE, path, "its name is not UTF-8; rename it")
+                self.report(UNREADABLE, path, NOT_UTF8)
             else:
                 images.append(path)
         return images

@@ -1,20 +1,19 @@
 """Opens every image and mask once, to find sizes, unreadable files, unusual values, and masks that do not fit."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from datasets.images import count_pages, read_image, read_mask, same_aspect_ratio
+from datasets.images import count_pages, open_image, pixels_of, read_image, read_mask, same_aspect_ratio
 from datasets.lists import Sample
 from preparation.duplicates import fingerprint
 from preparation.findings import CHECK, NO_MASK, UNREADABLE, Finding
 from utils.distributed import usable_cores
 from utils.errors import UsageError
+from utils.prefetch import prefetch
 
 CAMERA_BITS = (8, 10, 12, 14)  # of cameras that write 16-bit files
 _SOFT_VALUES = 4  # A mask with more grey values than this is soft; class numbers are fewer, and small.
@@ -42,14 +41,18 @@ def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo]
         ImageInfo by file name; the readable samples, without unusable masks; findings.
     """
     infos, readable, findings = {}, [], []
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        results = pool.map(lambda sample: _inspect_one(root, sample), samples)
-        # disable=None hides the bar if there is no terminal.
-        for sample, info, problems in tqdm(results, "reading images", len(samples), leave=False, disable=None):
-            findings += problems
-            if info is not None:
-                readable.append(sample)
-                infos[sample.filename] = info
+    results = prefetch(
+        lambda sample: _inspect_one(root, sample),
+        samples,
+        2 * usable_cores(),
+        lambda sample: pixels_of(root / sample.filename),
+    )
+    # disable=None hides the bar if there is no terminal.
+    for sample, info, problems in tqdm(results, "reading images", len(samples), leave=False, disable=None):
+        findings += problems
+        if info is not None:
+            readable.append(sample)
+            infos[sample.filename] = info
     return infos, readable, findings
 
 
@@ -87,7 +90,7 @@ def _inspect_one(root: Path, sample: Sample) -> tuple[Sample, ImageInfo | None, 
 
 def _largest(path: Path, image: np.ndarray) -> int | None:
     """The largest value of a 16-bit image; of a colour image, which Pillow decodes to 8 bits, its upper 8 bits."""
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         # Before loading, its tiles name the encoding: RGB;16B, for instance.
         if len(opened.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", [])):
             return int(image.max()) << 8 | 0xFF
@@ -136,7 +139,7 @@ def _values_between(path: Path) -> int:
     """Number of grey values between black and white in a mask. In a JPEG they come from compression."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         return 0
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         values = np.unique(
             np.asarray(opened if opened.mode in ("L", "F") or opened.mode[0] == "I" else opened.convert("L"))
         )

@@ -13,7 +13,7 @@ from datasets.catalog import ForegroundRule
 from datasets.images import list_images
 from datasets.lists import read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
-from utils.pictures import contact_sheet, outline, spread, thumbnail, to_uint8
+from utils.pictures import contact_sheet, outline, spread, thumbnail
 
 log = logging.getLogger("realnet")
 
@@ -86,8 +86,9 @@ def _with_sources(config: EasyDict, class_name: str) -> tuple[EasyDict, str]:
     if available:
         train.anomaly_types = {name: 1 / len(available) for name in available}
         return config, "from " + " and ".join(available)
-    root = config.image_reader.kwargs.image_dir
-    first = read_list(train.meta_file.replace("{}", class_name), root)[0]
+    reader = config.image_reader.kwargs
+    root = reader.image_dir
+    first = read_list(train.meta_file.replace("{}", class_name), root, follow_links=reader.follow_links)[0]
     train.anomaly_types = {"dtd": 1.0}
     train.dtd_dir = str((Path(root) / first.filename).parent)
     return config, f"no {' or '.join(wanted)} images yet: training images used instead"
@@ -108,6 +109,6 @@ def _anomalies(train_set: RealNetTrainSet) -> tuple[list[np.ndarray], list[np.nd
         sample = anomalous[draws // len(anomalous), draws % len(anomalous)]
         draws += 1
         if sample["changed"]:
-            images += list(to_uint8(sample["image"][None].numpy(), preprocessing.mean, preprocessing.std))
+            images += list(preprocessing.pictures(sample["image"][None].numpy()))
             masks.append(sample["mask"][0].numpy().astype(np.uint8) * _MASK_GREY)
     return images, masks, 1 - len(images) / draws

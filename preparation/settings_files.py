@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from datasets.foreground import rule_for
-from datasets.images import MEGAPIXELS
 from utils.config import differences, read_yaml
 from utils.errors import RunError, UsageError
 
@@ -53,18 +53,13 @@ def foreground_value(text: str, dataset: str) -> str:
     """
     try:
         value = read_yaml(text)
-        rule = None if value == "auto" else rule_for(value, dataset, "", lambda: [])
+        if value != "auto":
+            rule_for(value, dataset, "", lambda: [])
     except UsageError as error:
         raise UsageError(str(error).replace("dataset.foreground", "--foreground", 1)) from None
     except ValueError as error:
         reason = f"not readable as YAML ({error})"
         raise UsageError(f"--foreground {text}: {reason}; write none, {FOREGROUND_HINT}") from None
-    for name in ("close", "open") if rule else ():
-        side = getattr(rule, name)
-        if not isinstance(side, int) or isinstance(side, bool) or side < 0:
-            raise UsageError(f"--foreground {text}: {name} is {side!r}, not a number of pixels")
-    if rule and not isinstance(rule.invert, bool):
-        raise UsageError(f"--foreground {text}: invert is {rule.invert!r}, not True or False")
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).splitlines()[0]
 
 
@@ -78,7 +73,7 @@ def kept_values(path: Path, text: str) -> list[str]:
 
 
 def settings_texts(
-    dataset: str, classes: int, size: Sequence[int], foreground: str, megapixels: int = MEGAPIXELS
+    dataset: str, classes: int, size: Sequence[int], foreground: str, reader: dict[str, Any] | None = None
 ) -> dict[str, str]:
     """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
@@ -86,7 +81,7 @@ def settings_texts(
         classes: number of classes. One class needs neither a classifier nor a model for all classes.
         size: input size of RealNet.
         foreground: value of dataset.foreground, as YAML.
-        megapixels: value of dataset.image_reader.kwargs.max_megapixels.
+        reader: further keys of dataset.image_reader.kwargs.
 
     Raises:
         RunError: a template was changed so that a value has no place in it.
@@ -111,8 +106,9 @@ def settings_texts(
         if name == "sample.yaml" and classes == 1:
             section = r"^classifier:.*?(?=^TestSampler)"
             text = _replaced(path, section, "classifier: null  # one class\n", text)
-        if megapixels != MEGAPIXELS and name != "sample.yaml":
-            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB, max_megapixels: {megapixels}", text)
+        if reader and name != "sample.yaml":
+            more = "".join(f", {key}: {value}" for key, value in reader.items())
+            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{more}", text)
         left = re.search("@[A-Z]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -33,8 +34,10 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically."""
 
     def write(part: Path) -> None:
+        # To an open file, because torch names the archive inside after a path: equal runs give equal bytes.
         try:
-            torch.save(content, part)
+            with open(part, "wb") as file:
+                torch.save(content, file)
         except RuntimeError as error:
             # On a full disk, torch's writer only reports "unexpected pos" and the like.
             full = shutil.disk_usage(part.parent).free < 2 * part.stat().st_size + 2**20
@@ -57,16 +60,30 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} does not exist{fetch}")
     _verify_checksums(path)
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors and old pickles; what matters is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises UnpicklingError, RuntimeError, EOFError and others if a file is not a readable checkpoint.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from error
+        raise UsageError(f"{path} is not a checkpoint that can be loaded safely: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a state_dict or a checkpoint")
     refuse_excess({key: value for key, value in content.items() if not torch.is_tensor(value)}, path)
+    for name in ("state_dict", "ema_state_dict"):
+        weights = content.get(name, content if name == "state_dict" else {})
+        if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+            raise UsageError(f"{path}: {name} is not a mapping from names to tensors")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.load failed, without its advice to switch its protection off."""
+    text = str(error).strip()
+    if "weights_only" in text or "Weights only" in text:
+        named = re.search(r"GLOBAL ([\w.]+)", text)
+        what = named[1] if named else "something else"
+        return f"besides tensors and plain values, it holds {what}"
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def _verify_checksums(path: Path) -> None:
@@ -92,6 +109,25 @@ def state_dict_of(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
 
 
+def tensor_problem(value: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Why a tensor from a file cannot be a weight with this dtype; None if it can."""
+    if value.layout is not torch.strided:
+        return "is sparse"
+    if value.is_quantized:
+        return "is quantised"
+    if value.device.type == "meta":
+        return "has no values (meta)"
+    if value.is_complex() or value.is_floating_point() != dtype.is_floating_point:
+        return f"holds {_type_name(value.dtype)}, not {_type_name(dtype)}"
+    if not dtype.is_floating_point and value.dtype != dtype:
+        return f"holds {_type_name(value.dtype)}, not {_type_name(dtype)}"
+    return None
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def load_pretrained(model: nn.Module, path: str | Path, hint: str) -> None:
     """Load the tensors of a file whose names and shapes match the model, and log which do and which do not.
 
@@ -104,7 +140,11 @@ def load_pretrained(model: nn.Module, path: str | Path, hint: str) -> None:
     """
     state = state_dict_of(load_checkpoint(path))
     own = model.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    fitting = {
+        name: value
+        for name, value in state.items()
+        if name in own and value.shape == own[name].shape and not tensor_problem(value, own[name].dtype)
+    }
     missing = [name for name in own if name not in fitting]
     unused = [name for name in state if name not in fitting]
     if 2 * len(fitting) < len(own):
@@ -121,7 +161,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
     """Load trained weights, all of which must fit.
 
     Raises:
-        UsageError: a tensor is missing, unexpected or of another shape.
+        UsageError: a tensor is missing, unexpected, of another shape or of another kind, e.g. sparse.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]
@@ -131,7 +171,14 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
+    kinds = {name: tensor_problem(state[name], own[name].dtype) for name in own if name in state}
+    odd = [f"{name} {problem}" for name, problem in kinds.items() if problem]
+    problems = [
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", reshaped),
+        ("of another kind", odd),
+    ]
     texts = [f"{len(names)} {problem} ({_shortened(names, 2)})" for problem, names in problems if names]
     if texts:
         raise UsageError(f"{path} does not fit this network: tensors {', '.join(texts)}; check {hint}")
@@ -190,11 +237,14 @@ def trained_checkpoint(path: str | Path) -> Path:
 def save_for_resume(folder: str | Path, content: dict[str, Any]) -> None:
     """Write `content` as ckpt_last and keep the one before as ckpt_previous; a crash leaves a complete one."""
     folder = Path(folder)
-    last = folder / LAST
     save_checkpoint(folder / NEXT, content)
-    if last.exists():
-        last.replace(folder / PREVIOUS)
-    (folder / NEXT).replace(last)
+    _move_into_place(folder)
+
+
+def _move_into_place(folder: Path) -> None:
+    if (folder / LAST).exists():
+        (folder / LAST).replace(folder / PREVIOUS)
+    (folder / NEXT).replace(folder / LAST)
 
 
 def refuse_earlier_run(folder: str | Path, resume: bool, overwrite: bool) -> None:
@@ -211,7 +261,7 @@ def refuse_earlier_run(folder: str | Path, resume: bool, overwrite: bool) -> Non
             f"{folder} holds the checkpoints of an earlier run ({earlier[0].name}): --resume continues that run, "
             "--overwrite deletes its checkpoints and starts anew"
         )
-    if not any((Path(folder) / name).is_file() for name in (LAST, PREVIOUS)):
+    if not any((Path(folder) / name).is_file() for name in (NEXT, LAST, PREVIOUS)):
         raise UsageError(f"{folder} holds no {LAST} to resume; --overwrite deletes its files and starts anew")
 
 
@@ -226,15 +276,34 @@ def load_for_resume(folder: str | Path, run: Run, resume: bool) -> dict[str, Any
     Raises:
         UsageError: there are checkpoints, but none can be read.
     """
-    content = None
+    content, path = None, None
     if run.is_main:
-        clear_leftovers(folder)
-        content = newest_readable(folder) if resume else None
-        if resume and content is None:
+        remove_parts(folder)
+        if not zipfile.is_zipfile(Path(folder) / NEXT):
+            (Path(folder) / NEXT).unlink(missing_ok=True)
+        found = newest_readable(folder) if resume else None
+        if resume and found is None:
             log.info("%s: nothing to resume; starting from the beginning", folder)
-    # Rank 0 renames damaged files before the other ranks read the folder.
-    distributed.barrier()
-    return content if run.is_main or not resume else newest_readable(folder)
+        path, content = found or (None, None)
+    # Rank 0 chooses, and renames damaged files, before the other ranks read.
+    path, checksums = distributed.broadcast((path, _checksums(path) if path else None))
+    if path is None:
+        return None
+    seen = distributed.gather(path.is_file() and _checksums(path) == checksums)
+    if not distributed.broadcast(seen is not None and all(seen)):
+        raise UsageError(
+            f"{path}: rank 0 resumes it, but other ranks do not see this file; share the folder among hosts"
+        )
+    return content if run.is_main else load_checkpoint(path)
+
+
+def _checksums(path: Path) -> list[tuple[str, int]] | None:
+    """The checksums of a checkpoint's parts, as the file itself lists them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [(info.filename, info.CRC) for info in archive.infolist()]
+    except (zipfile.BadZipFile, OSError):
+        return None
 
 
 def clear_earlier_run(folder: str | Path, run: Run) -> None:
@@ -247,19 +316,22 @@ def clear_earlier_run(folder: str | Path, run: Run) -> None:
 def files_of_run(folder: str | Path) -> list[Path]:
     """The checkpoints of a training, with damaged ones and the thresholds that belong to them; no half-written one."""
     patterns = ("ckpt_*.pth.tar", "ckpt_*.damaged", "ckpt_*.thresholds.json")
-    return sorted(path for pattern in patterns for path in Path(folder).glob(pattern) if path.name != NEXT)
+    found = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+    return [path for path in found if path.name != NEXT or zipfile.is_zipfile(path)]
 
 
-def newest_readable(folder: str | Path) -> dict[str, Any] | None:
-    """The newest readable checkpoint to resume from; None if the folder has none.
+def newest_readable(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest readable checkpoint to resume from, and its path; None if the folder has none.
 
-    A damaged checkpoint is logged and renamed: otherwise, the next save would move it over the good one before it.
+    A damaged checkpoint is logged and renamed: otherwise, the next save would move it over the good one before it. What
+    a killed run had saved but not yet moved into its place is moved there.
 
     Raises:
         UsageError: there are checkpoints, but none can be read.
     """
     damaged = []
-    for path in (Path(folder) / name for name in (LAST, PREVIOUS)):
+    folder = Path(folder)
+    for path in (folder / name for name in (NEXT, LAST, PREVIOUS)):
         if not path.is_file():
             continue
         try:
@@ -270,13 +342,10 @@ def newest_readable(folder: str | Path) -> dict[str, Any] | None:
         for broken, reason in damaged:
             log.warning("%s; %s is used instead", reason, path)
             broken.replace(broken.with_name(f"{broken.name}.damaged"))
-        return content
+        if path.name == NEXT:
+            _move_into_place(folder)
+            path = folder / LAST
+        return path, content
     if damaged:
         raise damaged[0][1]
     return None
-
-
-def clear_leftovers(folder: str | Path) -> None:
-    """Remove half-written files of a killed run. No other run may be writing to the folder (lock.folder_lock)."""
-    remove_parts(folder)
-    (Path(folder) / NEXT).unlink(missing_ok=True)

@@ -113,11 +113,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
-    except torch.OutOfMemoryError as error:
-        _report(f"{str(error).splitlines()[0]} A smaller dataset.batch_size or trainer.amp: bf16 needs less memory")
-        sys.exit(1)
-    except RuntimeError as error:
-        if not distributed.is_lost_connection(error):
+    except (MemoryError, RuntimeError) as error:
+        lack = _lack_of_memory(error)
+        if lack and not os.environ.get("REALNET_DEBUG"):
+            _report(lack)
+            sys.exit(1)
+        if isinstance(error, MemoryError) or not distributed.is_lost_connection(error):
             raise
         # A failed rank reports the cause itself; this message is for a rank that was killed and could not.
         time.sleep(2 * SECONDS_FOR_RANK_0)
@@ -127,8 +128,35 @@ def run(main: Callable[[], None]) -> None:
         # The reader closed the pipe, as in `... | head`. Python's flush at exit would fail, so it goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        # A disk that is full or read-only, a file that may not be opened.
+        if os.environ.get("REALNET_DEBUG"):
+            raise
+        _report(f"{error.filename or 'a file'}: {error.strerror or error}")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _lack_of_memory(error: Exception) -> str | None:
+    """What to do about an error that means too little memory; None if it means something else."""
+    text = " ".join(_message(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{str(error).splitlines()[0]} A smaller dataset.batch_size or trainer.amp: bf16 needs less memory"
+    if "bus error" in text.lower() or "shared memory" in text or ("torch_" in text and "No space left" in text):
+        return (
+            "shared memory (/dev/shm) is full; set dataset.workers: 0 and dataset.cache_mb: 0, or enlarge it "
+            "(docker run --shm-size=8g)"
+        )
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        reason = text.split(". ", 1)[0]
+        return f"{reason}, probably because memory ran out; lower dataset.workers or dataset.batch_size"
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return (
+            f"memory ran out ({text[:120] or 'MemoryError'}); lower dataset.batch_size, dataset.workers or "
+            "dataset.cache_mb, or close other programs"
+        )
+    return None
 
 
 def _report(text: str) -> None:

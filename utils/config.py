@@ -13,7 +13,8 @@ import yaml
 from easydict import EasyDict
 
 from utils.errors import RunError, UsageError
-from utils.setting_types import KINDS, MISSING, Section, Setting
+from utils.names import text_problem
+from utils.setting_types import KINDS, MISSING, Entries, Section, Setting
 from utils.settings import SETTINGS
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -71,6 +72,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), script: str | N
         raise UsageError(f"{path} does not exist")
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         mark = getattr(error.__cause__, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -79,10 +82,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), script: str | N
         raise UsageError(f"{path}: has to hold settings, one `key: value` per line")
     for override in overrides:
         _apply(raw, override)
-    if script is not None and _script_of(raw, path) != script:
-        other = _script_of(raw, path)
-        raise UsageError(f"{path}: holds the settings of a {other}.yaml; a {script}.yaml is needed here")
-    return checked(raw, path)
+    return checked(raw, path, script)
 
 
 MOST_LEVELS, MOST_VALUES = 40, 200_000  # far above those of any settings file or checkpoint
@@ -105,16 +105,22 @@ def refuse_excess(value: Any, path: str | Path) -> None:
         stack += [(child, level + 1) for child in children]
 
 
-def checked(raw: dict, path: str | Path) -> EasyDict:
+def checked(raw: Any, path: str | Path, script: str | None = None) -> EasyDict:
     """Check the settings of a YAML file or a checkpoint, and fill in the defaults.
 
     Args:
         path: of the file, for error messages.
+        script: which file they have to be of, see load_config.
 
     Raises:
         UsageError: see load_config.
     """
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: its settings are {shortened(raw)}, not a mapping")
     refuse_excess(raw, path)
+    if script is not None and _script_of(raw, path) != script:
+        other = _script_of(raw, path)
+        raise UsageError(f"{path}: holds the settings of a {other}.yaml; those of a {script}.yaml are needed here")
     problems: list[str] = []
     config = _check(raw, SETTINGS[_script_of(raw, path)], "", problems)
     if problems:
@@ -172,21 +178,25 @@ def _check(raw: Any, section: Section, prefix: str, problems: list[str]) -> dict
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
-        problems.append(f"{prefix.rstrip('.')} has to be a section of settings, not {raw!r}")
+        problems.append(f"{prefix.rstrip('.')}: has to be a section of settings, not {shortened(raw)}")
         return {}
     for name in raw:
         if name not in section.keys:
-            problems.append(f"{prefix}{name} is not a setting{_suggest(str(name), section, prefix)}")
+            key = name if isinstance(name, str) else f"{shortened(name)} (not text)"
+            problems.append(f"{prefix}{key[:80]} is not a setting{_suggest(str(name), section, prefix)}")
     checked = {}
     for name, entry in section.keys.items():
         if isinstance(entry, Section):
             checked[name] = _check(raw.get(name), entry, f"{prefix}{name}.", problems)
+        elif isinstance(entry, Entries) and name in raw:
+            checked[name] = raw[name]
+            _check_entries(raw[name], entry, f"{prefix}{name}", problems)
         elif name in raw:
             # YAML 1.1 reads `off` as False.
             checked[name] = raw[name] = "off" if raw[name] is False and "off" in entry.choices else raw[name]
             problem = _problem(raw[name], entry)
             if problem:
-                problems.append(f"{prefix}{name}: {_shortened(raw[name])} {problem}. {entry.help}")
+                problems.append(f"{prefix}{name}: {shortened(raw[name])} {problem}. {entry.help}")
         elif entry.default is MISSING:
             problems.append(f"{prefix}{name} is missing. {entry.help}")
         else:
@@ -194,6 +204,32 @@ def _check(raw: Any, section: Section, prefix: str, problems: list[str]) -> dict
     return checked
 
 
+def _check_entries(raw: Any, entries: Entries, key: str, problems: list[str]) -> None:
+    """Check a list of sections; an entry is called by its number, or by its name if it has one of its own."""
+    if not isinstance(raw, list):
+        problems.append(f"{key}: {shortened(raw)} is not a list. {entries.help}")
+        return
+    if not raw and not entries.may_be_empty:
+        problems.append(f"{key}: is empty. {entries.help}")
+    seen: list[Any] = []
+    for number, entry in enumerate(raw):
+        if not isinstance(entry, dict):
+            problems.append(f"{key}.{number}: has to be a section of settings, not {shortened(entry)}")
+            continue
+        name = entry.get(entries.distinct)
+        usable = isinstance(name, str) and len(name) <= 60 and not text_problem(name)
+        called = name if usable and name not in seen else number
+        if name in seen:
+            problems.append(f"{key}.{number}.{entries.distinct}: {shortened(name)} is given twice")
+        seen.append(name)
+        kwargs = entries.kwargs.get(entry.get("type") if isinstance(entry.get("type"), str) else "", None)
+        known = {**entries.keys, "kwargs": kwargs} if kwargs else entries.keys
+        # The kwargs of an unknown type cannot be checked; the type is refused later.
+        given = entry if kwargs or not entries.kwargs else {k: v for k, v in entry.items() if k != "kwargs"}
+        _check(given, Section(known), f"{key}.{called}.", problems)
+
+
+MOST = 2**63 - 1  # what an int64 holds
 NUMERIC = ("int", "float", "ints", "floats", "shares")
 
 
@@ -204,41 +240,54 @@ def _problem(value: Any, setting: Setting) -> str | None:
         return f"is not {KINDS[kind]}"
     if value is None:
         return None
+    if kind == "str" and text_problem(value):
+        return text_problem(value)
     if setting.length is not None and len(value) != setting.length:
         return f"has to hold {setting.length} numbers"
-    if kind in ("ints", "floats") and not value:
+    if kind in ("ints", "floats", "strs") and not value and not setting.may_be_empty:
         return "is empty"
-    names = value if kind == "shares" else [value] if setting.choices else []
+    names = value if kind in ("shares", "strs") and setting.choices else [value] if setting.choices else []
     for name in names:
         if name not in setting.choices:
             return (
                 f"is not one of {', '.join(setting.choices)}"
                 if kind == "str"
-                else f"names {name!r}; known are {', '.join(setting.choices)}"
+                else f"names {shortened(name)}; known are {', '.join(setting.choices)}"
             )
     numbers = value.values() if kind == "shares" else value if kind in ("ints", "floats") else [value]
     problems = (_out_of_bounds(number, setting) for number in numbers if kind in NUMERIC)
-    return next(filter(None, problems), None)
+    return next(filter(None, problems), None) or (setting.check(value) if setting.check else None)
 
 
 def _out_of_bounds(number: float, setting: Setting) -> str | None:
+    if isinstance(number, int) and abs(number) > MOST:
+        return "is too large"
     if not math.isfinite(number):
         return "is not finite"
     if setting.low is not None and number < setting.low:
         return f"has to be at least {setting.low:g}"
     if setting.high is not None and number > setting.high:
         return f"has to be at most {setting.high:g}"
+    if setting.above is not None and number <= setting.above:
+        return f"has to be above {setting.above:g}"
+    if setting.below is not None and number >= setting.below:
+        return f"has to be below {setting.below:g}"
     return None
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
+def shortened(value: Any) -> str:
+    """A value in words of up to 60 characters, for messages."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _suggest(name: str, section: Section, prefix: str) -> str:
-    close = difflib.get_close_matches(name, section.keys, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(section.keys)}"
+    close = difflib.get_close_matches(name[:80], section.keys, n=1)
+    known = [key for key, entry in section.keys.items() if not getattr(entry, "legacy", False)]
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -283,6 +332,8 @@ def collect_errors(path: str | Path, checks: Iterable[tuple[str, Callable[[], An
         except RunError:
             # Not a mistake in the settings but, for example, missing weights: reported when the run needs them.
             continue
+        except OSError as error:
+            problems.append(f"{path}: {section}: {shortened(error.filename)}: {error.strerror}")
         # Torch and Python raise these on values that they cannot use; REALNET_DEBUG=1 shows the traceback.
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if os.environ.get("REALNET_DEBUG"):
@@ -335,7 +386,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, str, st
         names = [str(entry.get("name", i)) if isinstance(entry, dict) else str(i) for i, entry in enumerate(old)]
         parts = [differences(a, b, f"{prefix}.{name}") for name, a, b in zip(names, old, new, strict=True)]
         return [difference for part in parts for difference in part]
-    return [] if old == new else [(prefix, _shortened(old), _shortened(new))]
+    return [] if old == new else [(prefix, shortened(old), shortened(new))]
 
 
 def changed_settings(old: Any, new: Any) -> list[str]:

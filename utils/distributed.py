@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,14 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils.config import changed_settings
 from utils.errors import RunError, UsageError
 from utils.launcher import end_with_launcher, launched_ranks
+from utils.watchdog import Watchdog
 
 # How long ranks may take to start, and how long they wait for each other afterwards. The latter is long, because GPUs
 # may differ and rank 0 has work of its own (metrics, pictures). It need not find lost ranks: a rank that ends closes
-# its connections, and its launcher ends the others.
-START_TIMEOUT = timedelta(minutes=30)
+# its connections, and its launcher ends the others; one that is stopped is found by its silence (utils/watchdog.py).
+START_TIMEOUT = timedelta(minutes=5)
 TIMEOUT = timedelta(days=2)
+WAITING_SECONDS = 10.0  # after which a rank says that it waits for others
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,15 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def session(device: str | None = None) -> Iterator[Run]:
+def session(device: str | None = None, same: dict[str, Any] | None = None) -> Iterator[Run]:
     """Set up device and process group from the launcher's environment; tear them down at the end, even after errors.
 
     Args:
         device: "cpu", "cuda", "mps", or None for the best available.
+        same: what has to be the same on all ranks (run_record.identity_of).
 
     Raises:
-        UsageError: the environment describes ranks, but not completely; or the device is missing.
+        UsageError: the environment describes ranks, but not completely; the device is missing; or ranks differ.
         RunError: the other ranks did not come.
     """
     world_size, rank, local_rank = launched_ranks()
@@ -115,26 +120,70 @@ def session(device: str | None = None) -> Iterator[Run]:
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         end_with_launcher()
         _meet(backend, rank, world_size)
+    watchdog = Watchdog(rank, world_size) if world_size > 1 else None
     try:
+        require_same(same or {})
         yield Run(rank, world_size, picked)
         barrier()
     finally:
+        if watchdog is not None:
+            watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _meet(backend: str, rank: int, world_size: int) -> None:
+    address, minutes = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", START_TIMEOUT.total_seconds() / 60
+    text = f"rank {rank}: waiting for {world_size} ranks at {address}, for up to {minutes:g} minutes"
+    notice = threading.Timer(WAITING_SECONDS, print, [text], {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    notice.start()
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
-    except dist.DistError as error:
+        present = dist.PrefixStore("present", store)
+        present.set(str(rank), "")
+        present.wait([str(other) for other in range(world_size)], START_TIMEOUT)
+    # torch raises RuntimeError if the address cannot be resolved, for instance.
+    except (dist.DistError, RuntimeError, ValueError) as error:
         raise RunError(
-            f"rank {rank} has not met all {world_size} ranks ({str(error).splitlines()[0]}); "
+            f"rank {rank} has not met all {world_size} ranks at {address} ({str(error).splitlines()[0][:200]}); "
             "start them with torchrun, or unset WORLD_SIZE to run one process"
         ) from error
+    finally:
+        notice.cancel()
     store.set_timeout(TIMEOUT)
     dist.init_process_group(
         backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world_size, timeout=TIMEOUT
     )
+
+
+def require_same(what: dict[str, Any]) -> None:
+    """Compare values over ranks; all ranks have to call this together.
+
+    Raises:
+        UsageError: on every rank, if they differ; ranks that did different things would wait for each other forever.
+    """
+    if _world_size() == 1:
+        return
+    gathered = gather(what)
+    problem = None
+    for rank, other in enumerate(gathered or []):
+        changes = changed_settings(gathered[0], other)
+        if changes:
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            problem = f"rank 0 and rank {rank} differ: {'; '.join(changes[:3])}{more}. Start all ranks alike"
+            break
+    problem = broadcast(problem)
+    if problem:
+        raise UsageError(problem)
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The mean over ranks of each value; all ranks have to call this together, with the same names."""
+    if _world_size() == 1:
+        return values
+    means = all_reduce_mean(torch.tensor(list(values.values()), dtype=torch.float64))
+    return dict(zip(values, means.tolist(), strict=True))
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

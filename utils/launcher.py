@@ -18,7 +18,9 @@ def launched_ranks() -> tuple[int, int, int]:
     Raises:
         UsageError: they do not come from a launcher.
     """
-    world_size = max(1, _number("WORLD_SIZE", 1))
+    world_size = _number("WORLD_SIZE", 1)
+    if world_size < 1:
+        raise UsageError(f"WORLD_SIZE is 0 in the environment; {_advice('WORLD_SIZE')}")
     rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
     if world_size > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -27,7 +29,9 @@ def launched_ranks() -> tuple[int, int, int]:
                 f"WORLD_SIZE is {world_size} in the environment, but {', '.join(missing)} "
                 f"{'are' if missing[1:] else 'is'} not set; {_advice('WORLD_SIZE')}"
             )
-        _number("MASTER_PORT", 0)
+        port = _number("MASTER_PORT", 0)
+        if not 0 < port < 65536:
+            raise UsageError(f"MASTER_PORT is {port} in the environment, not a port (1 .. 65535)")
     if rank >= world_size:
         raise UsageError(f"RANK is {rank} in the environment, but WORLD_SIZE is {world_size}; {_advice('RANK')}")
     return world_size, rank, local_rank
@@ -35,8 +39,8 @@ def launched_ranks() -> tuple[int, int, int]:
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise UsageError(f"{name} is {text!r} in the environment, which is not a number; {_advice(name)}")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UsageError(f"{name} is {text[:40]!r} in the environment, which is not a number; {_advice(name)}")
     return int(text)
 
 

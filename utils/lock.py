@@ -26,22 +26,32 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def folder_lock(folder: str | Path, run: Run) -> Iterator[None]:
-    """Keep other runs out of a folder; rank 0 holds the lock for all ranks.
+def folder_lock(folder: str | Path, run: Run | None = None) -> Iterator[None]:
+    """Keep other runs out of a folder; rank 0 holds the lock for all ranks. Folders that stay empty are removed.
+
+    Args:
+        run: None to lock without the other ranks, for what one rank does alone.
 
     Raises:
         UsageError: another run holds the lock, or may do so on another host.
     """
     folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     guards: list[FileLock | None] = []
-    # No rank starts before rank 0 holds the lock.
-    distributed.on_main(lambda: guards.append(_acquire(folder)))
+    if run is None:
+        guards.append(_acquire(folder))
+    else:
+        # No rank starts before rank 0 holds the lock.
+        distributed.on_main(lambda: guards.append(_acquire(folder)))
     try:
         yield
     finally:
-        if run.is_main:
+        if run is None or run.is_main:
             (folder / NAME).unlink(missing_ok=True)
             _release(folder / GUARD, guards[0])
+            with suppress(OSError):  # it is not empty
+                for path in made:
+                    path.rmdir()
 
 
 def _acquire(folder: Path) -> FileLock | None:
@@ -52,7 +62,7 @@ def _acquire(folder: Path) -> FileLock | None:
         folder.mkdir(parents=True, exist_ok=True)
         guard.acquire()
     except Timeout:
-        raise UsageError(_refusal(folder, "wait for it, or choose other saver folders")) from None
+        raise UsageError(_refusal(folder, "wait for it, or choose another folder")) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from error
@@ -86,7 +96,7 @@ def _write_owner(folder: Path, own_host_is_checked: bool) -> None:
         with path.open("x", encoding="utf-8") as file:
             json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}, file)
     except FileExistsError:
-        advice = f"wait for it, or choose other saver folders (delete {path} only if that process has ended)"
+        advice = f"wait for it, or choose another folder (delete {path} only if that process has ended)"
         raise UsageError(_refusal(folder, advice)) from None
 
 

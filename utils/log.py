@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ class _TqdmHandler(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; if it cannot be written, a line says so once, and the run goes on without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        del record
+        log.removeHandler(self)
+        reason = getattr(sys.exc_info()[1], "strerror", None) or sys.exc_info()[1]
+        log.warning("warning: %s: cannot be written (%s); the run goes on without it", self.baseFilename, reason)
 
 
 class _Lines(logging.Formatter):
@@ -61,15 +71,19 @@ class TensorBoard(Board):
 
         self.folder, self.keep, self.writer_class = folder, keep, SummaryWriter
         self.numbers, self.pictures, self.step = SummaryWriter(str(folder)), None, -1
+        self.broken = False
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.numbers.add_scalar(name, value, step)
+        self._try(self.numbers.add_scalar, name, value, step)
 
     def add_histogram(self, name: str, values: Any, step: int) -> None:
-        self.numbers.add_histogram(name, values, step)
+        self._try(self.numbers.add_histogram, name, values, step)
 
     def add_image(self, name: str, image: Any, step: int) -> None:
         """Add an (H,W,3) uint8 picture."""
+        self._try(self._add_image, name, image, step)
+
+    def _add_image(self, name: str, image: Any, step: int) -> None:
         if self.pictures is None or step != self.step:
             self._close_pictures()
             folder = self.folder / PICTURES
@@ -82,8 +96,19 @@ class TensorBoard(Board):
             self.pictures.close()
 
     def close(self) -> None:
-        self._close_pictures()
-        self.numbers.close()
+        self._try(self._close_pictures)
+        self._try(self.numbers.close)
+
+    def _try(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function that writes; once the disk is full, a line says so, and nothing more is written."""
+        if self.broken:
+            return
+        try:
+            function(*args)
+        except OSError as error:
+            self.broken = True
+            reason = error.strerror or error
+            log.warning("warning: %s: cannot be written (%s); tensorboard will lack what follows", self.folder, reason)
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
@@ -108,7 +133,7 @@ def set_up_logging(run: Run, log_dir: str | Path, name: str, keep_pictures: int)
     if not run.is_main:
         return Board()
     Path(log_dir).mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(Path(log_dir) / f"{name}.log", encoding="utf-8")
+    file = _LogFile(Path(log_dir) / f"{name}.log", encoding="utf-8")
     file.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     return TensorBoard(Path(log_dir) / name, keep_pictures)

@@ -3,6 +3,7 @@
 import unicodedata
 
 MOST_BYTES = 200  # of a class's name; file systems allow 255 for a file name with its endings
+MOST_LETTERS = 1000  # of a text in settings; paths are the longest ones
 RESERVED = ("all", "uni", "mean")  # --class_name all, the lists of all classes, and the last row of tables
 # Control characters, half surrogate pairs, line and paragraph separators.
 _CONTROL = ("Cc", "Cs", "Zl", "Zp")
@@ -33,6 +34,13 @@ def name_problem(name: object) -> str | None:
     if len(name.encode()) > MOST_BYTES:
         return f"is longer than {MOST_BYTES} bytes"
     return "is reserved" if name in RESERVED else None
+
+
+def text_problem(text: str) -> str | None:
+    """Why a text cannot be a value of a setting; None if it can."""
+    if any(_is_control(character) for character in text):
+        return "holds a control character"
+    return f"is longer than {MOST_LETTERS} letters" if len(text) > MOST_LETTERS else None
 
 
 def shown(text: str) -> str:

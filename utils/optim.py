@@ -1,7 +1,9 @@
 """Optimiser steps of the training scripts: accumulation, clipping, skipped steps, EMA."""
 
 import copy
+import difflib
 import inspect
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.config import call_with_settings
+from utils.checkpoint import tensor_problem
+from utils.config import MOST, call_with_settings, shortened
 from utils.distributed import all_reduce_max
 from utils.errors import RunError, UsageError
+
+log = logging.getLogger("realnet")
 
 
 def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -20,14 +25,9 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
     Raises:
         UsageError: torch.optim has no optimiser of that name, or it does not take the arguments.
     """
-    optimizer_class = getattr(torch.optim, section.type, None)
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-        raise UsageError(f"trainer.optimizer.type: torch.optim has no {section.type!r}; Adam, AdamW and SGD are common")
+    optimizer_class = _optimizer_class(section.type)
     kwargs = dict(section.kwargs)
-    for name in ("lr", "weight_decay"):
-        value = kwargs.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(f"trainer.optimizer.kwargs.{name}: {value!r} is not a finite number")
+    _check_arguments(optimizer_class, kwargs)
     if device.type == "cuda" and section.type in ("Adam", "AdamW", "SGD"):
         kwargs.setdefault("fused", True)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -37,6 +37,83 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
         raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"trainer.optimizer.kwargs: {error}") from None
+
+
+def check_optimizer(section: dict) -> None:
+    """Refuse an optimiser that cannot train a network, by a step of a small one.
+
+    Raises:
+        UsageError: see build_optimizer; or a step needs a closure or other gradients than ours, or ends in values that
+            are not finite.
+    """
+    probe = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    optimizer = build_optimizer(section, probe, torch.device("cpu"))
+    for parameter in probe.parameters():
+        parameter.grad = torch.full_like(parameter, 0.1)
+    try:
+        optimizer.step()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        advice = "Adam, AdamW and SGD are common"
+        text = f"trainer.optimizer.type: {section.type} with these kwargs cannot make a step ({reason}); {advice}"
+        raise UsageError(text) from None
+    if not all(bool(parameter.isfinite().all()) for parameter in probe.parameters()):
+        raise UsageError("trainer.optimizer.kwargs: a step with these values gives weights that are not finite")
+
+
+def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    found = getattr(torch.optim, name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or found is torch.optim.Optimizer:
+        raise UsageError(f"trainer.optimizer.type: torch.optim has no {name!r}; Adam, AdamW and SGD are common")
+    return found
+
+
+# (lowest, whether it may be reached, highest, whether it may be reached) of arguments that torch does not check, or
+# not wholly.
+_BOUNDS = {
+    "lr": (0, False, math.inf, True),
+    "weight_decay": (0, True, 1e6, True),
+    "eps": (0, False, 1, True),
+    "momentum": (0, True, 1, False),
+    "betas": (0, True, 1, False),
+}
+
+
+def _check_arguments(optimizer_class: type, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of another kind than the optimiser's defaults, or out of bounds."""
+    parameters = inspect.signature(optimizer_class).parameters
+    for name, value in kwargs.items():
+        where, default = f"trainer.optimizer.kwargs.{name}", getattr(parameters.get(name), "default", None)
+        if name not in parameters or name == "params":
+            close = difflib.get_close_matches(str(name), parameters, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"{where[:100]} is not an argument of torch.optim.{optimizer_class.__name__}{hint}")
+        if name == "maximize" and value is not False:
+            raise UsageError(f"{where}: {shortened(value)} would make the loss as large as possible; leave it out")
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise UsageError(f"{where}: {shortened(value)} is not True or False")
+        elif isinstance(default, tuple):
+            if not isinstance(value, (list, tuple)) or len(value) != len(default):
+                raise UsageError(f"{where}: {shortened(value)} is not a list of {len(default)} numbers")
+            for number in value:
+                _check_number(where, number, *_BOUNDS.get(name, ()))
+        elif isinstance(default, (int, float)) or name == "lr":
+            _check_number(where, value, *_BOUNDS.get(name, ()))
+        elif value is not None and not isinstance(value, (bool, int, float)):
+            raise UsageError(f"{where}: {shortened(value)} is not a number, True, False or null")
+
+
+def _check_number(
+    where: str, value: Any, low: float = -math.inf, at_low: bool = True, high: float = math.inf, at_high: bool = True
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or (isinstance(value, int) and abs(value) > MOST) or not math.isfinite(value):
+        raise UsageError(f"{where}: {shortened(value)} is not a finite number")
+    if value < low or (value == low and not at_low):
+        raise UsageError(f"{where}: {value!r} has to be {'at least' if at_low else 'above'} {low:g}")
+    if value > high or (value == high and not at_high):
+        raise UsageError(f"{where}: {value!r} has to be {'at most' if at_high else 'below'} {high:g}")
 
 
 class Stepper:
@@ -130,6 +207,19 @@ class Stepper:
                 f"{state}. Lower the learning rate, or set trainer.amp: off"
             )
 
+    def check_epoch(self, steps: int) -> None:
+        """End the run if it skipped all of the last `steps` steps, those of an epoch.
+
+        Raises:
+            RunError: it did, so nothing was trained.
+        """
+        count = int(self.bad_in_a_row)
+        if count and count >= steps:
+            raise RunError(
+                f"the loss was not finite in any of the {count} steps of the epoch, so nothing was trained; lower the "
+                "learning rate, check the criterion, or set trainer.amp: off"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
@@ -141,13 +231,33 @@ class Stepper:
                 f"trainer.optimizer: {name} with these kwargs keeps {', '.join(sorted(missing))}, which the saved "
                 "optimiser does not; go on with the earlier optimiser, or start anew with --overwrite"
             )
-        # The settings of this run apply, so that a resumed run can have a lower learning rate.
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        unused = _keys_of(state["optimizer"]) - _state_keys(self.optimizer)
+        if unused:
+            log.info("  %s does not use the saved %s", type(self.optimizer).__name__, ", ".join(sorted(unused)))
+        self._check_shapes(state["optimizer"])
+        # The settings of this run apply, so that a resumed run can have a lower learning rate; and before loading, as
+        # a fused optimiser keeps its step counts on the GPU.
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        groups = [{**saved, **new} for saved, new in zip(state["optimizer"]["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self._keep_statistics()
+
+    def _check_shapes(self, state: dict[str, Any]) -> None:
+        """Refuse values of other shapes than their parameters have; torch finds them only at the next step, if ever."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, values in state["state"].items():
+            if not isinstance(number, int) or not 0 <= number < len(parameters):
+                raise ValueError(f"the optimiser's state has no parameter {number!r}")
+            for name, value in values.items():
+                plain = value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+                if torch.is_tensor(value):
+                    problem = tensor_problem(value, torch.float32)
+                    if problem or value.shape not in (parameters[number].shape, torch.Size([])):
+                        text = problem or f"has the shape {list(value.shape)}, not {list(parameters[number].shape)}"
+                        raise ValueError(f"the optimiser's {name} of parameter {number} {text}")
+                elif not plain:
+                    raise ValueError(f"the optimiser's {name} of parameter {number} is {shortened(value)}")
 
 
 def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
@@ -189,8 +299,10 @@ class EpochLoss:
         return {"total": float(self.total), "steps": float(self.steps)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.total.fill_(state["total"])
-        self.steps.fill_(state["steps"])
+        for name, total in (("total", self.total), ("steps", self.steps)):
+            if not isinstance(state[name], (int, float)) or not math.isfinite(state[name]):
+                raise ValueError(f"epoch_loss.{name} is {shortened(state[name])}, not a finite number")
+            total.fill_(state[name])
 
 
 class EMA:

@@ -1,5 +1,6 @@
 """What a run is, written into its log folder: settings, command line, versions, device, commit."""
 
+import hashlib
 import json
 import logging
 import platform
@@ -17,10 +18,11 @@ import yaml
 
 from utils.config import plain
 from utils.distributed import Run
-from utils.files import write_text
+from utils.files import append_text, write_text
 
 log = logging.getLogger("realnet")
 
+PACKAGES = ("datasets", "evaluation", "models", "preparation", "utils")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -48,11 +50,26 @@ def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
     folder = Path(log_dir)
     path = folder / f"{name}.settings.yaml"
     write_text(path, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    with open(folder / f"{name}.runs.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(content, ensure_ascii=False) + "\n")
+    append_text(folder / f"{name}.runs.jsonl", json.dumps(content, ensure_ascii=False) + "\n")
     commit = f", commit {content['commit']}" if content["commit"] else ""
     log.info("%s", content["command"])
     log.info("torch %s on %s x %d%s; settings in %s", content["torch"], content["device"], run.world_size, commit, path)
+
+
+def identity_of(config: Any, **more: Any) -> dict[str, Any]:
+    """What has to be the same on all ranks of a run: command, settings, code, version of torch, and more if given."""
+    command = [word for word in sys.argv if not word.startswith(("--local-rank", "--local_rank"))]
+    return {"settings": plain(config), "command": command, "code": _code(), "torch": torch.__version__, **more}
+
+
+def _code() -> str:
+    """A hash of the program's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*REPOSITORY.glob("*.py"), *(p for name in PACKAGES for p in (REPOSITORY / name).rglob("*.py"))]
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """The types of the settings tables in utils/settings.py, and the page that documents these tables."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 MISSING = object()
@@ -29,7 +30,10 @@ class Setting:
         help: one or two sentences: what it does, and when to change it.
         default: the value if the key is left out; MISSING if it is required.
         low, high: bounds of a number, or of each number in a list or mapping.
+        above, below: bounds that the number may not reach.
         length: required length of a list.
+        may_be_empty: whether a list may be empty.
+        check: what is wrong with a value beyond all this, in words, or None.
         choices: the allowed values, or the allowed names in a mapping.
         legacy: kept so that the reference program's files load; nobody needs to set it.
     """
@@ -39,8 +43,12 @@ class Setting:
     default: Any = MISSING
     low: float | None = None
     high: float | None = None
+    above: float | None = None
+    below: float | None = None
     length: int | None = None
+    may_be_empty: bool = False
     choices: tuple[str, ...] = ()
+    check: Callable[[Any], str | None] | None = None
     legacy: bool = False
 
 
@@ -52,7 +60,29 @@ class Section:
     optional: bool = False
 
 
-def rows(section: Section, prefix: str = "") -> list[tuple[str, Setting]]:
+@dataclass(frozen=True)
+class Entries:
+    """A list of sections that are told apart by one of their keys. Left-out keys are not filled in.
+
+    Args:
+        keys: those of each entry.
+        help: as in Setting.
+        default: as in Setting.
+        distinct: the key whose values have to differ.
+        kwargs: the keys of an entry's `kwargs`, by the entry's `type`.
+        may_be_empty: whether the list may.
+    """
+
+    keys: dict[str, Any]
+    help: str
+    default: Any = MISSING
+    distinct: str = "name"
+    kwargs: dict[str, Section] = field(default_factory=dict)
+    may_be_empty: bool = False
+    legacy: bool = False
+
+
+def rows(section: Section, prefix: str = "") -> list[tuple[str, Setting | Entries]]:
     """Every (dotted key, setting) of a section, in order."""
     table = []
     for name, entry in section.keys.items():
@@ -60,8 +90,10 @@ def rows(section: Section, prefix: str = "") -> list[tuple[str, Setting]]:
     return table
 
 
-def constraint(setting: Setting) -> str:
+def constraint(setting: Setting | Entries) -> str:
     """The type and the bounds or choices of a setting, in words."""
+    if isinstance(setting, Entries):
+        return f"a list of {{{', '.join([*setting.keys, *(['kwargs'] if setting.kwargs else [])])}}}"
     if setting.choices and setting.kind != "shares":
         return " or ".join(setting.choices)
     text = KINDS[setting.kind.rstrip("?")] + (" or null" if setting.kind.endswith("?") else "")
@@ -69,9 +101,8 @@ def constraint(setting: Setting) -> str:
         text += f" ({', '.join(setting.choices)})"
     if setting.length is not None:
         text += f" ({setting.length})"
-    bounds = [
-        f"{sign} {bound:.10g}" for sign, bound in ((">=", setting.low), ("<=", setting.high)) if bound is not None
-    ]
+    signs = ((">=", setting.low), (">", setting.above), ("<=", setting.high), ("<", setting.below))
+    bounds = [f"{sign} {bound:.10g}" for sign, bound in signs if bound is not None]
     return ", ".join([text, *bounds])
 
 

@@ -3,17 +3,54 @@
 python -m utils.settings > docs/settings.md        writes the page that documents them
 """
 
+import math
+import re
+from typing import Any
+
 from utils.precision import PRECISIONS
-from utils.setting_types import Section, Setting, settings_page
+from utils.setting_types import MISSING, Entries, Section, Setting, settings_page
+
+# ---- checks of single values ----
+
+
+def _heads_problem(channels: int) -> str | None:
+    return "has to be -1 or at least 1" if channels == 0 else None
+
+
+def _block_name_problem(name: str) -> str | None:
+    # Names of blocks become parts of the names of tensors.
+    return None if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) else "has to hold 1 to 60 letters, digits, _ and -"
+
+
+def _short_problem(name: str) -> str | None:
+    return None if 1 <= len(name) <= 100 else "has to hold 1 to 100 letters"
+
+
+def _distinct_problem(values: list) -> str | None:
+    return "holds a value twice" if len(set(values)) < len(values) else None
+
+
+def _alpha_problem(alpha: Any) -> str | None:
+    numbers = alpha if isinstance(alpha, list) else [alpha]
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+        return "is neither a number nor a list of two"
+    if isinstance(alpha, list):
+        fits = len(alpha) == 2 and all(0 <= number < math.inf for number in alpha) and sum(alpha) > 0
+        return None if fits else "has to hold two numbers >= 0, not both 0"
+    return None if 0 <= alpha <= 1 else "has to lie in 0 .. 1"
+
 
 # ---- shared by several files -----------------------------------------------------------------------------------------
 
+MOST_PIXELS = 16_384  # of a side of the networks' inputs
+MOST_IMAGES = 65_536  # in a batch
 _SEED = {
     "version": Setting("str?", "The version of the reference program that the file is for.", None, legacy=True),
     "random_seed": Setting("int", "Seed of every random draw of the run.", 100, low=0, high=2**31 - 1),
 }
 _COLOR_MODE_HELP = "RGB; GRAY shows networks three equal channels, for grey images; BGR swaps red and blue."
 _BITS_HELP = "Bits that the camera fills in 16-bit files, e.g. 12; null means 16. Set it if such images come out black."
+_LINKS_HELP = "Take images that are reached by links below image_dir which lead out of it; else they are refused."
 _MEGAPIXELS_HELP = "Larger images are refused: a small file may unpack to gigabytes."
 _READER = Section(
     {
@@ -23,6 +60,7 @@ _READER = Section(
                 "image_dir": Setting("str", "Folder that the file names in the image lists are relative to."),
                 "color_mode": Setting("str", _COLOR_MODE_HELP, "RGB", choices=("RGB", "BGR", "GRAY")),
                 "bits": Setting("int?", _BITS_HELP, None, low=8, high=16),
+                "follow_links": Setting("bool", _LINKS_HELP, False),
                 "max_megapixels": Setting("int", _MEGAPIXELS_HELP, 178, low=1, high=100_000),
             }
         ),
@@ -36,35 +74,51 @@ _AUGMENT = {
 _NOT_AUGMENTED = {name: Setting("bool", "Test images are never augmented.", False, legacy=True) for name in _AUGMENT}
 _INPUT_SIZE_HELP = "[height, width] that images are resized to. The U-Nets of SDAS need multiples of 2 ** (levels - 1)."
 _LOADING = {
-    "workers": Setting("int", "Processes that load images, per rank; results do not depend on it.", 2, low=0),
-    "cache_mb": Setting("int", "MiB of shared memory for resized training images; 0: no cache.", 2048, low=0),
+    "workers": Setting(
+        "int", "Processes that load images, per rank; results do not depend on it.", 2, low=0, high=1000
+    ),
+    "cache_mb": Setting(
+        "int", "MiB of shared memory for resized training images; 0: no cache.", 2048, low=0, high=2**24
+    ),
 }
 _CHECKPOINT_HELP = "Recompute activations in the backward pass: far less memory, about a third slower."
 _WIDTH_HELP = "Channels of the first level, a multiple of 32. Fixed by the weights that training starts from."
 _START_HELP = "Weights to start from: a file, or null to train from scratch; in sample.yaml, the trained checkpoint"
 _NETWORK = {
-    "classifier_depth": Setting("int", "Residual blocks per level.", 2, low=1),
-    "channel_mult": Setting("ints", "Width multiplier of each level; one entry a level.", [1, 1, 2, 2, 4, 4], low=1),
-    "class_number": Setting("int", "Number of classes, at least as many as the image list has.", low=1),
-    "dropout": Setting("float", "Dropout probability in the residual blocks.", 0.0, low=0, high=1),
-    "num_head_channels": Setting("int", "Channels per attention head; -1: use num_heads.", 64, low=-1),
+    "classifier_depth": Setting("int", "Residual blocks per level.", 2, low=1, high=32),
+    "channel_mult": Setting(
+        "ints", "Width multiplier of each level; one entry a level.", [1, 1, 2, 2, 4, 4], low=1, high=32
+    ),
+    "class_number": Setting("int", "Number of classes, at least as many as the image list has.", low=1, high=100_000),
+    "dropout": Setting("float", "Dropout probability in the residual blocks.", 0.0, low=0, below=1),
+    "num_head_channels": Setting(
+        "int", "Channels per attention head; -1: use num_heads.", 64, low=-1, high=4096, check=_heads_problem
+    ),
     "use_checkpoint": Setting("bool", _CHECKPOINT_HELP, False),
     "pertrain_path": Setting("str?", f"{_START_HELP} or the folder with it (the reference's spelling).", None),
     "pretrain_path": Setting("str?", "The same as pertrain_path, which it overrides.", None),
 }
 _ATTENTION_HELP = "Downsampling factors (not pixel sizes) of the levels with attention."
 _UNET = {
-    "classifier_width": Setting("int", _WIDTH_HELP, 256, low=1),
+    "classifier_width": Setting("int", _WIDTH_HELP, 256, low=1, high=4096),
     **_NETWORK,
     "attention_resolutions": Setting("ints", _ATTENTION_HELP, [32, 16, 8], low=1),
     "learn_sigma": Setting("bool", "Predict the variance of the reverse process too.", True),
-    "num_heads": Setting("int", "Attention heads, where num_head_channels is -1.", 4, low=1),
-    "num_heads_upsample": Setting("int", "Attention heads of the decoder; -1: num_heads.", -1, low=-1, legacy=True),
+    "num_heads": Setting("int", "Attention heads, where num_head_channels is -1.", 4, low=1, high=4096),
+    "num_heads_upsample": Setting(
+        "int",
+        "Attention heads of the decoder; -1: num_heads.",
+        -1,
+        low=-1,
+        high=4096,
+        check=_heads_problem,
+        legacy=True,
+    ),
     "use_scale_shift_norm": Setting("bool", "Condition by scale and shift (FiLM), not by addition.", True),
     "resblock_updown": Setting("bool", "Change the resolution in residual blocks, not by plain convolutions.", True),
 }
 _CLASSIFIER = {
-    "classifier_width": Setting("int", _WIDTH_HELP, 128, low=1),
+    "classifier_width": Setting("int", _WIDTH_HELP, 128, low=1, high=4096),
     **_NETWORK,
     "classifier_attention_resolutions": Setting("ints", _ATTENTION_HELP, [32, 16, 8], low=1),
     "classifier_use_scale_shift_norm": _UNET["use_scale_shift_norm"],
@@ -90,10 +144,12 @@ _SDAS_DATASET = Section(
                 **_NOT_AUGMENTED,
             }
         ),
-        "input_size": Setting("ints", _INPUT_SIZE_HELP, [256, 256], low=1, length=2),
+        "input_size": Setting("ints", _INPUT_SIZE_HELP, [256, 256], low=1, high=MOST_PIXELS, length=2),
         "pixel_mean": Setting("floats?", _SCALED_HELP, None, length=3, legacy=True),
         "pixel_std": Setting("floats?", _SCALED_HELP, None, length=3, legacy=True),
-        "batch_size": Setting("int", "Images per rank and forward pass. Lower it when memory runs out.", 5, low=1),
+        "batch_size": Setting(
+            "int", "Images per rank and forward pass. Lower it when memory runs out.", 5, low=1, high=MOST_IMAGES
+        ),
         **_LOADING,
     }
 )
@@ -121,8 +177,10 @@ _SDAS_TRAINER = {
     **_TRAINER,
     "val_freq_epoch": Setting("int", _VALIDATION_HELP, 10, low=1),
     "use_fp16": Setting("bool", "The reference's key: if amp is off, True means amp: fp16.", False),
-    "accumulate": Setting("int", "Batches averaged per optimiser step; raise it for a small batch_size.", 1, low=1),
-    "clip_max_norm": Setting("float?", _CLIP_HELP, 1.0, low=0),
+    "accumulate": Setting(
+        "int", "Batches averaged per optimiser step; raise it for a small batch_size.", 1, low=1, high=MOST_IMAGES
+    ),
+    "clip_max_norm": Setting("float?", _CLIP_HELP, 1.0, above=0),
     "val_batch_number": Setting("int", "Batches of test images that a diffusion validation reconstructs.", 6, low=1),
 }
 
@@ -131,7 +189,7 @@ def _process(section_counts: str, use: str) -> Section:
     """The keys of a diffusion process."""
     return Section(
         {
-            "T": Setting("int", "Timesteps of the full process.", 1000, low=1),
+            "T": Setting("int", "Timesteps of the full process.", 1000, low=1, high=100_000),
             "section_counts": Setting(
                 "any", f"Timesteps kept for {use}: ddimN for N at equal strides, or a count for each equal section.",
                 section_counts,
@@ -142,6 +200,32 @@ def _process(section_counts: str, use: str) -> Section:
             ),
         }
     )  # fmt: skip
+
+
+_WEIGHT = {"weight": Setting("float", "Factor of this loss in the sum of all.", 1.0, low=0, high=1e6)}
+_LOSSES = {
+    "SegmentCrossEntropyLoss": Section(_WEIGHT),
+    "FeatureMSELoss": Section(_WEIGHT),
+    "ImageMSELoss": Section(_WEIGHT),
+    "SegmentFocalLoss": Section(
+        {
+            **_WEIGHT,
+            "alpha": Setting(
+                "any", "Weight of class balance_index, or the weights of both.", None, check=_alpha_problem
+            ),
+            "gamma": Setting("float", "Focusing exponent.", 2.0, low=0, high=100),
+            "balance_index": Setting("int", "The class that alpha weights.", 0, low=0, high=1),
+            "smooth": Setting("float", "Smoothing of targets.", 1e-5, above=0, below=0.5),
+            "size_average": Setting("bool", "Mean instead of sum.", True),
+        }
+    ),
+}
+
+
+def _losses(text: str, default: Any = MISSING, legacy: bool = False) -> Entries:
+    """The key `criterion`."""
+    keys = {"name": Setting("str", "Its name in the log.", check=_short_problem), "type": Setting("str", "Its class.")}
+    return Entries(keys, text, default, kwargs=_LOSSES, may_be_empty=True, legacy=legacy)
 
 
 _KEEP_PICTURES_HELP = "Validations whose pictures are kept, in vis_dir and tensorboard; older ones are deleted."
@@ -176,8 +260,8 @@ _DIFFUSION = Section(
                 ),
             }
         ),
-        "criterion": Setting(
-            "list", "Losses of the validation's reconstructions, each {name, type: ImageMSELoss, kwargs: {weight}}.",
+        "criterion": _losses(
+            "Losses of the validation's reconstructions, each {name, type: ImageMSELoss, kwargs: {weight}}.",
             [{"name": "ImageMSELoss", "type": "ImageMSELoss"}],
         ),
         "TrainSampler": _process("ddim1000", "training"),
@@ -199,37 +283,45 @@ _CLASSIFIER_FILE = Section(
                 "ema_decay": Setting("float?", "Decay of averaged weights; null keeps none.", None, low=0, high=1),
             }
         ),
-        "criterion": Setting("list", "The loss is always the cross entropy.", [], legacy=True),
+        "criterion": Setting("list?", "The loss is always the cross entropy.", [], legacy=True),
         "TrainSampler": _process("ddim1000", "training"),
         "TestSampler": _process("ddim1000", "validation"),
         "saver": _saver("classifier"),
     }
 )
 
-_FROM_CHECKPOINT = Setting("int?", "Number of classes, if the checkpoint does not hold it.", None, low=1)
+_FROM_CHECKPOINT = Setting("int?", "Number of classes, if the checkpoint does not hold it.", None, low=1, high=100_000)
 _SAMPLE = Section(
     {
         **_SEED,
         "dataset": Section(
             {
-                "batch_size": Setting("int", "Images drawn at once, per rank; lower it to save memory.", 16, low=1),
+                "batch_size": Setting(
+                    "int", "Images drawn at once, per rank; lower it to save memory.", 16, low=1, high=MOST_IMAGES
+                ),
                 "channels": Setting("int", "Images always have three channels.", 3, low=3, high=3, legacy=True),
-                "H": Setting("int?", "Height of the images; null: as the model was trained.", None, low=1),
-                "W": Setting("int?", "Width of the images; null: as the model was trained.", None, low=1),
+                "H": Setting(
+                    "int?", "Height of the images; null: as the model was trained.", None, low=1, high=MOST_PIXELS
+                ),
+                "W": Setting(
+                    "int?", "Width of the images; null: as the model was trained.", None, low=1, high=MOST_PIXELS
+                ),
             }
         ),
         "classes": Setting("strs?", "Class names in the order of their numbers, if the checkpoint lacks them.", None),
-        "sample_number": Setting("int", "Images per class; the paper draws 10000.", low=1),
+        "sample_number": Setting("int", "Images per class; the paper draws 10000.", low=1, high=10**8),
         "strength": Setting(
             "floats", "Range [low, high] of the anomaly strength s; 0 draws normal images. For ddim, 0.01 .. 0.03.",
-            [0.1, 0.2], low=0, length=2,
+            [0.1, 0.2], low=0, high=100, length=2,
         ),
         "sampler": Setting(
             "str", "How a step is drawn: with the learned variance, or deterministic.", "ancestral",
             choices=("ancestral", "ddim"),
         ),
         "amp": _AMP,
-        "classifier_scale": Setting("float", "Guidance scale; larger is truer to the class, and less varied.", 1.0),
+        "classifier_scale": Setting(
+            "float", "Guidance scale; larger is truer to the class, and less varied.", 1.0, low=-1e4, high=1e4
+        ),
         "unet": Section({**_UNET, "class_number": _FROM_CHECKPOINT}),
         "classifier": Section({**_CLASSIFIER, "class_number": _FROM_CHECKPOINT}, optional=True),
         "TestSampler": _process("ddim20", "sampling"),
@@ -261,10 +353,83 @@ _FOREGROUND_HELP = (
     "Where anomalies may lie: null (the rule of dataset.type's class), none (everywhere), auto, a rule such as "
     "MVTec-AD/bottle, or {channel, threshold, invert, close, open}."
 )
+_LAYERS = Entries(
+    {"idx": Setting("str", "Name of the layer."), "planes": Setting("int", "Channels to keep.", low=1, high=10**6)},
+    "The layers to tap.",
+    distinct="idx",
+)
+_STRUCTURE = Entries(
+    {
+        "name": Setting("str", "Name of the block.", check=_block_name_problem),
+        "layers": _LAYERS,
+        "stride": Setting("int", "Common stride of its layers.", low=1, high=4096),
+    },
+    "Blocks {name, layers: [{idx, planes}], stride}: layers to tap, channels to keep, common stride.",
+    may_be_empty=True,
+)
+_MEASURED = {
+    name: Setting("any", "Stored by the reference program; measured here.", None, legacy=True)
+    for name in ("outlayers", "structure", "inplanes", "instrides")
+}
+_DEPTH = Setting("int", "Length of the residual stack.", 2, low=0, high=64)
+_PARTS = {
+    "models.backbones.Backbone": Section(
+        {
+            **_MEASURED,
+            "backbone": Setting("str", "Name of a torchvision network."),
+            "weights": Setting("str", "auto, random, or a file.", "auto"),
+            "standardize": Setting("bool?", "Whether to standardise features; null: all but ResNets.", None),
+        }
+    ),
+    "models.afs.AFS": Section(
+        {**_MEASURED, "init_bsn": Setting("int", "Batches that AFS looks at.", 64, low=1, high=100_000)}
+    ),
+    "models.recon.ReconstructionLayer": Section(
+        {
+            **_MEASURED,
+            "num_res_blocks": Setting("int", "Residual blocks per level.", 2, low=1, high=32),
+            "hide_channels_ratio": Setting("float", "Hidden width divided by the channels.", 0.5, above=0, high=16),
+            "channel_mult": Setting("ints", "Width multiplier of each level.", [1, 2, 4], low=1, high=32),
+            "attention_mult": Setting("ints", "Downsampling factors with attention.", [2, 4], low=1, may_be_empty=True),
+        }
+    ),
+    "models.recon.SimpleReconstructionLayer": Section({**_MEASURED, "num_residual_layers": _DEPTH}),
+    "models.rrs.RRS": Section(
+        {
+            **_MEASURED,
+            "modes": Setting(
+                "strs", "How channels are ranked.", ["max", "mean"], choices=("max", "mean"), check=_distinct_problem
+            ),
+            "mode_numbers": Setting("ints", "Channels that each mode keeps.", [256, 256], low=1),
+            "num_residual_layers": _DEPTH,
+            "stop_grad": Setting("bool", "Keep the discriminator's gradient from the reconstruction.", False),
+        }
+    ),
+}
 _NET_HELP = (
     "The four parts {name, type, kwargs}: backbone (backbone, weights: auto, random or a file, standardize), afs "
     "(init_bsn: batches it looks at), recon, rrs (modes, mode_numbers, num_residual_layers, stop_grad). Their keys "
     "frozen and prev are legacy."
+)
+_AUC = Entries(
+    {
+        "name": Setting("str", "image or pixel.", choices=("image", "pixel")),
+        "kwargs": Section(
+            {
+                "avgpool_size": Setting(
+                    "ints",
+                    "[height, width] of the pooling window of image scores.",
+                    [16, 16],
+                    low=1,
+                    high=MOST_PIXELS,
+                    length=2,
+                )
+            }
+        ),
+    },
+    "The entry image has kwargs: {avgpool_size: [height, width]}, the pooling window of image scores.",
+    [{"name": "image", "kwargs": {"avgpool_size": [16, 16]}}],
+    may_be_empty=True,
 )
 _REALNET = Section(
     {
@@ -285,34 +450,45 @@ _REALNET = Section(
                     {"meta_file": Setting("str", "Image list to test on; {} is the class."), **_NOT_AUGMENTED}
                 ),
                 "input_size": Setting(
-                    "ints", "[height, width] that images are resized to; any size works.", [256, 256], low=1, length=2
+                    "ints", "[height, width] that images are resized to; any size works.", [256, 256],
+                    low=1, high=MOST_PIXELS, length=2,
                 ),
                 "pixel_mean": Setting(
                     "floats", "Mean of RGB in 0 .. 1 that the backbone's weights expect.", [0.485, 0.456, 0.406],
-                    length=3,
+                    low=0, high=1, length=3,
                 ),
                 "pixel_std": Setting(
-                    "floats", "Standard deviation that they expect.", [0.229, 0.224, 0.225], low=1e-6, length=3
+                    "floats", "Standard deviation that they expect.", [0.229, 0.224, 0.225], low=1e-6, high=10, length=3
                 ),
-                "batch_size": Setting("int", "Images per rank and step. Lower it when memory runs out.", 16, low=1),
+                "batch_size": Setting(
+                    "int", "Images per rank and step. Lower it when memory runs out.", 16, low=1, high=MOST_IMAGES
+                ),
                 **_LOADING,
-                "workers": Setting("int", _LOADING["workers"].help, 4, low=0),
+                "workers": Setting("int", _LOADING["workers"].help, 4, low=0, high=1000),
             }
         ),
-        "structure": Setting(
-            "list", "Blocks {name, layers: [{idx, planes}], stride}: layers to tap, channels to keep, common stride."
+        "structure": _STRUCTURE,
+        "net": Entries(
+            {
+                "name": Setting("str", "backbone, afs, recon or rrs."),
+                "type": Setting("str", "Its class."),
+                "frozen": Setting("bool", "Not used.", False, legacy=True),
+                "prev": Setting("str?", "Not used.", None, legacy=True),
+            },
+            _NET_HELP,
+            kwargs=_PARTS,
+            may_be_empty=True,
         ),
-        "net": Setting("list", _NET_HELP),
         "trainer": Section(
             {
                 **_TRAINER,
                 "val_freq_epoch": Setting("int", _VALIDATION_HELP, 5, low=1),
-                "clip_max_norm": Setting("float?", _CLIP_HELP, None, low=0),
+                "clip_max_norm": Setting("float?", _CLIP_HELP, None, above=0),
             }
         ),
         "saver": _saver("realnet"),
-        "criterion": Setting(
-            "list", "Losses {name, type, kwargs}: SegmentCrossEntropyLoss or SegmentFocalLoss, and FeatureMSELoss."
+        "criterion": _losses(
+            "Losses {name, type, kwargs}: SegmentCrossEntropyLoss or SegmentFocalLoss, and FeatureMSELoss."
         ),
         "evaluator": Section(
             {
@@ -320,10 +496,7 @@ _REALNET = Section(
                     "str", "AUROC that selects the best checkpoint: image, pixel, or the mean of both.", "mean",
                     choices=("mean", "image", "pixel"),
                 ),
-                "metrics": Setting(
-                    "map", "auc's entry image has avgpool_size: [height, width] of the pooling window of image scores.",
-                    {"auc": [{"name": "image", "kwargs": {"avgpool_size": [16, 16]}}]},
-                ),
+                "metrics": Section({"auc": _AUC}),
             }
         ),
     }

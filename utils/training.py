@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from utils.checkpoint import (
     save_for_resume,
     state_dict_of,
 )
-from utils.config import changed_settings, plain
+from utils.config import MOST, changed_settings, plain, shortened
 from utils.distributed import Run, peak_memory
-from utils.errors import Stopped, UsageError
+from utils.errors import RunError, Stopped, UsageError
+from utils.files import append_text
 from utils.lock import folder_lock
 from utils.log import Board, set_up_logging
 from utils.meter import Meter
-from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
+from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer
 from utils.precision import resolve_precision, training_precision
 from utils.run_record import record_run
 from utils.signals import StopRequest, signal_name
@@ -70,7 +71,10 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         for name in asdict(self):
-            setattr(self, name, int(state[name]))
+            value = state[name]
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
+                raise ValueError(f"position.{name} is {shortened(value)}, not a number of steps or epochs")
+            setattr(self, name, value)
 
 
 @dataclass
@@ -91,6 +95,7 @@ class Training:
         steps_per_epoch: optimiser steps of a whole epoch, for the remaining time.
         json_log: file that gets a line of JSON per report.
         meter: what was measured since the last report.
+        class_name: the class that is trained on, if it is one.
     """
 
     config: EasyDict
@@ -109,6 +114,7 @@ class Training:
     steps_per_epoch: int = 0
     json_log: Path | None = None
     meter: Meter = field(default_factory=Meter)
+    class_name: str | None = None
 
     def __post_init__(self) -> None:
         self.first_figures = dict(self.figures)
@@ -146,6 +152,8 @@ class Training:
     def _run_settings(self) -> dict[str, Any]:
         """What a resumed run is compared with."""
         lists = {"training list": self.train_list, "test list": self.test_list}
+        if self.class_name is not None:
+            lists["class"] = self.class_name
         return {"settings": plain(self.config), "ranks": self.run.world_size, **lists}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -156,6 +164,13 @@ class Training:
                 load_weights(part, state, "the checkpoint", "the settings of the networks")
             else:
                 part.load_state_dict(state)
+        for name in self.figures:
+            if not isinstance(content[name], (int, float)) or math.isnan(content[name]):
+                raise ValueError(f"{name} is {shortened(content[name])}, not a number")
+        if not all(bool(tensor.isfinite().all()) for tensor in self.network.state_dict().values()):
+            raise ValueError("the weights hold values that are not finite")
+        if self.progress.step_in_epoch > self.steps_per_epoch > 0:
+            raise ValueError(f"position.step_in_epoch is {self.progress.step_in_epoch}, beyond the end of the epoch")
         self.figures = {name: content[name] for name in self.figures}
 
     def begin(self, saved: dict[str, Any] | None, folder: Path, args: argparse.Namespace) -> None:
@@ -177,21 +192,24 @@ class Training:
         the checkpoint is refused because of them.
 
         Raises:
-            UsageError: the checkpoint belongs to other networks or to other classes.
+            UsageError: the checkpoint belongs to other networks, or to another class or other classes.
         """
         before, now = content.get("classes"), self.settings.get("classes")
-        if before and now and list(before) != list(now):
+        if isinstance(before, (list, tuple)) and before and now and list(before) != list(now):
             texts = [", ".join(map(str, names)) for names in (before, now)]
             raise UsageError(
                 f"{folder}: cannot be resumed: it was trained on the classes {texts[0]}, and the image list has "
                 f"{texts[1]}; their numbers would mean other classes"
             )
-        changes = self._changes_since(content.get("run"))
+        changes = self._changes_since(content["run"] if isinstance(content.get("run"), dict) else None)
         for change in changes:
             log.info("  changed since: %s", change)
+            if change.startswith("class: "):
+                raise UsageError(f"{folder}: cannot be resumed: it was trained on another class ({change[7:]})")
         try:
             self.load_state_dict(content)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        # What a damaged or foreign file may hold in place of a state.
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise UsageError(f"{folder}: cannot be resumed with these settings ({reason})") from error
         log.info("resumed %s after epoch %d, step %d", folder, self.progress.epoch, self.progress.step)
@@ -204,8 +222,8 @@ class Training:
         if before is None:
             return []
         now = self._run_settings()
-        if "test list" not in before:
-            del now["test list"]  # an older checkpoint
+        # An older checkpoint holds less.
+        now = {key: value for key, value in now.items() if key in before}
         return [text.removeprefix("settings.") for text in changed_settings(before, now)]
 
     def _apply_changes(self, changes: list[str]) -> None:
@@ -259,6 +277,7 @@ def set_up_training(
         lists: summaries of the training and test lists.
     """
     trainer = config.trainer
+    distributed.require_same({"image lists": list(lists)})
     network = distributed.synchronize_batchnorm(network, run)
     if trainer.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -304,6 +323,15 @@ class Saver:
             log.info("%s: saved after step %d; the same command with --resume continues", signal_name(number), step)
             raise Stopped(number)
 
+    def after_epoch(self) -> None:
+        """Count the epoch, whose steps may not all have been skipped.
+
+        Raises:
+            RunError: they were.
+        """
+        self.training.stepper.check_epoch(self.training.steps_per_epoch)
+        self.training.progress.finish_epoch()
+
     @contextmanager
     def save_if_stopped(self) -> Iterator[None]:
         """Around a validation: if a signal ends it, save the state so that a resumed run validates anew."""
@@ -326,6 +354,7 @@ def report_step(training: Training, board: Board) -> None:
     """Print and record what the meter measured since the last report, learning rate, memory and skipped steps."""
     progress, stepper, trainer = training.progress, training.stepper, training.config.trainer
     reading = training.meter.read()
+    reading = replace(reading, means=distributed.mean_over_ranks(reading.means))
     if not training.run.is_main:
         return
     skipped, steps = int(stepper.bad_steps), training.steps_per_epoch * trainer.max_epoch
@@ -353,14 +382,18 @@ def report_step(training: Training, board: Board) -> None:
     if training.json_log is not None:
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         line = {"epoch": progress.epoch + 1, "step": progress.step, "eta_seconds": eta.total_seconds(), **finite}
-        with open(training.json_log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            append_text(training.json_log, json.dumps(line) + "\n")
+        except RunError as error:
+            # The disk is full, say: a save will end the run if it has to end.
+            log.warning("warning: %s; the run goes on without this file", error)
+            training.json_log = None
 
 
 def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:
     """Checks of a `trainer` section, for config.collect_errors."""
     cpu = torch.device("cpu")
     return [
-        ("trainer.optimizer", lambda: build_optimizer(trainer.optimizer, nn.Linear(1, 1), cpu)),
+        ("trainer.optimizer", lambda: check_optimizer(trainer.optimizer)),
         ("trainer.amp", lambda: resolve_precision(trainer.amp, cpu)),
     ]

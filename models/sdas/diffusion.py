@@ -262,7 +262,11 @@ class SpacedDiffusion:
     def ddim_reverse_sample_loop(
         self, model: Callable, x: torch.Tensor, model_kwargs: dict | None = None
     ) -> torch.Tensor:
-        """Deterministic inversion x_0 -> x_T by the DDIM ODE; ddim_sample_loop maps the result back to x."""
+        """Deterministic inversion x_0 -> x_T by Euler steps of the DDIM ODE (Song et al. 2021, section 4.3).
+
+        ddim_sample_loop maps the result back to about x: the error of a step is that of predicting eps at the wrong end
+        of it, and vanishes with the number of steps only.
+        """
         for i in range(self.num_timesteps):
             t = torch.full((len(x),), i, device=x.device)
             out = self.p_mean_variance(model, x, t, model_kwargs=model_kwargs)

@@ -7,6 +7,9 @@ import numpy as np
 
 from utils.errors import UsageError
 
+# Of an image's variance, at the last step: 4e-5 for the linear schedule, 2e-9 for the cosine one.
+LEAST_SIGNAL = 1e-20
+
 
 def beta_schedule(name: str, steps: int) -> np.ndarray:
     """Variances of the forward process.
@@ -17,10 +20,10 @@ def beta_schedule(name: str, steps: int) -> np.ndarray:
         steps: number of timesteps T.
 
     Returns:
-        (T,) float64 in (0, 1].
+        (T,) float64 in (0, 1).
 
     Raises:
-        UsageError: an unknown name, or values outside (0, 1].
+        UsageError: an unknown name, values outside (0, 1), or values so large that the last steps divide by almost 0.
     """
     scale = 1000 / steps
     if name == "linear":
@@ -31,13 +34,17 @@ def beta_schedule(name: str, steps: int) -> np.ndarray:
         betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     elif name.startswith("const"):
         try:
-            betas = np.full(steps, scale * float(name.removeprefix("const")), dtype=np.float64)
+            # At most 1, as a value of thousands would warn about overflow.
+            betas = np.full(steps, min(1.0, scale * float(name.removeprefix("const"))), dtype=np.float64)
         except ValueError:
             raise UsageError(f"beta_scheduler: {name!r} lacks its value; write e.g. const0.01") from None
     else:
         raise UsageError(f"beta_scheduler: {name!r} is not one of linear, cosine, const<beta>")
-    if not ((betas > 0) & (betas <= 1)).all():
-        raise UsageError(f"beta_scheduler: {name!r} with T = {steps} has values outside (0, 1]")
+    if not ((betas > 0) & (betas < 1)).all():
+        raise UsageError(f"beta_scheduler: {name!r} with T = {steps} has values outside (0, 1)")
+    if np.log1p(-betas).sum() < math.log(LEAST_SIGNAL):
+        text = f"{name!r} with T = {steps} leaves nothing of an image long before the last step; lower its value"
+        raise UsageError(f"beta_scheduler: {text}")
     return betas
 
 
@@ -57,9 +64,13 @@ def kept_timesteps(steps: int, section_counts: str | int | Sequence[int]) -> lis
         return _strided(steps, section_counts)
     try:
         parts = section_counts.split(",") if isinstance(section_counts, str) else section_counts
-        counts = [int(part) for part in (parts if isinstance(parts, (list, tuple)) else [parts])]
+        parts = parts if isinstance(parts, (list, tuple)) else [parts]
+        if any(isinstance(part, (bool, float)) for part in parts):
+            raise ValueError("int() would cut fractions")
+        counts = [int(part) for part in parts]
     except (TypeError, ValueError):
-        raise UsageError(f"section_counts: {section_counts!r} is not ddimN, a number or a list of numbers") from None
+        text = f"{str(section_counts)[:60]!r} is not ddimN, a whole number or a list of such numbers"
+        raise UsageError(f"section_counts: {text}") from None
     if not counts:
         raise UsageError("section_counts: is empty")
     size, extra = divmod(steps, len(counts))
@@ -67,6 +78,7 @@ def kept_timesteps(steps: int, section_counts: str | int | Sequence[int]) -> lis
     for i, count in enumerate(counts):
         length = size + (i < extra)
         if not 1 <= count <= length:
+            count = count if abs(count) < 10**9 else "that many"
             raise UsageError(f"section_counts: cannot keep {count} steps of a section of {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
         kept += [start + round(stride * k) for k in range(count)]

@@ -7,7 +7,7 @@ import torch
 from easydict import EasyDict
 
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
-from utils.config import plain, pretrained_path
+from utils.config import checked, plain, pretrained_path
 from utils.errors import UsageError
 from utils.settings import SETTINGS
 
@@ -38,20 +38,23 @@ def load_networks(config: EasyDict) -> dict[str, tuple[Path, dict]]:
             raise UsageError(f"{section}.class_number is missing, and {checkpoint} does not hold it")
         networks[section] = checkpoint, content
     _use_process_of(networks["unet"][1], config)
+    # The values from checkpoints are not to be trusted more than those of a YAML.
+    checked(plain(config), networks["unet"][0], "sample")
     return networks
 
 
 def _use_process_of(content: dict, config: EasyDict) -> None:
     """Sample by the process, and by default at the image size, that the diffusion model was trained with."""
-    trained = content.get("process") or _reference_section(content, "TrainSampler")
+    own = content.get("process")
+    trained = own if isinstance(own, dict) else _reference_section(content, "TrainSampler")
     for key in ("T", "beta_scheduler", "rescale_timesteps"):
-        value = trained.get(key) if isinstance(trained, dict) else None
+        value = trained.get(key)
         if value is not None and value != config.TestSampler[key]:
             given = config.TestSampler[key]
             log.info("uses the checkpoint's TestSampler.%s: %s (in the YAML: %s)", key, value, given)
             config.TestSampler[key] = value
-    size = content.get("input_size") or _reference_section(content, "dataset").get("input_size")
-    size = list(size) if isinstance(size, (list, tuple)) and len(size) == 2 else [None, None]
+    sizes = content.get("input_size"), _reference_section(content, "dataset").get("input_size")
+    size = next((list(size) for size in sizes if isinstance(size, (list, tuple)) and len(size) == 2), [None, None])
     for key, side in zip(("H", "W"), size, strict=True):
         if config.dataset[key] is None and side is None:
             raise UsageError(f"dataset.{key} is missing, and the checkpoint does not hold the size of its images")
@@ -72,8 +75,9 @@ def network_settings(content: dict, section: str) -> dict:
 
 def class_names_of(content: dict) -> list[str]:
     """The classes in a checkpoint, in the order of their numbers; empty if it does not name them."""
-    names = content.get("classes") or _reference_section(content, "dataset").get("class_name_list") or []
-    return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+    lists = content.get("classes"), _reference_section(content, "dataset").get("class_name_list")
+    names = next((names for names in lists if isinstance(names, (list, tuple)) and names), [])
+    return [str(name) for name in names]
 
 
 def _reference_section(content: dict, name: str) -> dict:

@@ -61,11 +61,25 @@ def test_exif_orientation_is_applied(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(gradient(), -1))
 
 
-def test_color_modes(tmp_path):
+def test_color_modes_change_what_the_network_gets_and_not_the_pictures(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", color_mode="BGR"), gradient()[..., ::-1])
-    grey = read_image(tmp_path / "a.png", color_mode="GRAY")
-    assert np.ptp(grey, axis=2).max() == 0
+    size, half = gradient().shape[:2], (0.5, 0.4, 0.3)
+    rgb, bgr, grey = (Preprocessing(size, half, half, mode) for mode in ("RGB", "BGR", "GRAY"))
+    for preprocessing in (rgb, bgr):
+        image = preprocessing.read(tmp_path / "a.png")
+        np.testing.assert_array_equal(image, gradient())
+        np.testing.assert_array_equal(preprocessing.pictures(preprocessing.tensor(image)[None].numpy())[0], image)
+    torch.testing.assert_close(bgr.tensor(gradient()), rgb.tensor(gradient()[..., ::-1].copy()))
+    assert np.ptp(grey.read(tmp_path / "a.png"), axis=2).max() == 0
+
+
+@pytest.mark.parametrize("ending", ["eps", "ppm", "ico"])
+def test_other_formats_than_those_of_photographs_are_not_decoded(ending, tmp_path, monkeypatch):
+    Image.fromarray(gradient()).save(tmp_path / f"a.{ending}")
+    (tmp_path / f"a.{ending}").rename(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was called"))
+    with pytest.raises(UsageError, match="not PNG, JPEG"):
+        read_image(tmp_path / "a.png")
 
 
 def test_masks_are_anomalous_above_zero_and_resized_by_nearest_neighbour(tmp_path):

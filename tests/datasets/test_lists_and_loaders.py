@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -284,3 +285,23 @@ def test_skip_leaves_out_the_first_batches():
     assert list(batches) == whole[2:]
     assert len(batches) == 2
     assert np.all([epoch == 2 for batch in batches for epoch, _ in batch])
+
+
+def test_links_that_lead_out_of_the_image_folder_need_a_setting(tiny_data, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.move(tiny_data / "images/dots/train/good/000.png", outside / "000.png")
+    (tiny_data / "images/dots/train/good/000.png").symlink_to(outside / "000.png")
+    path = tiny_data / "samples/train_dots.json"
+    with pytest.raises(UsageError, match=r"000\.png is reached by a link that leads out of .*follow_links: True"):
+        read_list(path, tiny_data / "images")
+    assert len(read_list(path, tiny_data / "images", follow_links=True)) == 8
+    # A folder behind a link, too; but the image folder itself may be one.
+    shutil.move(tiny_data / "images/lines", outside / "lines")
+    (tiny_data / "images/lines").symlink_to(outside / "lines")
+    with pytest.raises(UsageError, match="leads out of"):
+        read_list(tiny_data / "samples/test_lines.json", tiny_data / "images")
+    (tmp_path / "linked").symlink_to(outside)
+    lines = tmp_path / "lines.json"
+    write_list(lines, [Sample("lines/test/good/000.png", 0, "lines")])
+    assert len(read_list(lines, tmp_path / "linked")) == 1

@@ -5,6 +5,7 @@ import doctest
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,3 +293,75 @@ def test_each_class_of_a_multi_class_model_has_its_own_thresholds(detector, tmp_
     code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
     assert code == 2
     assert "no thresholds for the class 'other'; known are strict, lenient" in err
+
+
+def exported(detector, folder, monkeypatch, capsys) -> Path:
+    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(folder), "--format", "onnx", "--input", TEST_FOLDER]
+    assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+    return folder / "model.onnx"
+
+
+def test_an_export_is_not_replaced_unasked_and_a_flipped_bit_in_it_is_noticed(detector, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    model = exported(detector, tmp_path, monkeypatch, capsys)
+    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx", "--input", TEST_FOLDER]
+    code, _, err = run(export.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 2
+    assert "model.onnx already exists; choose another --output, or pass --overwrite" in err
+    assert run(export.main, [*arguments, "--overwrite"], detector.root, monkeypatch, capsys)[0] == 0
+    whole = bytearray(model.read_bytes())
+    whole[len(whole) // 2] ^= 4
+    model.write_bytes(whole)
+    arguments = ["--checkpoint", str(model), "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == 2
+    assert "model.onnx does not match" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch": 4}, "it takes 4 images at once"),
+        ({"size": 32}, "its input has the shape"),
+        ({"name": "picture"}, "its inputs are picture"),
+        ({"output": "score"}, "no output called anomaly_map"),
+        ({"config": "[1]"}, "its settings are [1], not a mapping"),
+        ({"config": "[" * 60 + "]" * 60}, "not a mapping"),
+        ({"thresholds": "3"}, "has to hold a JSON object"),
+        ({"factor": 7.0}, "outside 0 .. 1"),
+    ],
+)
+def test_foreign_onnx_files_are_refused_or_their_images_not_scored(
+    change, says, detector, tmp_path, monkeypatch, capsys
+):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper
+
+    source = exported(detector, tmp_path, monkeypatch, capsys)
+    metadata = onnxruntime.InferenceSession(str(source)).get_modelmeta().custom_metadata_map
+    side, name, output = change.get("size", 64), change.get("name", "image"), change.get("output", "anomaly_map")
+    shape = [change.get("batch", "N"), 3, side, side]
+    nodes = [
+        helper.make_node("ReduceMean", [name, "axes"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "value"], [output]),
+    ]
+    constants = [
+        helper.make_tensor("axes", TensorProto.INT64, [1], [1]),
+        helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
+        helper.make_tensor("value", TensorProto.FLOAT, [], [change.get("factor", 0.5)]),
+    ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)]
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "foreign", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    for key in ("config", "thresholds", "fingerprint"):
+        model.metadata_props.add(key=key, value=change.get(key, metadata[key]))
+    path = tmp_path / "foreign.onnx"
+    onnx.save(model, str(path))
+    arguments = ["--checkpoint", str(path), "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+    assert code == (1 if "factor" in change else 2), err
+    assert says in err

@@ -14,7 +14,7 @@ import export
 from datasets.lists import Sample
 from evaluation.detector import Detector
 from evaluation.exported import read_program
-from evaluation.inputs import ResultNames, groups, prefetch
+from evaluation.inputs import ResultNames
 from evaluation.results import draw_images, evaluate_class
 from evaluation.score import ScoredImages
 from evaluation.tables import COLUMNS, write_tables
@@ -23,6 +23,7 @@ from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.distributed import Run
 from utils.errors import RunError, Stopped, UsageError
+from utils.prefetch import groups, prefetch
 from utils.signals import StopRequest
 
 ALONE = Run(0, 1, torch.device("cpu"))

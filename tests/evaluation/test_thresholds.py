@@ -17,6 +17,7 @@ from evaluation.thresholds import (
     midway_below,
     read_thresholds,
     sidecar,
+    thresholds_from,
     write_thresholds,
 )
 from utils.errors import UsageError
@@ -146,3 +147,18 @@ def test_without_masks_or_defects_undefined_results_are_absent():
     targeted = evaluate_class("x", scored([0, 0, 0, 0], ["good"] * 4), target_fpr=0.25)
     assert np.mean(targeted.scores >= targeted.thresholds.image) <= 0.25
     assert "25%" in targeted.thresholds.rule
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"image": 10**400, "pixel": None, "low": 0, "high": 1},
+        {"image": 0.5, "pixel": True, "low": 0, "high": 1},
+        {"image": 0.5, "pixel": 0.5, "low": 1, "high": 0},
+        {"image": 0.5, "pixel": 0.5, "low": 0, "high": 1, "classes": [1]},
+        [0.5],
+    ],
+)
+def test_thresholds_of_another_kind_are_refused(content):
+    with pytest.raises(UsageError, match="evaluate the model again"):
+        thresholds_from(content, "model.onnx")

@@ -288,3 +288,10 @@ def test_the_focal_loss_takes_the_reference_s_arguments():
     torch.testing.assert_close(loss(outputs), wanted)
     by_number = SegmentFocalLoss(alpha=0.75, balance_index=1, gamma=1.5, smooth=smooth, size_average=False)
     torch.testing.assert_close(by_number(outputs), wanted)
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 64], [-1, 0, 1], [2, 2, 3]])
+def test_indices_from_a_file_are_channels_and_different(indices):
+    afs = AFS([Block("block1", (("layer1", 3),), 4)], {"layer1": 64})
+    with pytest.raises(UsageError, match=r"afs\.indexes\.block1_layer1 has to hold different channels, 0 \.\. 63"):
+        afs.load_state_dict({"indexes.block1_layer1": torch.tensor(indices)})

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import stat
 import tarfile
 import zipfile
@@ -16,8 +17,10 @@ from PIL import Image
 import evaluation_realnet
 import prepare_data
 import train_realnet
+from preparation import archives
 from tests.in_process import run
 from tests.layout_trees import image_file, official
+from utils.config import load_config
 
 # ---- archives --------------------------------------------------------------------------------------------------------
 
@@ -261,3 +264,51 @@ def test_evaluation_without_test_images_says_what_it_needs(workspace, tmp_path, 
 
 def test_there_are_more_than_sixty_cases():
     assert len(ARCHIVES) + len(SPLIT_LINES) + len(LISTS) > 60
+
+
+def test_an_archive_that_claims_to_unpack_to_far_too_much_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(archives, "MOST_UNCHECKED", 10_000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("parts/train/good/0.png", bytes(3_000_000))
+    arguments = ["--dataset", "parts", "--root", "bomb.zip"]
+    code, _, err = run(prepare_data.main, arguments, tmp_path, monkeypatch, capsys)
+    assert code == 2
+    assert "bomb.zip: claims to unpack to 2 MiB, over 200 times its size" in err
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").rglob("*.png"))
+
+
+def test_links_out_of_the_folder_need_an_option_that_reaches_the_settings(tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        image_file(tmp_path / f"elsewhere/{i}.png", i)
+    (tmp_path / "shots/train").mkdir(parents=True)
+    (tmp_path / "shots/train/good").symlink_to(tmp_path / "elsewhere")
+    arguments = ["--dataset", "parts", "--root", "shots"]
+    code, _, err = run(prepare_data.main, arguments, tmp_path, monkeypatch, capsys)
+    assert code == 2
+    assert "train/good/0.png is reached by a link that leads out of this folder; pass --copy" in err
+    code, _, err = run(prepare_data.main, [*arguments, "--follow-links"], tmp_path, monkeypatch, capsys)
+    assert code == 0, err
+    assert load_config(tmp_path / "experiments/parts/realnet.yaml").dataset.image_reader.kwargs.follow_links is True
+
+
+def test_what_a_killed_preparation_had_unpacked_is_cleared(tmp_path, monkeypatch, capsys):
+    image_file(tmp_path / "data/parts/.part-abc/x/0.png", 0)
+    for i in range(3):
+        image_file(tmp_path / f"shots/train/good/{i}.png", i)
+    arguments = ["--dataset", "parts", "--root", "shots"]
+    code, _, err = run(prepare_data.main, arguments, tmp_path, monkeypatch, capsys)
+    assert code == 0, err
+    assert not (tmp_path / "data/parts/.part-abc").exists()
+
+
+def test_a_folder_whose_name_is_not_utf8_is_named_and_the_rest_prepared(tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        image_file(tmp_path / f"shots/train/good/{i}.png", i)
+        image_file(tmp_path / f"shots/test/good/{i}.png", f"test{i}")
+    image_file(tmp_path / os.fsdecode(b"shots/test/bro\xffken/0.png"), "broken")
+    arguments = ["--dataset", "parts", "--root", "shots"]
+    code, out, err = run(prepare_data.main, arguments, tmp_path, monkeypatch, capsys)
+    assert code == 1
+    assert err.count("its name is not UTF-8; rename it") == 1, err
+    assert (tmp_path / "data/parts/samples/train_parts.json").is_file()
+    assert "Traceback" not in out + err

@@ -90,9 +90,9 @@ def mutations(stage: str) -> list[tuple[str, dict, str]]:
 SEMANTIC = {
     "realnet": [
         (("structure", 0, "layers", 0, "planes"), 65, "block1 keeps 65 of layer1, which has 64 channels"),
-        (("structure", 0, "layers", 0, "planes"), 0, "block1 keeps 0 channels"),
+        (("structure", 0, "layers", 0, "planes"), 0, "structure.block1.layers.layer1.planes: 0 has to be at least 1"),
         (("structure", 0, "layers", 0, "idx"), "layer9", "layer9"),
-        (("structure", 0, "stride"), 0, "stride 0"),
+        (("structure", 0, "stride"), 0, "structure.block1.stride: 0"),
         (("structure",), [], "structure"),
         (("net",), [], "net: needs a part named backbone"),
         (("net", 0, "kwargs", "backbone"), "resnet1000", "resnet1000"),

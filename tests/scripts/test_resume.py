@@ -19,8 +19,8 @@ from tests.conftest import REPOSITORY, Workspace
 from tests.in_process import run
 from utils.checkpoint import (
     LAST,
+    NEXT,
     PREVIOUS,
-    clear_leftovers,
     load_checkpoint,
     newest_readable,
     save_checkpoint,
@@ -28,7 +28,7 @@ from utils.checkpoint import (
 )
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
-from utils.files import write_text
+from utils.files import remove_parts, write_text
 from utils.lock import folder_lock
 from utils.optim import Stepper
 from utils.signals import StopRequest, signal_name
@@ -241,12 +241,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     newest = tmp_path / LAST
     newest.write_bytes(newest.read_bytes()[:100])
     with caplog.at_level("WARNING", logger="realnet"):
-        assert newest_readable(tmp_path) == {"step": 1}
+        assert newest_readable(tmp_path) == (tmp_path / PREVIOUS, {"step": 1})
     assert LAST in caplog.text
     assert "is used instead" in caplog.text
     # The damaged checkpoint does not replace the good one.
     save_for_resume(tmp_path, {"step": 3})
-    assert newest_readable(tmp_path) == {"step": 3}
+    assert newest_readable(tmp_path) == (tmp_path / LAST, {"step": 3})
     assert load_checkpoint(tmp_path / LAST) == {"step": 3}
 
 
@@ -263,14 +263,31 @@ def test_a_checkpoint_exists_at_every_moment(tmp_path, monkeypatch):
     def crash(*args: object) -> None:
         raise KeyboardInterrupt
 
-    for moment in ("utils.checkpoint.save_checkpoint", "pathlib.Path.replace"):
+    for moment in ("utils.checkpoint.save_checkpoint", "pathlib.Path.replace", "utils.checkpoint._move_into_place"):
         with monkeypatch.context() as patched:
             patched.setattr(moment, crash)
             with pytest.raises(KeyboardInterrupt):
                 save_for_resume(tmp_path, {"step": 2})
-        assert newest_readable(tmp_path)["step"] == 1
-        clear_leftovers(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [LAST]
+        # What was saved whole before the crash is used, and moved into its place.
+        saved = moment.endswith("_move_into_place")
+        assert newest_readable(tmp_path) == (tmp_path / LAST, {"step": 2 if saved else 1})
+        remove_parts(tmp_path)
+        left = [LAST, PREVIOUS] if saved else [LAST]
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_damaged_next_checkpoint_is_not_used(tmp_path):
+    save_for_resume(tmp_path, {"step": 1})
+    (tmp_path / NEXT).write_bytes((tmp_path / LAST).read_bytes()[:-30])
+    assert newest_readable(tmp_path) == (tmp_path / LAST, {"step": 1})
+    assert (tmp_path / f"{NEXT}.damaged").is_file()
+
+
+def test_equal_contents_give_equal_bytes(tmp_path):
+    content = {"epoch": 3, "state_dict": {"w": torch.arange(6.0)}}
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / f"{name}.pth.tar", content)
+    assert (tmp_path / "a.pth.tar").read_bytes() == (tmp_path / "b.pth.tar").read_bytes()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/bin/mount").exists(), reason="a small file system needs root")

@@ -3,8 +3,6 @@
 Small stand-ins take the networks' place and record what reaches them.
 """
 
-import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -22,6 +20,7 @@ import train_realnet
 import utils.training
 from datasets.build import build_realnet_train_set, build_sdas_dataset
 from evaluation.thresholds import sidecar
+from models import build_realnet
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import CLASSES, CLASSIFIER, UNET
 from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
@@ -204,29 +203,24 @@ def test_drawing_samples_ends_at_a_signal(configured):
 
 
 @pytest.mark.parametrize(
-    ("types", "stop_grad", "missing"),
+    ("types", "stop_grad", "frozen"),
     [
-        (["FeatureMSELoss"], False, "does not train rrs"),
-        (["SegmentFocalLoss"], True, "nothing trains recon"),
+        (["FeatureMSELoss"], False, "rrs"),
+        (["SegmentFocalLoss"], True, "recon"),
         (["SegmentFocalLoss"], False, None),
         (["SegmentCrossEntropyLoss", "FeatureMSELoss"], True, None),
     ],
 )
-def test_several_ranks_are_refused_a_network_that_nothing_trains(types, stop_grad, missing, configured, monkeypatch):
+def test_what_no_loss_reaches_is_frozen_and_told(types, stop_grad, frozen, configured, caplog):
     criterion = f"criterion=[{', '.join(f'{{name: {name}, type: {name}}}' for name in types)}]"
     config = configured("realnet", criterion, f"net.rrs.kwargs.stop_grad={stop_grad}")
-    problem = train_realnet.untrained_network(config)
-    assert (problem is None) == (missing is None)
-    if problem is None:
-        return
-    assert missing in problem
-    two = nullcontext(Run(0, 2, torch.device("cpu")))
-    monkeypatch.setattr(train_realnet.distributed, "session", lambda device: two)
-    monkeypatch.setattr(train_realnet, "load_config", lambda *arguments: config)
-    monkeypatch.setattr(train_realnet, "check", lambda *arguments: ["dots"])
-    monkeypatch.setattr(sys, "argv", ["train_realnet.py", "--config", "realnet.yaml"])
-    with pytest.raises(UsageError, match=missing):
-        train_realnet.main()
+    network = build_realnet(config, "checkpoint")
+    with caplog.at_level("WARNING", logger="realnet"):
+        train_realnet.freeze_untrained(network, config)
+    for name in ("recon", "rrs"):
+        trained = [parameter.requires_grad for parameter in getattr(network, name).parameters()]
+        assert set(trained) == {name != frozen}
+    assert (f"{frozen}, which is frozen" in caplog.text) == (frozen is not None)
 
 
 def test_the_classifier_is_validated_with_averaged_weights_if_there_are_any(configured):

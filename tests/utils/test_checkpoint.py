@@ -108,3 +108,37 @@ def test_a_model_that_is_not_trained_yet_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "none.pth.tar"):
         with pytest.raises(UsageError, match="train the model first"):
             trained_checkpoint(path)
+
+
+TENSORS = {
+    "sparse": (lambda t: t.to_sparse(), "is sparse"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is quantised"),
+    "meta": (lambda t: t.to("meta"), "meta"),
+    "complex": (lambda t: t.to(torch.complex64), "holds complex64, not float32"),
+    "int8": (lambda t: t.to(torch.int8), "holds int8, not float32"),
+    "bool": (lambda t: t.bool(), "holds bool, not float32"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_of_another_kind_are_refused(kind):
+    change, says = TENSORS[kind]
+    state = network().state_dict()
+    state["0.weight"] = change(state["0.weight"])
+    with pytest.raises(UsageError, match=rf"1 of another kind \(0\.weight .*{says}"):
+        load_weights(network(), state, "x.pth.tar", "the YAML")
+
+
+def test_a_refusal_does_not_pass_on_advice_to_switch_protection_off(tmp_path):
+    torch.save({"state_dict": {}, "arch": Hostile(tmp_path / "ran")}, tmp_path / "bad.pth.tar")
+    with pytest.raises(UsageError) as error:
+        load_checkpoint(tmp_path / "bad.pth.tar")
+    assert "it holds posix.system" in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": [1, 2]}, {"state_dict": {1: torch.ones(1)}}, {3: torch.ones(1)}])
+def test_weights_have_names(content, tmp_path):
+    torch.save(content, tmp_path / "a.pth.tar")
+    with pytest.raises(UsageError, match=r"a\.pth\.tar: state_dict is not a mapping from names to tensors"):
+        load_checkpoint(tmp_path / "a.pth.tar")

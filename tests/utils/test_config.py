@@ -1,9 +1,11 @@
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from datasets.foreground import rule_for
 from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
@@ -50,7 +52,7 @@ def test_defaults_and_exponents_without_a_decimal_point(tmp_path):
         ({"trainer": {"max_epcoh": 3}}, "trainer.max_epcoh is not a setting; did you mean trainer.max_epoch?"),
         ({"trainer": {"max_epoch": "ten"}}, "trainer.max_epoch: 'ten' is not a whole number"),
         ({"trainer": {"max_epoch": True}}, "trainer.max_epoch: True is not a whole number"),
-        ({"trainer": 5}, "trainer has to be a section"),
+        ({"trainer": 5}, "trainer: has to be a section"),
         ({"dataset": {"input_size": 256}}, "dataset.input_size: 256 is not a list of whole numbers"),
         ({"structure": None}, "structure: None is not a list"),
     ],
@@ -116,13 +118,10 @@ def test_bad_overrides_are_refused(tmp_path, override):
     [
         ("structure.0.layers=[{idx: layer1, planes: 65}]", "layer1, which has 64 channels"),
         ("structure.0.layers=[{idx: layer9, planes: 64}]", "layer9"),
-        ("structure.0.layers=[{planes: 64}]", "structure: block 0"),
         ("structure=[]", "structure"),
         ("net.backbone.kwargs.backbone=resnet19", "resnet19"),
-        ("net.backbone.kwargs.depth=3", "depth"),
         ("net.recon.type=models.recon.Other", "models.recon.ReconstructionLayer"),
         ("net.recon.kwargs.hide_channels_ratio=0.3", "multiple of 32"),
-        ("net.rrs.kwargs.modes=[max, median]", "median"),
         ("net.rrs.kwargs.mode_numbers=[8, 80]", "80"),
         ("net.rrs.kwargs.mode_numbers=[8]", "mode_numbers"),
     ],
@@ -174,7 +173,9 @@ def test_merge_keys_still_work(tmp_path):
 def test_the_file_of_another_script_is_named():
     path = REPOSITORY / "experiments/demo/diffusion.yaml"
     assert load_config(path, script="diffusion").unet
-    with pytest.raises(UsageError, match=r"holds the settings of a diffusion\.yaml; a realnet\.yaml is needed here"):
+    with pytest.raises(
+        UsageError, match=r"holds the settings of a diffusion\.yaml; those of a realnet\.yaml are needed here"
+    ):
         load_config(path, script="realnet")
 
 
@@ -238,3 +239,79 @@ def test_the_only_class_needs_no_name_and_the_list_of_all_classes_is_no_class():
         cli.chosen_classes(None, "train_{}.json", lambda _: ["bolts", "nuts"], "uni")
     with pytest.raises(UsageError, match=r"realnet_unified\.yaml"):
         cli.chosen_classes("uni", "train_{}.json", lambda _: ["bolts"], "uni")
+
+
+NONSENSE = [
+    ("structure.0.layers=[{planes: 64}]", "structure.block1.layers.0.idx is missing"),
+    (
+        "structure.0.layers=[{idx: layer1, planes: 8}, {idx: layer1, planes: 4}]",
+        "structure.block1.layers.1.idx: 'layer1'",
+    ),
+    ("structure.0.layers.0.planes=12.5", "structure.block1.layers.layer1.planes: 12.5 is not a whole number"),
+    ("structure.0.nmae=x", "structure.block1.nmae is not a setting; did you mean structure.block1.name?"),
+    (f"structure.0.name={'b' * 300}", "structure.0.name: 'bbb"),
+    ("structure.0.name=a.b", "structure.a.b.name: 'a.b' has to hold"),
+    ("net.backbone.kwargs.depth=3", "net.backbone.kwargs.depth is not a setting"),
+    ("net.afs.kwargs.init_bsn=1000000000000", "net.afs.kwargs.init_bsn: 1000000000000 has to be at most"),
+    ("net.recon.kwargs.num_res_block=1", "did you mean net.recon.kwargs.num_res_blocks?"),
+    ("net.rrs.kwargs.modes=[max, median]", "net.rrs.kwargs.modes: ['max', 'median'] names 'median'"),
+    ("net.rrs.kwargs.modes=[max, max]", "net.rrs.kwargs.modes: ['max', 'max'] holds a value twice"),
+    ("net.rrs.kwargs.stop_grad='False'", "net.rrs.kwargs.stop_grad: 'False' is not True or False"),
+    ("net.rrs.kwargs.num_residual_layers=1000000", "net.rrs.kwargs.num_residual_layers: 1000000"),
+    ("net.rrs.name=recon", "net.3.name: 'recon' is given twice"),
+    ("criterion.0.kwargs.weight=-1", "criterion.SegmentCrossEntropyLoss.kwargs.weight: -1 has to be at least 0"),
+    ("criterion.0.kwargs.weight=.nan", "kwargs.weight: nan is not finite"),
+    ("criterion.0.kwargs.weight=heavy", "kwargs.weight: 'heavy' is not a number"),
+    ("criterion.0={name: f, type: SegmentFocalLoss, kwargs: {alpha: 2}}", "criterion.f.kwargs.alpha: 2 has to lie"),
+    ("criterion.0={name: f, type: SegmentFocalLoss, kwargs: {gamma: -1}}", "criterion.f.kwargs.gamma: -1"),
+    (
+        "criterion.0={name: f, type: SegmentFocalLoss, kwargs: {balance_index: 2}}",
+        "criterion.f.kwargs.balance_index: 2",
+    ),
+    ("criterion.1.name=SegmentCrossEntropyLoss", "criterion.1.name: 'SegmentCrossEntropyLoss' is given twice"),
+    ("evaluator.metrics={auc: [{name: image, kwargs: {pool: [4, 4]}}]}", "auc.image.kwargs.pool is not a setting"),
+    ("evaluator.metrics.acu=[]", "evaluator.metrics.acu is not a setting; did you mean evaluator.metrics.auc?"),
+    ("trainer.clip_max_norm=0", "trainer.clip_max_norm: 0 has to be above 0"),
+    (f"random_seed={'9' * 400}", "random_seed: 9999"),
+    (f"trainer.max_epoch={'9' * 400}", "trainer.max_epoch: 999"),
+    ('dataset.type="a\\0b"', "dataset.type: 'a\\x00b' holds a control character"),
+    (f"dataset.train.dtd_dir={'x' * 2000}", "dataset.train.dtd_dir"),
+    ("dataset.pixel_mean=[123, 116, 103]", "dataset.pixel_mean: [123, 116, 103] has to be at most 1"),
+]
+
+
+@pytest.mark.parametrize(("override", "says"), NONSENSE, ids=[override[:60] for override, _ in NONSENSE])
+def test_nonsense_is_refused_by_its_full_key(tmp_path, override, says):
+    with pytest.raises(UsageError) as error:
+        load_config(written(tmp_path, CONFIG), [override])
+    assert says in str(error.value)
+    assert all(len(line) < 400 + len(str(tmp_path)) for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("mapping", "says"),
+    [
+        ({"close": "6"}, "dataset.foreground.close: '6' is not a number of pixels"),
+        ({"open": 2.5}, "dataset.foreground.open: 2.5"),
+        ({"close": 10**9}, "dataset.foreground.close: 1000000000"),
+        ({"invert": "no"}, "dataset.foreground.invert: 'no' is not True or False"),
+        ({"threshold": True}, "dataset.foreground.threshold: True"),
+        ({"chanel": "red"}, "dataset.foreground.chanel is not a setting; did you mean channel?"),
+        ([1], "dataset.foreground: [1] is not none, auto"),
+    ],
+)
+def test_a_foreground_rule_is_checked_by_key(mapping, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        rule_for(mapping, "parts", "bolts", list)
+
+
+@pytest.mark.parametrize("name", ["const1", "const0.5", "const-1", "const0", "constnan", "const1e9", "constant"])
+def test_schedules_that_leave_nothing_of_an_image_are_refused(name):
+    with pytest.raises(UsageError, match="beta_scheduler"):
+        SpacedDiffusion(1000, "ddim20", name)
+
+
+@pytest.mark.parametrize("counts", [[5.5], 2.5, True, "ten", [10**30], None, {}])
+def test_section_counts_are_whole_numbers(counts):
+    with pytest.raises(UsageError, match="section_counts"):
+        SpacedDiffusion(1000, counts, "linear")

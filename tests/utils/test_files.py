@@ -1,5 +1,7 @@
 """Files are whole or absent."""
 
+import errno
+import io
 import os
 import stat
 import subprocess
@@ -8,8 +10,17 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY
-from utils.errors import RunError
-from utils.files import delete_older, remove_parts, umask, write_atomic, write_text
+from utils.errors import RunError, UsageError
+from utils.files import (
+    delete_older,
+    remove_parts,
+    umask,
+    verify_checksums,
+    write_atomic,
+    write_checksums,
+    write_text,
+    write_whole,
+)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -80,3 +91,46 @@ def test_older_files_and_folders_are_deleted(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"new", "middle"}
     delete_older(tmp_path.iterdir(), 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checksum_tells_of_a_flipped_bit_and_of_another_file(tmp_path):
+    path, part = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    path.write_bytes(b"model")
+    part.write_bytes(b"weights")
+    verify_checksums(path)  # without a list, there is nothing to compare with
+    write_checksums(path, part)
+    verify_checksums(path)
+    for file in (path, part):
+        whole = file.read_bytes()
+        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        with pytest.raises(UsageError, match=f"{file.name} does not match"):
+            verify_checksums(path)
+        file.write_bytes(whole)
+    (tmp_path / "model.onnx.sha256").write_text("0  ../../etc/passwd\n")
+    with pytest.raises(UsageError, match="which is not beside it"):
+        verify_checksums(path)
+
+
+def test_half_a_line_does_not_stay(tmp_path):
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(data) < 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:3])
+
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"first\n")
+    with Full(path, "ab") as file, pytest.raises(OSError, match="No space"):
+        write_whole(file, b"second\n")
+    assert path.read_bytes() == b"first\n"
+
+
+def test_what_a_killed_run_has_left_goes_also_folders_and_below(tmp_path):
+    (tmp_path / ".part-a/sub").mkdir(parents=True)
+    (tmp_path / ".part-a/sub/x.png").touch()
+    (tmp_path / "heatmaps").mkdir()
+    (tmp_path / "heatmaps/.part-b.png").touch()
+    remove_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["heatmaps"]
+    remove_parts(tmp_path, nested=True)
+    assert list((tmp_path / "heatmaps").iterdir()) == []

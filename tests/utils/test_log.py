@@ -1,11 +1,14 @@
 """Progress where there is no terminal, and tensorboard."""
 
+import errno
+import logging
+
 import numpy as np
 import torch
 
 from utils import log as log_module
 from utils.distributed import Run
-from utils.log import PICTURES, TensorBoard, progress_bar
+from utils.log import PICTURES, TensorBoard, log, progress_bar, set_up_logging
 from utils.signals import StopRequest
 
 
@@ -36,3 +39,24 @@ def test_tensorboard_keeps_all_numbers_and_the_newest_pictures(tmp_path):
     pictures = EventAccumulator(str(tmp_path / PICTURES)).Reload()
     assert {name: [event.step for event in pictures.Images(name)] for name in "ab"} == {"a": [30, 5], "b": [30, 5]}
     assert len(list((tmp_path / PICTURES).iterdir())) == 2
+
+
+def test_a_full_disk_under_log_and_tensorboard_is_said_once_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    board = set_up_logging(Run(0, 1, torch.device("cpu")), tmp_path, "train", 1)
+    try:
+        file = next(handler for handler in log.handlers if isinstance(handler, logging.FileHandler))
+        monkeypatch.setattr(file.stream, "write", full, raising=False)
+        monkeypatch.setattr(board.numbers, "add_scalar", full)
+        for step in range(3):
+            log.info("step %d", step)
+            board.add_scalar("loss", 1.0, step)
+    finally:
+        board.close()
+    captured = capsys.readouterr()
+    assert captured.out.count("train.log: cannot be written (No space left on device)") == 1
+    assert captured.out.count("tensorboard will lack what follows") == 1
+    assert all(f"step {step}" in captured.out for step in range(3))
+    assert captured.err == ""

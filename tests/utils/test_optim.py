@@ -11,9 +11,9 @@ from easydict import EasyDict
 from torch import nn
 
 from utils.config import read_yaml
-from utils.errors import RunError
+from utils.errors import RunError, UsageError
 from utils.meter import Meter
-from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
+from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -112,3 +112,99 @@ def test_memory_does_not_grow_with_steps():
     assert growth["tensors"] <= 20, growth
     assert growth["python"] < 20_000, growth
     assert growth["resident"] < 2_000_000, growth
+
+
+NONSENSE = [
+    ("{type: Adam, kwargs: {lr: 0}}", "trainer.optimizer.kwargs.lr: 0 has to be above 0"),
+    ("{type: Adam, kwargs: {lr: fast}}", "trainer.optimizer.kwargs.lr: 'fast' is not a finite number"),
+    ("{type: Adam, kwargs: {lr: True}}", "trainer.optimizer.kwargs.lr: True"),
+    ("{type: Adam, kwargs: {lr: .inf}}", "trainer.optimizer.kwargs.lr: inf"),
+    ("{type: Adam, kwargs: {eps: .inf}}", "trainer.optimizer.kwargs.eps: inf"),
+    ("{type: Adam, kwargs: {betas: [0.9, 0.99, 0.999]}}", "trainer.optimizer.kwargs.betas: [0.9, 0.99, 0.999] is not"),
+    ("{type: Adam, kwargs: {betas: [0.9, 1.0]}}", "trainer.optimizer.kwargs.betas: 1.0 has to be below 1"),
+    ("{type: Adam, kwargs: {amsgrad: 'False'}}", "trainer.optimizer.kwargs.amsgrad: 'False' is not True or False"),
+    ("{type: Adam, kwargs: {weight_decay: -1}}", "trainer.optimizer.kwargs.weight_decay: -1"),
+    ("{type: Adam, kwargs: {learning_rate: 1}}", "trainer.optimizer.kwargs.learning_rate is not an argument"),
+    ("{type: SGD, kwargs: {lr: 1e-3, momentum: 1}}", "trainer.optimizer.kwargs.momentum: 1"),
+    ("{type: SGD, kwargs: {lr: 1e-3, nesterov: True}}", "trainer.optimizer.kwargs: Nesterov"),
+    ("{type: LBFGS, kwargs: {lr: 1}}", "trainer.optimizer.type: LBFGS with these kwargs cannot make a step"),
+    ("{type: SparseAdam, kwargs: {lr: 1e-3}}", "trainer.optimizer.type: SparseAdam"),
+    ("{type: Optimizer, kwargs: {lr: 1e-3}}", "trainer.optimizer.type: torch.optim has no 'Optimizer'"),
+    ("{type: lr_scheduler, kwargs: {lr: 1e-3}}", "trainer.optimizer.type: torch.optim has no"),
+]
+
+
+@pytest.mark.parametrize(("section", "says"), NONSENSE, ids=[section for section, _ in NONSENSE])
+def test_an_optimiser_that_cannot_train_is_refused_by_its_key(section, says):
+    with pytest.raises(UsageError) as error:
+        check_optimizer(EasyDict(read_yaml(section)))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "{type: Adam, kwargs: {lr: 1e-4, weight_decay: 0, betas: [0.9, 0.999]}}",
+        "{type: SGD, kwargs: {lr: 0.1, momentum: 0.9, nesterov: True}}",
+        "{type: AdamW, kwargs: {lr: 1e-3, foreach: False}}",
+        "{type: RMSprop, kwargs: {lr: 1e-3}}",
+    ],
+)
+def test_common_optimisers_pass(section):
+    check_optimizer(EasyDict(read_yaml(section)))
+
+
+def trained_stepper(fused: bool) -> Stepper:
+    model = nn.Linear(2, 2)
+    stepper = Stepper(model, torch.optim.Adam(model.parameters(), lr=0.1, fused=fused), "off", None)
+    stepper.backward(model(torch.ones(1, 2)).sum())
+    stepper.step()
+    return stepper
+
+
+def test_a_saved_state_goes_on_in_a_fused_optimiser():
+    saved, fused = trained_stepper(False), trained_stepper(True)
+    fused.load_state_dict(saved.state_dict())
+    assert fused.optimizer.param_groups[0]["fused"] is True
+    fused.backward(fused.model(torch.ones(1, 2)).sum())
+    fused.step()
+    assert all(int(state["step"]) == 2 for state in fused.optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state[0].update(exp_avg=torch.zeros(3, 3)), "has the shape"),
+        (lambda state: state[0].update(exp_avg=torch.zeros(2, 2).to_sparse()), "is sparse"),
+        (lambda state: state[0].update(exp_avg=torch.zeros(2, 2, dtype=torch.complex64)), "complex64"),
+        (lambda state: state[0].update(exp_avg=torch.zeros(2, 2, device="meta")), "meta"),
+        (lambda state: state[0].update(exp_avg="much"), "exp_avg of parameter 0 is 'much'"),
+        (lambda state: state.update({7: state[0]}), "no parameter 7"),
+    ],
+)
+def test_a_state_of_another_shape_or_kind_is_refused(change, says):
+    stepper = trained_stepper(False)
+    state = stepper.state_dict()
+    change(state["optimizer"]["state"])
+    with pytest.raises(ValueError, match=says):
+        stepper.load_state_dict(state)
+
+
+def test_what_an_optimiser_does_not_use_of_a_saved_state_is_told(caplog):
+    saved, model = trained_stepper(False), nn.Linear(2, 2)
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), "off", None)
+    with caplog.at_level("INFO", logger="realnet"):
+        stepper.load_state_dict(saved.state_dict())
+    assert "SGD does not use the saved exp_avg, exp_avg_sq, step" in caplog.text
+
+
+def test_an_epoch_whose_steps_were_all_skipped_ends_the_run():
+    model = nn.Linear(1, 1)
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), "off", None)
+    stepper.check_epoch(2)
+    for _ in range(2):
+        stepper.backward(model(torch.ones(1, 1)).sum() * float("nan"))
+        stepper.step()
+    stepper.check_epoch(3)  # one step before them was made
+    with pytest.raises(RunError, match="not finite in any of the 2 steps of the epoch"):
+        stepper.check_epoch(2)
