@@ -61,7 +61,7 @@ def recognize(folder: Path, dataset: str, chosen: Chosen | None = None) -> Datas
 
 
 def report_masks(samples: list[Sample]) -> list[Finding]:
-    """Findings for defective images without a mask: one per image, or one per folder or class if none in it has one."""
+    """Findings for defective images without a mask: one per image, or one per folder or class with several."""
     findings = []
     for name in sorted({sample.clsname for sample in samples}):
         defective = [sample for sample in samples if sample.clsname == name and sample.label]
@@ -78,10 +78,17 @@ def _without_masks(defective: list[Sample], lacking: list[Sample]) -> list[Findi
     def folder(sample: Sample) -> str:
         return PurePosixPath(sample.filename).parent.as_posix()
 
-    masked = {folder(sample) for sample in defective if sample.maskname is not None}
-    bare = Counter(folder(sample) for sample in lacking if folder(sample) not in masked)
-    findings = [Finding(NO_MASK, name, f"none of its {count} images has a mask") for name, count in bare.items()]
-    return findings + [Finding(NO_MASK, s.filename, "has no mask") for s in lacking if folder(s) in masked]
+    totals, findings = Counter(map(folder, defective)), []
+    for name, count in Counter(map(folder, lacking)).items():
+        bare = [sample.filename for sample in lacking if folder(sample) == name]
+        if count == totals[name] > 1:
+            findings.append(Finding(NO_MASK, name, f"none of its {count} images has a mask"))
+        elif count > 2:
+            first = ", ".join(PurePosixPath(file).name for file in bare[:3])
+            findings.append(Finding(NO_MASK, name, f"{count} of its {totals[name]} images have no mask: {first}, ..."))
+        else:
+            findings += [Finding(NO_MASK, file, "has no mask") for file in bare]
+    return findings
 
 
 # ---- by the names of folders and files -------------------------------------------------------------------------------

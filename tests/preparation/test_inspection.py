@@ -273,6 +273,8 @@ def test_a_folder_without_any_mask_is_one_finding(prepare, tmp_path):
     mvtec_class(tmp_path / "shots")
     for i in range(3):
         image_file(tmp_path / f"shots/test/bent/{i}.png", f"bent{i}")
+        image_file(tmp_path / f"shots/test/crack/more{i}.png", f"crack{i}")
     out = prepare()
-    assert out.count("without a mask: ") == 1, out
+    assert out.count("without a mask: ") == 2, out
     assert "test/bent: none of its 3 images has a mask" in out
+    assert "test/crack: 3 of its 5 images have no mask: more0.png, more1.png, more2.png, ..." in out
