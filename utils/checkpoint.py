@@ -17,6 +17,7 @@ from utils.config import refuse_excess
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import remove_parts, write_atomic
+from utils.names import shown
 from utils.safe_globals import SAFE_GLOBALS
 
 log = logging.getLogger("realnet")
@@ -94,10 +95,12 @@ def _verify_checksums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path} is damaged ({reason}); copy or train it again") from None
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UsageError(f"{path} is damaged ({shown(reason)}); copy or train it again") from None
     if damaged is not None:
-        raise UsageError(f"{path} is damaged: {damaged} does not match its checksum; copy or train it again")
+        raise UsageError(
+            f"{path} is damaged: {shown(damaged)[:120]} does not match its checksum; copy or train it again"
+        )
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

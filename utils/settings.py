@@ -26,6 +26,10 @@ def _short_problem(name: str) -> str | None:
     return None if 1 <= len(name) <= 100 else "has to hold 1 to 100 letters"
 
 
+def _loss_name_problem(name: str) -> str | None:
+    return "is what the log calls the sum of all losses" if name == "loss" else _short_problem(name)
+
+
 def _distinct_problem(values: list) -> str | None:
     return "holds a value twice" if len(set(values)) < len(values) else None
 
@@ -224,7 +228,10 @@ _LOSSES = {
 
 def _losses(text: str, default: Any = MISSING, legacy: bool = False) -> Entries:
     """The key `criterion`."""
-    keys = {"name": Setting("str", "Its name in the log.", check=_short_problem), "type": Setting("str", "Its class.")}
+    keys = {
+        "name": Setting("str", "Its name in the log.", check=_loss_name_problem),
+        "type": Setting("str", "Its class."),
+    }
     return Entries(keys, text, default, kwargs=_LOSSES, may_be_empty=True, legacy=legacy)
 
 

@@ -90,12 +90,12 @@ def _strided(steps: int, section_counts: str) -> list[int]:
     try:
         wanted = int(section_counts.removeprefix("ddim"))
     except ValueError:
-        raise UsageError(f"section_counts: {section_counts!r} is not ddim followed by a number") from None
+        raise UsageError(f"section_counts: {section_counts[:40]!r} is not ddim followed by a number") from None
     counts = {len(range(0, steps, stride)): stride for stride in range(steps, 0, -1)}
     if wanted not in counts:
         nearest = min(counts, key=lambda count: abs(count - wanted))
         raise UsageError(
-            f"section_counts: no stride keeps exactly {wanted} of {steps} steps; the nearest is ddim{nearest}"
+            f"section_counts: no stride keeps exactly {str(wanted)[:20]} of {steps} steps; the nearest is ddim{nearest}"
         )
     return list(range(0, steps, counts[wanted]))
 
