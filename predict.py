@@ -250,7 +250,7 @@ def detect(detector: Detector, images: list[np.ndarray], tiles: Tiles | None) ->
     # Memory may be too small for the batch or for one image.
     except Exception as error:
         if len(images) == 1:
-            return [f"{type(error).__name__}: {error}".splitlines()[0]]
+            return [f"{type(error).__name__}: {error}".splitlines()[0][:200]]
     return [result for image in images for result in detect(detector, [image], tiles)]
 
 

@@ -42,7 +42,7 @@ def load_program(path: Path) -> tuple[TrainedModel, Thresholds | None]:
         settings, exported = json.loads(metadata["config"]), json.loads(metadata["thresholds"])
     except Exception as error:
         # A damaged or foreign file fails in a dozen ways.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise UsageError(f"{path} is not a model that this version of export.py wrote ({reason})") from None
     config = checked(settings, path, "realnet")
     collect_errors(path, [("structure, net", lambda: check_realnet(config))])

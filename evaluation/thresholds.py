@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.metrics import Ranking
+from utils.config import shortened
 from utils.errors import UsageError
 from utils.files import write_text
 
@@ -170,7 +171,7 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
         # A threshold beyond these bounds is none; and Python cannot compare all of its numbers with infinity.
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 <= value <= 1e9
         if not number and not (value is None and name in ("image", "pixel")):
-            raise UsageError(f"{where}: {name} is {value!r}, not a number; evaluate the model again")
+            raise UsageError(f"{where}: {name} is {shortened(value)}, not a number; evaluate the model again")
         values[name] = value
     if values["low"] > values["high"]:
         raise UsageError(f"{where}: low {values['low']} is above high {values['high']}; evaluate the model again")
