@@ -32,9 +32,9 @@ from evaluation.results import ClassResult, draw_images, evaluate_class
 from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
 from evaluation.thresholds import read_thresholds, sidecar, thresholds_of, write_thresholds
-from evaluation.trained_model import has_finite_weights, load_trained, overruled_settings
+from evaluation.trained_model import load_trained, overruled_settings
 from utils import cli, distributed
-from utils.checkpoint import BEST
+from utils.checkpoint import BEST, has_finite_weights
 from utils.config import collect_errors, load_config
 from utils.distributed import Run
 from utils.errors import RunError, UsageError

@@ -30,9 +30,10 @@ from evaluation.detector import as_one_process, checkpoint_path
 from evaluation.inputs import find_inputs
 from evaluation.score import pooling_window
 from evaluation.thresholds import as_content, matching_thresholds
-from evaluation.trained_model import TrainedModel, has_finite_weights, load_trained
+from evaluation.trained_model import TrainedModel, load_trained
 from models.realnet import ExportedRealNet
 from utils import cli
+from utils.checkpoint import has_finite_weights
 from utils.config import load_config, plain
 from utils.errors import RunError, UsageError
 from utils.files import PART, remove_parts, write_atomic, write_checksums

@@ -34,7 +34,7 @@ from utils import cli, distributed
 from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_checkpoint
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run
-from utils.errors import RunError, UsageError
+from utils.errors import RunError
 from utils.log import Board, log, progress_bar
 from utils.optim import seed_step
 from utils.pictures import contact_sheet, heat_overlay, spread, write_image
@@ -83,9 +83,7 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "--class_name", choose_classes
         yield "structure, net", lambda: check_realnet(config)
-        yield "net.afs.kwargs.init_bsn", lambda: afs_batches(config)
         yield "criterion", lambda: build_criterion(config.criterion, DETECTOR_LOSSES)
-        yield "evaluator", lambda: pooling_window(config.evaluator)
         yield from trainer_checks(config.trainer)
         for name in classes:
             yield "dataset", lambda name=name: check_realnet_data(config.dataset, name)
@@ -197,10 +195,7 @@ def prepare_features(
 def afs_batches(config: EasyDict) -> int:
     """The number of batches that AFS looks at, net.afs.kwargs.init_bsn."""
     kwargs = next((part.get("kwargs") or {} for part in config.net if part["name"] == "afs"), {})
-    count = kwargs.get("init_bsn", 64)
-    if not isinstance(count, int) or count < 1:
-        raise UsageError(f"net.afs.kwargs.init_bsn: {count!r} is not a number of batches")
-    return count
+    return kwargs.get("init_bsn", 64)
 
 
 def train_one_epoch(

@@ -1,7 +1,6 @@
 """Foreground masks: where in an image a synthetic anomaly may lie."""
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Callable, Iterable
 
@@ -9,7 +8,7 @@ import cv2
 import numpy as np
 
 from datasets.catalog import CATALOG, ForegroundRule, find
-from utils.config import shortened
+from utils.config import did_you_mean, shortened
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
@@ -97,9 +96,8 @@ def rule_for(
 def _rule_from(setting: dict) -> ForegroundRule:
     for key in setting:
         if key not in FIELDS:
-            close = difflib.get_close_matches(str(key), FIELDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
-            raise UsageError(f"dataset.foreground.{str(key)[:80]} is not a setting; {hint}")
+            hint = did_you_mean(key, FIELDS) or f"; known are {', '.join(FIELDS)}"
+            raise UsageError(f"dataset.foreground.{str(key)[:80]} is not a setting{hint}")
     rule = ForegroundRule(**setting)
     for name in ("close", "open"):
         side = getattr(rule, name)

@@ -18,7 +18,6 @@ from utils.files import write_text
 from utils.names import name_problem
 
 UNIFIED = "uni"
-LINKS_ADVICE = "set dataset.image_reader.kwargs.follow_links: True if that is meant"
 SPLIT_FOLDERS = ("train", "training", "test", "testing")
 
 
@@ -91,7 +90,8 @@ def read_list(
     if not follow_links:
         outside = first_outside(root, [name for s in samples for name in (s.filename, s.maskname) if name])
         if outside is not None:
-            raise UsageError(f"{path}: {outside} is reached by a link that leads out of {root}; {LINKS_ADVICE}")
+            advice = "set dataset.image_reader.kwargs.follow_links: True if that is meant"
+            raise UsageError(f"{path}: {outside} is reached by a link that leads out of {root}; {advice}")
     if not samples and not may_be_empty:
         raise UsageError(f"{path}: holds no image")
     return samples

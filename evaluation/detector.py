@@ -20,9 +20,9 @@ from evaluation.metrics import image_scores
 from evaluation.score import pooling_window
 from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
 from evaluation.tiling import resize_map, tiled_map
-from evaluation.trained_model import has_finite_weights, load_trained
+from evaluation.trained_model import load_trained
 from utils import distributed
-from utils.checkpoint import BEST
+from utils.checkpoint import BEST, has_finite_weights
 from utils.config import checked, load_config
 from utils.errors import RunError, UsageError
 from utils.files import verify_checksums

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
-from evaluation.trained_model import TrainedModel, fingerprint_of
-from models.realnet import build_realnet, check_realnet
-from utils.checkpoint import load_weights
-from utils.config import checked, collect_errors
+from evaluation.trained_model import TrainedModel, trained_from
+from utils.config import checked
 from utils.errors import UsageError
 from utils.files import verify_checksums
 
@@ -45,11 +43,7 @@ def load_program(path: Path) -> tuple[TrainedModel, Thresholds | None]:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise UsageError(f"{path} is not a model that this version of export.py wrote ({reason})") from None
     config = checked(settings, path, "realnet")
-    collect_errors(path, [("structure, net", lambda: check_realnet(config))])
-    network = build_realnet(config, "checkpoint")
-    load_weights(network, state, path, "structure and net in the settings")
-    network = network.requires_grad_(False).eval()
-    trained = TrainedModel(network, config, fingerprint_of(network, config), "?")
+    trained = trained_from(state, config, path, path)
     beside = matching_thresholds(path, trained.fingerprint)
     return trained, beside or (thresholds_from(exported, str(path)) if exported else None)
 

@@ -71,11 +71,25 @@ def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: st
     else:
         raise UsageError(f"{path} holds no settings; pass the realnet.yaml that it was trained with as --config")
     where = path if own else fallback_path or path
+    return trained_from(state_dict_of(content), config, path, where, content.get("epoch", "?"))
+
+
+def trained_from(
+    state: dict[str, torch.Tensor], config: EasyDict, path: Path, where: str | Path, epoch: int | str = "?"
+) -> TrainedModel:
+    """The model with these weights and settings.
+
+    Args:
+        path, where: of the files that hold the weights and the settings, for messages.
+
+    Raises:
+        UsageError: the settings describe no network, or the weights do not fit it.
+    """
     collect_errors(where, [("structure, net", lambda: check_realnet(config))])
     network = build_realnet(config, "checkpoint")
-    load_weights(network, state_dict_of(content), path, "structure and net in the settings")
+    load_weights(network, state, path, "structure and net in the settings")
     network = network.requires_grad_(False).eval()
-    return TrainedModel(network, config, fingerprint_of(network, config), content.get("epoch", "?"))
+    return TrainedModel(network, config, fingerprint_of(network, config), epoch)
 
 
 def _with_networks_of(content: dict[str, Any], fallback: EasyDict, path: Path) -> EasyDict:
@@ -101,11 +115,6 @@ def fingerprint_of(network: torch.nn.Module, config: EasyDict) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).view("uint8"))
     return digest.hexdigest()
-
-
-def has_finite_weights(network: torch.nn.Module) -> bool:
-    """Whether all weights and statistics of a network are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
 
 
 def overruled_settings(trained: EasyDict, given: EasyDict) -> list[str]:

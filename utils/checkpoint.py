@@ -188,6 +188,11 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
     model.load_state_dict(state)
 
 
+def has_finite_weights(network: nn.Module) -> bool:
+    """Whether all weights and statistics of a network are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
+
+
 def _shortened(names: list[str], most: int = 6) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

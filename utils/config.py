@@ -246,7 +246,7 @@ def _problem(value: Any, setting: Setting) -> str | None:
         return f"has to hold {setting.length} numbers"
     if kind in ("ints", "floats", "strs") and not value and not setting.may_be_empty:
         return "is empty"
-    names = value if kind in ("shares", "strs") and setting.choices else [value] if setting.choices else []
+    names = [] if not setting.choices else value if kind in ("shares", "strs") else [value]
     for name in names:
         if name not in setting.choices:
             return (
@@ -285,9 +285,19 @@ def shortened(value: Any) -> str:
 
 
 def _suggest(name: str, section: Section, prefix: str) -> str:
-    close = difflib.get_close_matches(name[:80], section.keys, n=1)
     known = [key for key, entry in section.keys.items() if not getattr(entry, "legacy", False)]
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(known)}"
+    return did_you_mean(name, section.keys, prefix) or f"; known are {', '.join(known)}"
+
+
+def did_you_mean(name: object, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown name: the nearest known one, with a prefix; "" if none is near.
+
+    Example:
+        >>> did_you_mean("thresold", ["channel", "threshold"])
+        '; did you mean threshold?'
+    """
+    close = difflib.get_close_matches(str(name)[:80], list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _fits(value: Any, kind: str) -> bool:

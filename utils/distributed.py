@@ -143,8 +143,8 @@ def _meet(backend: str, rank: int, world_size: int) -> None:
         present = dist.PrefixStore("present", store)
         present.set(str(rank), "")
         present.wait([str(other) for other in range(world_size)], START_TIMEOUT)
-    # torch raises RuntimeError if the address cannot be resolved, for instance.
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    # torch raises DistError, or another RuntimeError if the address cannot be resolved, for instance.
+    except (RuntimeError, ValueError) as error:
         raise RunError(
             f"rank {rank} has not met all {world_size} ranks at {address} ({str(error).splitlines()[0][:200]}); "
             "start them with torchrun, or unset WORLD_SIZE to run one process"

@@ -1,7 +1,6 @@
 """Optimiser steps of the training scripts: accumulation, clipping, skipped steps, EMA."""
 
 import copy
-import difflib
 import inspect
 import logging
 import math
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint import tensor_problem
-from utils.config import MOST, call_with_settings, shortened
+from utils.config import MOST, did_you_mean, shortened
 from utils.distributed import all_reduce_max
 from utils.errors import RunError, UsageError
 
@@ -32,9 +31,7 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
         kwargs.setdefault("fused", True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        return call_with_settings("trainer.optimizer.kwargs", optimizer_class, parameters, **kwargs)
-    except UsageError:
-        raise
+        return optimizer_class(parameters, **kwargs)
     except (TypeError, ValueError) as error:
         raise UsageError(f"trainer.optimizer.kwargs: {error}") from None
 
@@ -85,8 +82,7 @@ def _check_arguments(optimizer_class: type, kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         where, default = f"trainer.optimizer.kwargs.{name}", getattr(parameters.get(name), "default", None)
         if name not in parameters or name == "params":
-            close = difflib.get_close_matches(str(name), parameters, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, parameters)
             raise UsageError(f"{where[:100]} is not an argument of torch.optim.{optimizer_class.__name__}{hint}")
         if name == "maximize" and value is not False:
             raise UsageError(f"{where}: {shortened(value)} would make the loss as large as possible; leave it out")

@@ -19,6 +19,7 @@ from utils import distributed
 from utils.checkpoint import (
     LAST,
     clear_earlier_run,
+    has_finite_weights,
     load_weights,
     refuse_earlier_run,
     save_for_resume,
@@ -167,7 +168,7 @@ class Training:
         for name in self.figures:
             if not isinstance(content[name], (int, float)) or math.isnan(content[name]):
                 raise ValueError(f"{name} is {shortened(content[name])}, not a number")
-        if not all(bool(tensor.isfinite().all()) for tensor in self.network.state_dict().values()):
+        if not has_finite_weights(self.network):
             raise ValueError("the weights hold values that are not finite")
         if self.progress.step_in_epoch > self.steps_per_epoch > 0:
             raise ValueError(f"position.step_in_epoch is {self.progress.step_in_epoch}, beyond the end of the epoch")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 BEAT_SECONDS = 5.0
 # A launcher needs half a minute more to end a stopped rank: together less than two minutes.
 SILENT_SECONDS = 60.0
-DONE = "done"
+DONE = b"done"
 
 
 class Watchdog:
@@ -59,7 +59,7 @@ class Watchdog:
                     if value != self.heard[other][0]:
                         self.heard[other] = (value, time.monotonic())
                 self.answered = time.monotonic()
-            self.store.set(str(self.rank), DONE)
+            self.store.set(str(self.rank), DONE.decode())
         except RuntimeError:
             # The store's process has ended, which ranks and launcher notice themselves.
             self.ended.set()
@@ -72,19 +72,16 @@ class Watchdog:
                 # This process itself was stopped, so it has missed what the others said.
                 self.answered, self.heard = now, {other: (value, now) for other, (value, _) in self.heard.items()}
             last = now
-            silent = next((r for r, (value, at) in self.heard.items() if self._is_silent(value, at, now)), None)
-            if now - self.answered > SILENT_SECONDS:
-                silent = silent if silent is not None else 0
+            heard = ((rank, at) for rank, (value, at) in self.heard.items() if value != DONE)
+            silent = next((rank for rank, at in heard if now - at > SILENT_SECONDS), None)
+            if silent is None and now - self.answered > SILENT_SECONDS:
+                silent = 0  # whose process, or whose launcher, holds the store
             if silent is not None and not self.ended.is_set():
                 self.give_up(
                     f"rank {silent} has not answered for {SILENT_SECONDS:g} s: its process is stopped, or its host is "
                     "gone; this job ends, and --resume continues it"
                 )
                 return
-
-    @staticmethod
-    def _is_silent(value: bytes, at: float, now: float) -> bool:
-        return value != DONE.encode() and now - at > SILENT_SECONDS
 
     def _end(self, text: str) -> None:
         print(f"error: rank {self.rank}: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ import csv
 import doctest
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -295,15 +296,23 @@ def test_each_class_of_a_multi_class_model_has_its_own_thresholds(detector, tmp_
     assert "no thresholds for the class 'other'; known are strict, lenient" in err
 
 
-def exported(detector, folder, monkeypatch, capsys) -> Path:
+@pytest.fixture(scope="module")
+def exported_model(detector, tmp_path_factory) -> Path:
+    """A model.onnx with its checksum beside it, exported once for several tests; copy it to change it."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("exported")
     arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(folder), "--format", "onnx", "--input", TEST_FOLDER]
-    assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+    subprocess.run([sys.executable, str(REPOSITORY / "export.py"), *arguments], cwd=detector.root, check=True)
     return folder / "model.onnx"
 
 
-def test_an_export_is_not_replaced_unasked_and_a_flipped_bit_in_it_is_noticed(detector, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("onnxruntime")
-    model = exported(detector, tmp_path, monkeypatch, capsys)
+def test_an_export_is_not_replaced_unasked_and_a_flipped_bit_in_it_is_noticed(
+    detector, exported_model, tmp_path, monkeypatch, capsys
+):
+    model = tmp_path / "model.onnx"
+    for file in exported_model.parent.iterdir():
+        shutil.copy(file, tmp_path)
     arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx", "--input", TEST_FOLDER]
     code, _, err = run(export.main, arguments, detector.root, monkeypatch, capsys)
     assert code == 2
@@ -333,14 +342,13 @@ def test_an_export_is_not_replaced_unasked_and_a_flipped_bit_in_it_is_noticed(de
     ],
 )
 def test_foreign_onnx_files_are_refused_or_their_images_not_scored(
-    change, says, detector, tmp_path, monkeypatch, capsys
+    change, says, detector, exported_model, tmp_path, monkeypatch, capsys
 ):
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper
 
-    source = exported(detector, tmp_path, monkeypatch, capsys)
-    metadata = onnxruntime.InferenceSession(str(source)).get_modelmeta().custom_metadata_map
+    metadata = onnxruntime.InferenceSession(str(exported_model)).get_modelmeta().custom_metadata_map
     side, name, output = change.get("size", 64), change.get("name", "image"), change.get("output", "anomaly_map")
     shape = [change.get("batch", "N"), 3, side, side]
     nodes = [
