@@ -119,7 +119,8 @@ def settings_page(tables: dict[str, Section]) -> str:
         "*Legacy* keys exist only so that the reference program's files load; leave them as they are.",
         "",
         "This page is written by `python -m utils.settings > docs/settings.md`; edit",
-        "[utils/settings.py](../utils/settings.py) instead.",
+        "[utils/settings.py](../utils/settings.py) or",
+        "[utils/detector_settings.py](../utils/detector_settings.py) instead.",
     ]
     for name, section in tables.items():
         file = f"{name}.yaml" + (" and realnet_unified.yaml" if name == "realnet" else "")
