@@ -22,11 +22,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 
 from datasets.catalog import CATALOG, TEXTURES
 from datasets.images import MEGAPIXELS, allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
+from models.structures import NORMALIZATIONS, STRUCTURES, structure_of
 from preparation import findings, placing, settings_files
 from preparation.archives import SUFFIXES
 from preparation.classes import UNSPLIT, DatasetOnDisk
@@ -81,6 +83,13 @@ def parse_args() -> argparse.Namespace:
         metavar=("H", "W"),
         help="default: the area of 256x256 pixels, in the images' aspect ratio",
     )
+    presets = ("auto", *settings_files.preset_names())
+    preset_help = "settings to begin with: auto takes standard if there is a GPU, else quick (experiments/presets/)"
+    own.add_argument("--preset", choices=presets, default="auto", help=preset_help)
+    own.add_argument("--backbone", metavar="NAME", help=f"instead of the preset's: {', '.join(STRUCTURES)}")
+    own.add_argument("--weights", metavar="FILE", help="the backbone's weights (default: pretrain/, else a download)")
+    normalization_help = "of the images, as the weights expect it: imagenet, or half (mean and deviation 0.5)"
+    own.add_argument("--normalization", choices=tuple(NORMALIZATIONS), default="imagenet", help=normalization_help)
     own.add_argument("--foreground", default="none", help="value of the setting dataset.foreground (default none)")
     return parser.parse_args()
 
@@ -123,8 +132,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--set: overrides settings of the preview; pass --preview, too, or edit the YAML files")
     if args.preview and name in TEXTURES:
         raise UsageError(f"--preview: {name} has no lists to preview")
-    if not own and (args.test_fraction is not None or args.input_size or args.foreground != "none" or args.good):
-        options = "--test-fraction, --input-size, --foreground and --good"
+    changed = args.preset != "auto" or args.backbone or args.weights or args.normalization != "imagenet"
+    if not own and (
+        args.test_fraction is not None or args.input_size or args.foreground != "none" or args.good or changed
+    ):
+        options = "--test-fraction, --input-size, --foreground, --good, --preset and the backbone's options"
         raise UsageError(f"{options}: not for {name}, which has its own settings")
     if args.test_fraction is not None and not 0 <= args.test_fraction < 1:
         raise UsageError(f"--test-fraction {args.test_fraction}: has to lie in 0 .. 1")
@@ -132,6 +144,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--max-megapixels {args.max_megapixels}: at least 1")
     if args.input_size and min(args.input_size) < 32:
         raise UsageError(f"--input-size {' '.join(map(str, args.input_size))}: at least 32 pixels a side")
+    if args.backbone:
+        structure_of(args.backbone)
+    if args.weights and not Path(args.weights).is_file():
+        raise UsageError(f"--weights {args.weights}: there is no such file")
     args.foreground = settings_files.foreground_value(args.foreground, name)
 
 
@@ -271,7 +287,9 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     folder, kept = Path("experiments") / args.dataset, {}
     reader = {"max_megapixels": args.max_megapixels} if args.max_megapixels != MEGAPIXELS else {}
     reader |= {"follow_links": True} if args.follow_links else {}
-    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader)
+    preset, why = chosen_preset(args.preset)
+    detector = settings_files.Detector(preset, args.backbone, args.weights, args.normalization)
+    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader, detector)
     for name, text in texts.items():
         if not (folder / name).is_file():
             write_text(folder / name, text)
@@ -280,6 +298,8 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     if len(kept) < len(texts):
         count = f"{classes} class{'es' * (classes > 1)}"
         log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
+    if "realnet.yaml" not in kept:
+        log.info("  realnet.yaml: preset %s%s; --preset and --backbone choose others", preset, why)
     diffusion = settings_files.diffusion_size(size)
     if diffusion != size:
         text = "  the diffusion model draws %dx%d, because its sides have to be multiples of %d"
@@ -288,6 +308,15 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
         changes = settings_files.kept_values(folder / name, text)
         what = f": it has {'; '.join(changes[:4])}{'; ...' * (len(changes) > 4)}" if changes else ""
         log.info("%s is kept as it is%s (delete it to have it written anew)", folder / name, what)
+
+
+def chosen_preset(wanted: str) -> tuple[str, str]:
+    """The preset, and why it is that one, in words."""
+    if wanted != "auto":
+        return wanted, ""
+    if torch.cuda.is_available():
+        return "standard", " (there is a GPU)"
+    return "quick", " (there is no GPU)"
 
 
 def check_existing(texts: dict[Path, str], overwrite: bool) -> None:
@@ -325,6 +354,14 @@ def write_previews(dataset: str, overrides: list[str]) -> None:
         log.info("%s: preview in %s", name, sheet)
 
 
+def anomaly_types_of(path: Path) -> dict[str, float]:
+    """The anomaly types of a realnet.yaml; those of the benchmarks if it is missing or cannot be used."""
+    try:
+        return load_config(path, script="realnet").dataset.train.anomaly_types
+    except UsageError:
+        return {"normal": 0.5, "sdas": 0.5}
+
+
 def print_next(args: argparse.Namespace) -> None:
     """Print the commands that train and evaluate."""
     name = args.dataset
@@ -332,16 +369,25 @@ def print_next(args: argparse.Namespace) -> None:
     chosen = "all" if len(classes) > 1 else shlex.quote(classes[0])
     train = f"train_realnet.py --dataset {name} --class_name {chosen}"
     evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
-    textures = '--set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"'
+    types = anomaly_types_of(Path("experiments") / name / "realnet.yaml")
+    with_textures, with_diffusion = (
+        "" if types.get(kind) else f' --set "dataset.train.anomaly_types={{normal: 0.5, {kind}: 0.5}}"'
+        for kind in ("dtd", "sdas")
+    )
     classifier = f"train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"
     diffusion = [f"train_diffusion.py --dataset {name}", *[classifier] * (len(classes) > 1)]
     blocks = {
         "Next:": [f"prepare_data.py --dataset {name} --preview    # what training will see"] * (not args.preview),
         "The quick way, with textures as anomalies (DTD, or any folder of images as dataset.train.dtd_dir):": [
-            f"{train} {textures}",
+            f"{train}{with_textures}",
             evaluate,
         ],
-        "Or with the anomalies of a diffusion model:": [*diffusion, f"sample.py --dataset {name}", train, evaluate],
+        "Or with the anomalies of a diffusion model:": [
+            *diffusion,
+            f"sample.py --dataset {name}",
+            f"{train}{with_diffusion}",
+            evaluate,
+        ],
     }
     lines = [""]
     for heading, commands in blocks.items():

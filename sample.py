@@ -108,7 +108,7 @@ def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "sample")
     config = load_config(path, args.set, "sample")
-    apply_arguments(config, args)
+    apply_arguments(config, args, path)
     collect_errors(path, [("TestSampler", lambda: SpacedDiffusion(**config.TestSampler))])
     out = cli.experiment_dir(args)
     with distributed.session(args.device, identity_of(config)) as run, stop_requests(run) as stop:
@@ -135,8 +135,8 @@ def main() -> None:
         board.close()
 
 
-def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
-    """Apply the command line to the settings, and check what depends on both."""
+def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> None:
+    """Apply the command line to the settings of the file at `path`, and check what depends on both."""
     if args.strength:
         config.strength = list(args.strength)
     if args.sampler:
@@ -150,7 +150,8 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
     if args.no_classifier:
         config.classifier = None
     if len(config.strength) != 2 or not 0 <= config.strength[0] <= config.strength[1]:
-        raise UsageError(f"strength: {config.strength} is not a range [low, high] with 0 <= low <= high")
+        where = "--strength" if args.strength else f"{path}: strength"
+        raise UsageError(f"{where}: {config.strength} is not a range [low, high] with 0 <= low <= high")
 
 
 def check_networks(config: EasyDict, path: Path) -> None:

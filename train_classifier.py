@@ -86,15 +86,14 @@ def main() -> None:
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process, test_process = SpacedDiffusion(**config.TrainSampler), SpacedDiffusion(**config.TestSampler)
-        for epoch in range(progress.epoch, config.trainer.max_epoch):
-            batches.set_epoch(epoch, progress.step_in_epoch * config.trainer.accumulate)
+        while not training.is_over:
+            batches.set_epoch(progress.epoch, progress.step_in_epoch * config.trainer.accumulate)
             train_one_epoch(training, process, loader, board, saver)
             saver.after_epoch()
-            last = progress.epoch == config.trainer.max_epoch
-            if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
+            if training.is_due(config.trainer.val_freq_epoch):
                 with training.meter.paused(), saver.save_if_stopped():
                     training.figures["acc"] = validate(training, test_process, test_loader, board, stop)
-            if progress.epoch % config.trainer.save_freq_epoch == 0 or last:
+            if training.is_due(config.trainer.save_freq_epoch):
                 if run.is_main:
                     save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
                 saver.save()
@@ -152,14 +151,12 @@ def train_one_epoch(
             top1, top3 = correct(logits.detach(), label)
             values = {"loss": loss.detach(), "top1": top1.mean(), "top3": top3.mean()}
             meter.add(values, len(image) * run.world_size)
-        training.stepper.step()
-        if training.ema is not None:
-            training.ema.update(training.network, progress.step)
-        progress.finish_step()
-        meter.finish_step()
+        training.finish_step()
         if progress.step % config.trainer.print_freq_step == 0:
             report_step(training, board)
         saver.after_step()
+        if training.is_over:
+            return
 
 
 def correct(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

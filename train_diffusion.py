@@ -82,12 +82,11 @@ def main() -> None:
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process = SpacedDiffusion(**config.TrainSampler)
-        for epoch in range(progress.epoch, config.trainer.max_epoch):
-            batches.set_epoch(epoch, progress.step_in_epoch * config.trainer.accumulate)
+        while not training.is_over:
+            batches.set_epoch(progress.epoch, progress.step_in_epoch * config.trainer.accumulate)
             train_one_epoch(training, process, loader, board, saver)
             saver.after_epoch()
-            last = progress.epoch == config.trainer.max_epoch
-            if progress.epoch % config.trainer.val_freq_epoch == 0 or last:
+            if training.is_due(config.trainer.val_freq_epoch):
                 # Save first: validation takes long, and a run killed during it then loses only the validation.
                 with training.meter.paused():
                     if run.is_main:
@@ -153,13 +152,12 @@ def train_one_epoch(
                 training.stepper.backward(loss / group)
             meter.add({name: value.detach().mean() for name, value in losses.items()}, len(image) * run.world_size)
             training.epoch_loss.add(loss.detach(), 1 / group)
-        training.stepper.step()
-        training.ema.update(training.network, progress.step)
-        progress.finish_step()
-        meter.finish_step()
+        training.finish_step()
         if progress.step % config.trainer.print_freq_step == 0:
             report_step(training, board)
         saver.after_step()
+        if training.is_over:
+            return
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

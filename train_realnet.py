@@ -23,13 +23,14 @@ from torch.utils.data import DataLoader
 from datasets.build import build_realnet_test_set, build_realnet_train_set, check_realnet_data, preprocessing_of
 from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
-from datasets.realnet import RealNetTestSet, RealNetTrainSet
+from datasets.realnet import GoodImages, RealNetTestSet, RealNetTrainSet
 from evaluation.metrics import Ranking
 from evaluation.score import ScoredImages, pooling_window, predict_maps
 from evaluation.thresholds import heat_range, sidecar
 from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.realnet import RealNet
+from models.subspace import Moments
 from utils import cli, distributed
 from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_checkpoint
 from utils.config import collect_errors, load_config, plain
@@ -45,6 +46,7 @@ from utils.training import Saver, Training, report_step, set_up_training, traine
 
 CALIBRATION_BATCHES = 8
 SHEET_IMAGES = 8
+NORMAL_IMAGES = 48  # good training images that evaluator.score is measured on
 DIVERGED = float("-inf")  # the metric of a network whose anomaly maps are not finite
 
 
@@ -149,12 +151,13 @@ def train_class(
     progress, metric = training.progress, None
     saver = Saver(checkpoints, training, stop)
     sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
-    for epoch in range(progress.epoch, config.trainer.max_epoch):
-        batches.set_epoch(epoch, progress.step_in_epoch)
+    while not training.is_over:
+        batches.set_epoch(progress.epoch, progress.step_in_epoch)
         train_one_epoch(training, criterion, loader, board, saver, sheet_path if progress.step == 0 else None)
         saver.after_epoch()
-        if progress.epoch % config.trainer.val_freq_epoch == 0 or progress.epoch == config.trainer.max_epoch:
+        if training.is_due(config.trainer.val_freq_epoch):
             with training.meter.paused(), saver.save_if_stopped():
+                measure_normal(training, train_set, stop)
                 metric = validate(training, test_set, test_loader, board, stop)
                 if run.is_main:
                     save_best(training, metric, checkpoints)
@@ -184,12 +187,17 @@ def prepare_features(
         bar = progress_bar(loader, run, "calibration", total=count, stop=stop)
         network.backbone.calibrate((batch["gt_image"].to(run.device) for batch in bar), count)
     bar = progress_bar(loader, run, "AFS", total=init_batches, stop=stop)
-    losses = network.afs.init_indexes(network.backbone, bar, init_batches)
+    moments = Moments() if network.recon.start == "subspace" else None
+    losses = network.afs.init_indexes(network.backbone, bar, init_batches, moments)
     for name, loss in losses.items():
         kept = len(getattr(network.afs.indexes, name))
         log.info("AFS %s: kept %d of %d channels, loss %.4f .. %.4f", name, kept, len(loss), loss.min(), loss.max())
         board.add_scalar(f"afs/{name}_kept", kept, 0)
         board.add_histogram(f"afs/{name}_loss", loss[loss.isfinite()], 0)
+    if moments is not None:
+        for block, (mean, covariance) in network.afs.kept_moments(moments, network.backbone).items():
+            count = network.recon.subspace(block).fit(mean, covariance, network.recon.share)
+            log.info("normal subspace of %s: %d of %d components", block, count, len(mean))
 
 
 def afs_batches(config: EasyDict) -> int:
@@ -229,14 +237,14 @@ def train_one_epoch(
         losses = {name: loss(outputs) for name, loss in criterion.items()}
         total = sum(losses.values())
         training.stepper.backward(total)
-        training.stepper.step()
-        progress.finish_step()
+        training.finish_step()
         values = {name: value.detach() for name, value in losses.items()}
         meter.add({"loss": total.detach(), **values}, len(batch["image"]) * run.world_size)
-        meter.finish_step()
         if progress.step % training.config.trainer.print_freq_step == 0:
             report_step(training, board)
         saver.after_step()
+        if training.is_over:
+            return
 
 
 def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Board, path: Path) -> None:
@@ -258,6 +266,26 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Boar
 # ---- validation and checkpoints --------------------------------------------------------------------------------------
 
 
+def measure_normal(training: Training, train_set: RealNetTrainSet, stop: StopRequest) -> None:
+    """Measure what evaluator.score needs on some good training images: what the residual is where nothing is wrong."""
+    if training.config.evaluator.score == "discriminator":
+        return
+    network, run = training.deployed, training.run
+    chosen = GoodImages(train_set, spread([0] * len(train_set), NORMAL_IMAGES))
+    batches = SharedBatches(len(chosen), training.config.dataset.batch_size, run)
+    loader = make_loader(chosen, batches, 0, run)
+
+    def outputs() -> Iterator[dict]:
+        for batch in progress_bar(loader, run, "good images", stop=stop):
+            with autocast(run.device, training.precision):
+                yield network({"image": batch.to(run.device)})
+
+    was_training = network.training
+    network.eval()
+    network.score.measure(outputs)
+    network.train(was_training)
+
+
 def validate(
     training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Board, stop: StopRequest
 ) -> float | None:
@@ -269,7 +297,7 @@ def validate(
         return 0.0 if training.run.is_main else None
     shown = spread([sample.defect_type for sample in test_set.samples], SHEET_IMAGES)
     window = pooling_window(training.config.evaluator)
-    scored = predict_maps(training.network, test_set, loader, training.run, window, training.precision, shown, stop)
+    scored = predict_maps(training.deployed, test_set, loader, training.run, window, training.precision, shown, stop)
     if scored is None:
         return None
     epoch = training.progress.epoch
@@ -322,7 +350,11 @@ def save_best(training: Training, metric: float, checkpoints: Path) -> None:
         if thresholds.is_file():
             thresholds.unlink()
             log.info("%s belonged to the checkpoint before and is deleted; evaluate to have new ones", thresholds)
-        save_checkpoint(checkpoints / BEST, training.checkpoint())
+        content = training.checkpoint()
+        if training.ema is not None:
+            # The averaged weights were validated, and are what evaluation and prediction use.
+            content["state_dict"] = content.pop("ema_state_dict")
+        save_checkpoint(checkpoints / BEST, content)
         log.info("saved %s (%.4f)", checkpoints / BEST, metric)
 
 

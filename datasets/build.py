@@ -26,7 +26,7 @@ def preprocessing_of(config: dict) -> Preprocessing:
 
 
 def _augmentation(section: dict) -> Augmentation:
-    return Augmentation(section.hflip, section.vflip, section.rotate)
+    return Augmentation(section.hflip, section.vflip, section.rotate, section.get("jitter", 0.0))
 
 
 def _image_folder(config: dict) -> str:

@@ -262,11 +262,12 @@ def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random flips and quarter turns.
+    """Random flips and quarter turns, brightness and contrast.
 
     Args:
         hflip, vflip: mirror left and right, or top and bottom, with probability 1/2.
         rotate: turn by a random multiple of 90 degrees; non-square images only by 0 or 180, to keep their size.
+        jitter: scale contrast (around the mean) and brightness by factors of 1 - jitter .. 1 + jitter.
 
     Example:
         >>> image, mask = np.zeros((8, 12, 3), np.uint8), np.zeros((8, 12), np.uint8)
@@ -277,9 +278,10 @@ class Augmentation:
     hflip: bool = False
     vflip: bool = False
     rotate: bool = False
+    jitter: float = 0.0
 
     def __call__(self, arrays: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """Apply the same random flips and turn to all arrays (H,W,...)."""
+        """Apply the same random flips and turn to all arrays (H,W,...), and jitter to the first, a uint8 image."""
         arrays = list(arrays)
         if self.hflip and rng.random() < 0.5:
             arrays = [a[:, ::-1] for a in arrays]
@@ -289,6 +291,11 @@ class Augmentation:
             square = arrays[0].shape[0] == arrays[0].shape[1]
             turns = int(rng.integers(4)) if square else 2 * int(rng.integers(2))
             arrays = [np.rot90(a, turns) for a in arrays]
+        if self.jitter:
+            contrast, brightness = rng.uniform(1 - self.jitter, 1 + self.jitter, 2)
+            mean = float(arrays[0].mean())
+            values = ((np.arange(256) - mean) * contrast + mean) * brightness
+            arrays[0] = np.clip(values + 0.5, 0, 255).astype(np.uint8)[arrays[0]]
         return [np.ascontiguousarray(a) for a in arrays]
 
 

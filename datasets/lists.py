@@ -172,9 +172,9 @@ def _check_file(key: str, name: object, where: str, root: Path) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{where}: {name[:80]!r} is not a file name ({error})") from None
     if folder:
-        raise UsageError(f"{where}: {name} under {root} is a folder, not an image")
+        raise UsageError(f"{where}: {name} under image_dir {root} is a folder, not an image")
     if not exists:
-        raise UsageError(f"{where}: {name} does not exist under {root}{_moved(root / name)}")
+        raise UsageError(f"{where}: {name} does not exist under image_dir {root}{_moved(root / name)}")
 
 
 def _moved(path: Path) -> str:

@@ -239,6 +239,26 @@ class RealNetTrainSet(Dataset):
         return (blend(image, source, mask, delta) if mask.any() else None), mask
 
 
+class GoodImages(Dataset):
+    """Some images of a training set as they are.
+
+    Args:
+        indices: in the training set.
+
+    Yields:
+        (3,H,W) float32.
+    """
+
+    def __init__(self, train_set: RealNetTrainSet, indices: Sequence[int]) -> None:
+        self.train_set, self.indices = train_set, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.train_set.preprocessing.tensor(self.train_set.read(self.indices[index])[0])
+
+
 class RealNetTestSet(Dataset):
     """Test images with ground truth.
 

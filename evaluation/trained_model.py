@@ -30,6 +30,7 @@ MODEL_SETTINGS = (
     "dataset.image_reader.kwargs.color_mode",
     "dataset.image_reader.kwargs.bits",
     "evaluator.metrics",
+    "evaluator.score",
 )
 
 
@@ -71,7 +72,9 @@ def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: st
     else:
         raise UsageError(f"{path} holds no settings; pass the realnet.yaml that it was trained with as --config")
     where = path if own else fallback_path or path
-    return trained_from(state_dict_of(content), config, path, where, content.get("epoch", "?"))
+    # A checkpoint to resume from may hold the averaged weights beside those in training.
+    weights = state_dict_of({"state_dict": content["ema_state_dict"]} if "ema_state_dict" in content else content)
+    return trained_from(weights, config, path, where, content.get("epoch", "?"))
 
 
 def trained_from(

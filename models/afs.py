@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.backbones import Backbone, FeatureStatistics, key
+from models.subspace import Moments, standardized
 from utils import distributed
 from utils.errors import UsageError
 
@@ -94,7 +95,9 @@ class AFS(nn.Module):
         return getattr(self.indexes, f"{block.name}_{key(layer)}")
 
     @torch.no_grad()
-    def init_indexes(self, backbone: Backbone, loader: Iterable[dict], batches: int) -> dict[str, torch.Tensor]:
+    def init_indexes(
+        self, backbone: Backbone, loader: Iterable[dict], batches: int, moments: Moments | None = None
+    ) -> dict[str, torch.Tensor]:
         """Choose the channels to keep, in one pass that also measures the backbone's standardisation.
 
         For each channel, the squared difference between the features of image and gt_image, at the block's stride, is
@@ -103,6 +106,7 @@ class AFS(nn.Module):
         Args:
             loader: batches with image, gt_image (N,3,H,W) and mask (N,1,H,W).
             batches: number of batches to use.
+            moments: gets the normal images' features, all channels of the layers of each block.
 
         Returns:
             {"<block>_<layer>": (C,) summed loss of every channel}, averaged over ranks.
@@ -112,10 +116,12 @@ class AFS(nn.Module):
         losses: dict[str, torch.Tensor] = {}
         for batch in islice(loader, batches):
             images, gt_images, masks = (batch[name].to(device) for name in ("image", "gt_image", "mask"))
-            features, gt_features = backbone.feature_extractor(images), backbone.feature_extractor(gt_images)
+            features, gt_features = backbone.maps(images), backbone.maps(gt_images)
             if backbone.standardize:
                 statistics.add(gt_features)
                 deviation = deviation or statistics.result(across_ranks=False)[1]
+            if moments is not None:
+                self._add_moments(moments, gt_features, images.shape[-2:])
             for layer, feature in features.items():
                 difference = feature - gt_features[layer]
                 # The mean cancels, but the scale matters: channel_losses adds an absolute 1e-4 to its denominator.
@@ -135,6 +141,29 @@ class AFS(nn.Module):
         if backbone.standardize:
             backbone.set_standardization(*statistics.result())
         return losses
+
+    def _add_moments(self, moments: Moments, features: dict[str, torch.Tensor], image_size: Sequence[int]) -> None:
+        for block in self.structure:
+            size = grid_size(image_size, block.stride)
+            moments.add(block.name, torch.cat([resize(features[layer], size) for layer, _ in block.layers], dim=1))
+
+    def kept_moments(self, moments: Moments, backbone: Backbone) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Mean (C,) and covariance (C,C) of each block's features, as forward gives them for normal images."""
+        kept = {}
+        for block in self.structure:
+            indices, shifts, scales, offset = [], [], [], 0
+            for layer, planes in block.layers:
+                index = self._kept(block, layer).cpu()
+                shift, scale = backbone.standardization(layer)
+                indices.append(index + offset)
+                shifts.append(shift.cpu()[index])
+                scales.append(scale.cpu().expand(planes))
+                offset += self.channels[layer]
+            chosen = torch.cat(indices)
+            mean, covariance = moments.result(block.name)
+            part = mean[chosen], covariance[chosen][:, chosen]
+            kept[block.name] = standardized(part, torch.cat(shifts), torch.cat(scales))
+        return kept
 
 
 def channel_losses(difference: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

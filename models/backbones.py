@@ -1,6 +1,7 @@
 """Frozen ImageNet backbones: torchvision networks tapped at named layers (RealNet, section 3)."""
 
 import logging
+import math
 import pickle
 import re
 import ssl
@@ -12,12 +13,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from utils import distributed
 from utils.checkpoint import load_checkpoint, state_dict_of, tensor_problem
+from utils.config import did_you_mean, shortened
 from utils.errors import RunError, UsageError
 
 log = logging.getLogger("realnet")
@@ -40,6 +43,9 @@ UNIT_SCALE = ("resnet", "wide_resnet", "resnext")
 class Backbone(nn.Module):
     """Features of a frozen torchvision classification network, always in eval mode.
 
+    Networks of tokens give maps, too: Swin's hold the channels last, and those of vision transformers are one token per
+    patch of an image of their own size.
+
     Args:
         backbone: torchvision's name, e.g. wide_resnet50_2 or squeezenet1_1.
         outlayers: names of the layers to tap, e.g. ["layer1", "layer2"] or ["features.4"].
@@ -50,6 +56,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels, strides: number of channels and stride of each layer, both measured.
+        own_size: (height, width) that images are resized to, for networks of tokens; None: any size.
 
     Shape:
         (N, 3, H, W) ImageNet-normalised RGB -> {layer: (N, channels[layer], h, w)}
@@ -76,16 +83,19 @@ class Backbone(nn.Module):
         self.standardize = not backbone.startswith(UNIT_SCALE) if standardize is None else standardize
         self.needs_calibration = weights == "random"
         network = _build_network(backbone)
+        side = getattr(network, "image_size", None)
+        self.own_size, self.layouts = (side, side) if isinstance(side, int) else None, {}
         try:
             layers = LAYERS.get(backbone, {})
             nodes = {layers.get(name, name): name for name in outlayers}
             self.feature_extractor = create_feature_extractor(network, nodes)
         # A name is also tried as a pattern.
         except (ValueError, re.error):
-            names = [name for name, _ in network.named_modules() if name and name.count(".") <= 1]
-            raise UsageError(
-                f"structure: {backbone} lacks one of the layers {list(outlayers)}; it has {', '.join(names)}"
-            ) from None
+            names = [name for name, _ in network.named_modules() if name]
+            wrong = next((name for name in outlayers if layers.get(name, name) not in names), outlayers[0])
+            short = [name for name in names if name.count(".") <= 1]
+            hint = did_you_mean(wrong, names) or f"; it has {', '.join(short)}"
+            raise UsageError(f"structure: idx {shortened(wrong)} is no layer of {backbone}{hint}") from None
         self.requires_grad_(False)
         if weights not in ("random", "checkpoint"):
             self._load(find_weights(backbone) if weights == "auto" else Path(weights))
@@ -116,29 +126,38 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Measure the channels and strides of the layers with one 256x256 image."""
+        """Measure the channels and strides of the layers with one square image, in units of one of 256x256."""
         device = next(self.feature_extractor.parameters()).device
         try:
-            features = self.feature_extractor(torch.zeros(1, 3, 256, 256, device=device))
+            features = self.feature_extractor(torch.zeros(1, 3, *(self.own_size or (256, 256)), device=device))
         except (AssertionError, RuntimeError) as error:
-            # Networks of tokens take images of their own size only.
             where = "net.backbone.kwargs.backbone"
-            raise UsageError(f"{where}: {self.name} does not take images of any size ({error})") from None
+            raise UsageError(f"{where}: {self.name} does not take images of this size ({error})") from None
+        maps = {}
         for layer, feature in features.items():
-            # A square image has square maps; other shapes hold the channels last, or tokens.
-            if not torch.is_tensor(feature) or feature.dim() != 4 or feature.shape[2] != feature.shape[3]:
+            self.layouts[layer] = _layout(feature)
+            if self.layouts[layer] is None:
                 shape = tuple(feature.shape) if torch.is_tensor(feature) else type(feature).__name__
-                raise UsageError(f"structure: {self.name}'s {layer} outputs {shape}, not a feature map (N, C, h, w)")
-        channels = {layer: feature.shape[1] for layer, feature in features.items()}
-        return channels, {layer: round(256 / feature.shape[2]) for layer, feature in features.items()}
+                raise UsageError(f"structure: {self.name}'s {layer} outputs {shape}, neither a feature map nor tokens")
+            maps[layer] = _as_map(feature, self.layouts[layer])
+        channels = {layer: feature.shape[1] for layer, feature in maps.items()}
+        return channels, {layer: round(256 / feature.shape[2]) for layer, feature in maps.items()}
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode, so that the frozen network keeps its BatchNorm statistics."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features that are not standardised."""
+        if self.own_size:
+            images = F.interpolate(images, self.own_size, mode="bilinear", align_corners=False)
         features = self.feature_extractor(images)
+        return {layer: _as_map(feature, self.layouts[layer]) for layer, feature in features.items()}
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.maps(images)
         if not self.standardize:
             return features
         return {
@@ -160,7 +179,7 @@ class Backbone(nn.Module):
             norm.momentum = None  # a plain average over the batches
             norm.train()
         for images in islice(batches, most):
-            self.feature_extractor(images)
+            self.maps(images)
         for norm in norms:
             norm.eval()
             norm.momentum = 0.1
@@ -169,11 +188,39 @@ class Backbone(nn.Module):
         self.needs_calibration = False
         log.warning("%s: RANDOM weights, features are not pretrained (net.backbone.kwargs.weights: random)", self.name)
 
+    def standardization(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What forward subtracts from a layer's features (C,), and what it then divides them by (scalar)."""
+        if self.standardize:
+            return getattr(self.mean, key(layer)), getattr(self.std, key(layer))
+        return torch.zeros(self.channels[layer]), torch.ones(())
+
     def set_standardization(self, mean: dict[str, torch.Tensor], std: dict[str, torch.Tensor]) -> None:
         """Set the statistics that forward uses: mean[layer] (C,), std[layer] scalar."""
         for layer in self.channels:
             getattr(self.mean, key(layer)).copy_(mean[layer])
             getattr(self.std, key(layer)).copy_(std[layer])
+
+
+def _layout(feature: object) -> str | None:
+    """How the features of a square image are laid out: a map (N,C,h,w), channels last, tokens (N,1+hw,C), or None."""
+    if not torch.is_tensor(feature):
+        return None
+    if feature.dim() == 4:
+        # A square image has square maps.
+        first, second, third = feature.shape[1:]
+        return "map" if second == third else "channels last" if first == second else None
+    square = feature.dim() == 3 and math.isqrt(feature.shape[1] - 1) ** 2 == feature.shape[1] - 1
+    return "tokens" if square else None
+
+
+def _as_map(feature: torch.Tensor, layout: str) -> torch.Tensor:
+    """Features as (N,C,h,w); the class token, which comes first, has no place in it."""
+    if layout == "map":
+        return feature
+    if layout == "channels last":
+        return feature.permute(0, 3, 1, 2)
+    side = math.isqrt(feature.shape[1] - 1)
+    return feature[:, 1:].transpose(1, 2).unflatten(2, (side, side))
 
 
 class FeatureStatistics:
@@ -228,6 +275,13 @@ def find_weights(name: str) -> Path:
     return distributed.on_main(lambda: _find_or_download(name))
 
 
+def _at_hand() -> str:
+    """Which weights are in pretrain/, in words."""
+    files = sorted(path.name for path in Path(PRETRAIN_DIR).glob("*.pt*"))
+    more = ", ..." if len(files) > 6 else ""
+    return f"{', '.join(files[:6])}{more}" if files else "no weights"
+
+
 def _find_or_download(name: str) -> Path:
     choices = list(torchvision.models.get_model_weights(name))
     # Published results were measured with the first generation of ImageNet weights.
@@ -244,5 +298,6 @@ def _find_or_download(name: str) -> Path:
         problem = getattr(error, "reason", error)
         raise RunError(
             f"{path} is missing and cannot be downloaded ({problem}). Fetch {first.url} and put it into {PRETRAIN_DIR}/"
+            f", which holds {_at_hand()}"
         ) from error
     return path

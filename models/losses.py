@@ -119,7 +119,8 @@ def build_criterion(criterion: Sequence[dict], types: Sequence[str] = tuple(LOSS
     built = {}
     for entry in criterion:
         if entry["type"] not in types:
-            raise UsageError(f"criterion: {entry['type']!r} is not one of {', '.join(types)}")
+            name, kind = entry["name"], entry["type"]
+            raise UsageError(f"criterion.{name}.type: {kind!r} is not one of {', '.join(types)}")
         if entry["name"] in built:
             raise UsageError(f"criterion: two losses are called {entry['name']!r}")
         where, loss = f"criterion.{entry['name']}.kwargs", LOSSES[entry["type"]]

@@ -11,6 +11,7 @@ from models.afs import AFS, Block
 from models.backbones import Backbone
 from models.recon import ReconstructionLayer, SimpleReconstructionLayer
 from models.rrs import RRS
+from models.scoring import AnomalyScore
 from utils.config import call_with_settings
 from utils.errors import UsageError
 
@@ -41,12 +42,15 @@ class RealNet(nn.Module):
         In training also gt_block_feats, and the batch's mask.
     """
 
-    def __init__(self, backbone: Backbone, afs: AFS, recon: nn.Module, rrs: RRS) -> None:
+    def __init__(
+        self, backbone: Backbone, afs: AFS, recon: nn.Module, rrs: RRS, score: AnomalyScore | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.afs = afs
         self.recon = recon
         self.rrs = rrs
+        self.score = score or AnomalyScore({})
 
     def forward(self, batch: dict[str, torch.Tensor], train: bool = False) -> dict[str, Any]:
         image = batch["image"]
@@ -61,9 +65,12 @@ class RealNet(nn.Module):
         features = outputs["block_feats"]
         reconstructed = self.recon(features)
         outputs["feats_recon"] = reconstructed
-        outputs["residual"] = {block: (features[block] - reconstructed[block]) ** 2 for block in features}
+        # In float32, as the two are nearly equal where the image is normal.
+        outputs["residual"] = {
+            block: (features[block].float() - reconstructed[block].float()) ** 2 for block in features
+        }
         outputs["logit"] = self.rrs(outputs["residual"], size).float()
-        outputs["anomaly_score"] = outputs["logit"].softmax(dim=1)[:, 1:]
+        outputs["anomaly_score"] = self.score(outputs["residual"], outputs["logit"])
         return outputs
 
     def _paired_features(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict]:
@@ -150,8 +157,8 @@ def build_realnet(config: dict, backbone_weights: str | None = None) -> RealNet:
     """Build RealNet from a loaded realnet.yaml.
 
     Args:
-        config: has `net` and `structure`; `net` may be the reference's saved `arch`, with the structure in afs's
-            kwargs.
+        config: has `net`, `structure` and, if the score is not the discriminator's, `evaluator`; `net` may be the
+            reference's saved `arch`, with the structure in afs's kwargs.
         backbone_weights: overrides net.backbone.kwargs.weights; "checkpoint" when a state_dict will be loaded.
 
     Raises:
@@ -185,4 +192,5 @@ def build_realnet(config: dict, backbone_weights: str | None = None) -> RealNet:
     afs = AFS(blocks, backbone.channels)
     recon = call_with_settings("net.recon.kwargs", RECONSTRUCTIONS[parts["recon"]["type"]], planes, **kwargs["recon"])
     rrs = call_with_settings("net.rrs.kwargs", RRS, planes, strides, **kwargs["rrs"])
-    return RealNet(backbone, afs, recon, rrs)
+    score = AnomalyScore(planes, (config.get("evaluator") or {}).get("score", "discriminator"))
+    return RealNet(backbone, afs, recon, rrs, score)

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.sdas.blocks import AttentionBlock, GroupNorm32, zero_init
+from models.subspace import NormalSubspace
 from utils.errors import UsageError
 
 HEAD_CHANNELS = 64
+STARTS = ("zero", "identity", "subspace")
+SHARE = 0.95
 
 
 class _UpConv(nn.Module):
@@ -137,11 +140,16 @@ class _ResidualLayer(nn.Module):
 class SimpleReconstruction(nn.Module):
     """Small convolutional autoencoder with skip connections, for one model over many classes.
 
+    Args:
+        channels: of input and output.
+        num_residual_layers: length of the residual stack.
+        zero: whether the output begins as 0.
+
     Shape:
         (N, channels, h, w) -> same; h and w multiples of 4
     """
 
-    def __init__(self, channels: int, num_residual_layers: int) -> None:
+    def __init__(self, channels: int, num_residual_layers: int, zero: bool = False) -> None:
         super().__init__()
         c = channels
         self.block1 = nn.Sequential(*self._conv(c, c), *self._conv(c, 2 * c))
@@ -149,6 +157,8 @@ class SimpleReconstruction(nn.Module):
         self._residual_stack = ResidualStack(4 * c, 2 * c, num_residual_layers)
         self.upblock1 = nn.ConvTranspose2d(8 * c, 2 * c, 4, stride=2, padding=1)
         self.upblock2 = nn.ConvTranspose2d(4 * c, c, 4, stride=2, padding=1)
+        if zero:
+            zero_init(self.upblock2)
 
     @staticmethod
     def _conv(channels: int, out_channels: int) -> list[nn.Module]:
@@ -162,14 +172,36 @@ class SimpleReconstruction(nn.Module):
 
 
 class _PerBlock(nn.Module):
-    """One network per block, named <block>_recon; pads features to the multiple of `factor` that networks need."""
+    """One network per block, named <block>_recon; pads features to the multiple of `factor` that networks need.
 
-    def __init__(self, networks: dict[str, nn.Module], factor: int) -> None:
+    Args:
+        planes: channels of each block.
+        start: what a network's output is added to: nothing ("zero", as in the paper), the features ("identity"), or
+            their projection on the normal subspace ("subspace").
+        share: of the variance that the normal subspace holds.
+    """
+
+    def __init__(
+        self,
+        planes: dict[str, int],
+        networks: dict[str, nn.Module],
+        factor: int,
+        start: str,
+        share: float,
+    ) -> None:
         super().__init__()
+        if start not in STARTS:
+            raise UsageError(f"net.recon.kwargs.start: {start!r} is not one of {', '.join(STARTS)}")
         self.blocks = tuple(networks)
-        self.factor = factor
+        self.factor, self.start, self.share = factor, start, share
         for block, network in networks.items():
             self.add_module(f"{block}_recon", network)
+            if start == "subspace":
+                self.add_module(f"{block}_subspace", NormalSubspace(planes[block]))
+
+    def subspace(self, block: str) -> NormalSubspace:
+        """The normal subspace of a block."""
+        return getattr(self, f"{block}_subspace")
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {block: self._reconstruct(block, features[block]) for block in self.blocks}
@@ -178,7 +210,10 @@ class _PerBlock(nn.Module):
         h, w = x.shape[-2:]
         bottom, right = -h % self.factor, -w % self.factor
         padded = F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
-        return getattr(self, f"{block}_recon")(padded)[..., :h, :w]
+        output = getattr(self, f"{block}_recon")(padded)[..., :h, :w]
+        if self.start == "zero":
+            return output
+        return output.float() + (x if self.start == "identity" else self.subspace(block)(x))
 
 
 class ReconstructionLayer(_PerBlock):
@@ -188,6 +223,7 @@ class ReconstructionLayer(_PerBlock):
         planes: channels of each block.
         num_res_blocks, channel_mult, attention_mult: see ReconstructionUNet.
         hide_channels_ratio: hidden width divided by the block's channels.
+        start, share: see _PerBlock.
 
     Shape:
         {block: (N, planes[block], h, w)} -> same
@@ -208,6 +244,8 @@ class ReconstructionLayer(_PerBlock):
         hide_channels_ratio: float = 0.5,
         channel_mult: Sequence[int] = (1, 2, 4),
         attention_mult: Sequence[int] = (2, 4),
+        start: str = "zero",
+        share: float = SHARE,
     ) -> None:
         networks: dict[str, nn.Module] = {}
         for block, channels in planes.items():
@@ -218,7 +256,7 @@ class ReconstructionLayer(_PerBlock):
                     f"{hide_channels_ratio} that is {hidden}, which is not a positive multiple of 32"
                 )
             networks[block] = ReconstructionUNet(channels, hidden, num_res_blocks, channel_mult, attention_mult)
-        super().__init__(networks, 2 ** (len(channel_mult) - 1))
+        super().__init__(planes, networks, 2 ** (len(channel_mult) - 1), start, share)
 
 
 class SimpleReconstructionLayer(_PerBlock):
@@ -227,7 +265,18 @@ class SimpleReconstructionLayer(_PerBlock):
     Args:
         planes: channels of each block.
         num_residual_layers: length of the residual stack.
+        start, share: see _PerBlock.
     """
 
-    def __init__(self, planes: dict[str, int], num_residual_layers: int = 2) -> None:
-        super().__init__({block: SimpleReconstruction(c, num_residual_layers) for block, c in planes.items()}, 4)
+    def __init__(
+        self,
+        planes: dict[str, int],
+        num_residual_layers: int = 2,
+        start: str = "zero",
+        share: float = SHARE,
+    ) -> None:
+        zero = start != "zero"
+        networks: dict[str, nn.Module] = {
+            block: SimpleReconstruction(channels, num_residual_layers, zero) for block, channels in planes.items()
+        }
+        super().__init__(planes, networks, 4, start, share)

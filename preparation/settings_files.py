@@ -1,7 +1,12 @@
-"""Makes the YAML files of a user's own data set from templates/, where @DATASET@ and the like stand for its values."""
+"""Makes the YAML files of a user's own data set: realnet.yaml from a preset, the others from templates/.
+
+In templates, @DATASET@ and the like stand for values. Presets (experiments/presets/) are whole files of a data set
+called parts.
+"""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +14,18 @@ import numpy as np
 import yaml
 
 from datasets.foreground import rule_for
+from models.structures import NORMALIZATIONS, structure_of
 from utils.config import differences, read_yaml
 from utils.errors import RunError, UsageError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+PRESETS = Path(__file__).resolve().parent.parent / "experiments" / "presets"
 _ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
 # The values that each file names.
 FILES = {
     "diffusion.yaml": (*_ALL, "CLASSES"),
     "classifier.yaml": (*_ALL, "CLASSES"),
     "sample.yaml": ("DATASET", "HEIGHT", "WIDTH"),
-    "realnet.yaml": (*_ALL, "FOREGROUND"),
     "realnet_unified.yaml": _ALL,
 }
 IMAGES = "images"  # folder under data/<dataset>/
@@ -72,8 +78,73 @@ def kept_values(path: Path, text: str) -> list[str]:
     return [f"{key} {own}, not {new}" for key, own, new in differences(existing, read_yaml(text))]
 
 
+@dataclass(frozen=True)
+class Detector:
+    """What realnet.yaml says of the networks.
+
+    Args:
+        preset: name of a file in experiments/presets/, without its ending.
+        backbone: one of models.structures.STRUCTURES, or None for the preset's.
+        weights: file of the backbone's weights, or None for pretrain/ or a download.
+        normalization: one of models.structures.NORMALIZATIONS, which goes with the weights.
+    """
+
+    preset: str = "paper"
+    backbone: str | None = None
+    weights: str | None = None
+    normalization: str = "imagenet"
+
+
+def preset_names() -> list[str]:
+    """The presets that there are."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def realnet_text(dataset: str, size: Sequence[int], foreground: str, detector: Detector) -> str:
+    """The text of realnet.yaml.
+
+    Raises:
+        RunError: the preset was changed so that a value has no place in it.
+        UsageError: no structure is known for the backbone.
+    """
+    path = PRESETS / f"{detector.preset}.yaml"
+    text = path.read_text(encoding="utf-8")
+    values = {
+        r"\A# [^\n]*": f"# realnet.yaml of {dataset}: RealNet, one model per class ({{}} stands for the class)."
+        f" Preset {detector.preset}.",
+        r"data/parts/": f"data/{dataset}/",
+        r"^  type: parts$": f"  type: {dataset}",
+        r"^  input_size: [^\n]*": f"  input_size: [{size[0]}, {size[1]}]",
+        # In proportion to the input: 16 at 256.
+        r"avgpool_size: \[16, 16\]": f"avgpool_size: [{max(1, round(size[0] / 16))}, {max(1, round(size[1] / 16))}]",
+        r"^  foreground: none$": f"  foreground: {foreground}  # {FOREGROUND_HINT}",
+    }
+    if detector.normalization != "imagenet":
+        mean, std = NORMALIZATIONS[detector.normalization]
+        values |= {r"^  pixel_mean: [^\n]*": f"  pixel_mean: {list(mean)}"}
+        values |= {r"^  pixel_std: [^\n]*": f"  pixel_std: {list(std)}"}
+    if detector.backbone:
+        lines = [
+            yaml.safe_dump(b, default_flow_style=True, sort_keys=False, width=1000)
+            for b in structure_of(detector.backbone)
+        ]
+        values |= {r"^structure:\n(  - [^\n]*\n)+": "structure:\n" + "".join(f"  - {line}" for line in lines)}
+        values |= {r"backbone: \w+, weights": f"backbone: {detector.backbone}, weights"}
+    if detector.weights:
+        quoted = yaml.safe_dump(detector.weights, default_style='"', width=10**6).strip()
+        values |= {r"weights: auto\}": f"weights: {quoted}}}"}
+    for pattern, value in values.items():
+        text = _replaced(path, pattern, value, text)
+    return text
+
+
 def settings_texts(
-    dataset: str, classes: int, size: Sequence[int], foreground: str, reader: dict[str, Any] | None = None
+    dataset: str,
+    classes: int,
+    size: Sequence[int],
+    foreground: str,
+    reader: dict[str, Any] | None = None,
+    detector: Detector | None = None,
 ) -> dict[str, str]:
     """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
@@ -82,11 +153,15 @@ def settings_texts(
         size: input size of RealNet.
         foreground: value of dataset.foreground, as YAML.
         reader: further keys of dataset.image_reader.kwargs.
+        detector: what realnet.yaml says of the networks.
 
     Raises:
         RunError: a template was changed so that a value has no place in it.
     """
-    texts = {}
+    reading = "".join(f", {key}: {value}" for key, value in (reader or {}).items())
+    texts = {"realnet.yaml": realnet_text(dataset, size, foreground, detector or Detector())}
+    if reading:
+        texts["realnet.yaml"] = texts["realnet.yaml"].replace("color_mode: RGB", f"color_mode: RGB{reading}")
     for name, keys in FILES.items():
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
@@ -97,7 +172,6 @@ def settings_texts(
             "CLASSES": classes,
             "HEIGHT": height,
             "WIDTH": width,
-            "FOREGROUND": f"{foreground}  # {FOREGROUND_HINT}",
         }
         path = TEMPLATES / name
         text = path.read_text(encoding="utf-8")
@@ -106,9 +180,8 @@ def settings_texts(
         if name == "sample.yaml" and classes == 1:
             section = r"^classifier:.*?(?=^TestSampler)"
             text = _replaced(path, section, "classifier: null  # one class\n", text)
-        if reader and name != "sample.yaml":
-            more = "".join(f", {key}: {value}" for key, value in reader.items())
-            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{more}", text)
+        if reading and name != "sample.yaml":
+            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{reading}", text)
         left = re.search("@[A-Z]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 ALLOWED = {
-    "preparation": {"preparation", "datasets", "utils"},
+    "preparation": {"preparation", "datasets", "models", "utils"},
     "evaluation": {"evaluation", "datasets", "models", "utils"},
     "datasets": {"datasets", "utils"},
     "models": {"models", "utils"},

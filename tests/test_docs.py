@@ -15,6 +15,7 @@ PUBLIC = [
     "datasets.anomaly", "datasets.foreground", "datasets.images", "datasets.lists", "datasets.loaders",
     "datasets.perlin", "evaluation.metrics", "evaluation.thresholds", "evaluation.tiling", "models.afs",
     "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs", "models.sdas.diffusion",
+    "models.structures", "models.subspace", "utils.optim",
     "models.sdas.unet",
 ]  # fmt: skip
 

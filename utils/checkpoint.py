@@ -84,7 +84,8 @@ def _reason(error: Exception) -> str:
         named = re.search(r"GLOBAL ([\w.]+)", text)
         what = named[1] if named else "something else"
         return f"besides tensors and plain values, it holds {what}"
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    # miniz adds two sentences of its own to every reason.
+    return text.splitlines()[0].split(". This is an internal miniz error")[0][:200] if text else type(error).__name__
 
 
 def _verify_checksums(path: Path) -> None:
@@ -120,6 +121,8 @@ def tensor_problem(value: torch.Tensor, dtype: torch.dtype) -> str | None:
         return "is quantised"
     if value.device.type == "meta":
         return "has no values (meta)"
+    if value.is_floating_point() and value.element_size() < 2:
+        return f"holds {_type_name(value.dtype)}, which is too coarse for weights"
     if value.is_complex() or value.is_floating_point() != dtype.is_floating_point:
         return f"holds {_type_name(value.dtype)}, not {_type_name(dtype)}"
     if not dtype.is_floating_point and value.dtype != dtype:

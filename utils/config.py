@@ -286,7 +286,12 @@ def shortened(value: Any) -> str:
 
 def _suggest(name: str, section: Section, prefix: str) -> str:
     known = [key for key, entry in section.keys.items() if not getattr(entry, "legacy", False)]
-    return did_you_mean(name, section.keys, prefix) or f"; known are {', '.join(known)}"
+    # In another case, or with dashes, it is still the same name.
+    same = [key for key in section.keys if key == name.lower().replace("-", "_")]
+    if same:
+        return f"; did you mean {prefix}{same[0]}?"
+    more = ", ... (docs/settings.md)" if len(known) > 8 else ""
+    return did_you_mean(name, section.keys, prefix) or f"; known are {', '.join(known[:8])}{more}"
 
 
 def did_you_mean(name: object, known: Iterable[str], prefix: str = "") -> str:
@@ -338,7 +343,11 @@ def collect_errors(path: str | Path, checks: Iterable[tuple[str, Callable[[], An
             check()
         except UsageError as error:
             prefixes = (str(path), "--")
-            problems += [text if text.startswith(prefixes) else f"{path}: {text}" for text in str(error).splitlines()]
+            for text in str(error).splitlines():
+                # The message of a function that knows its argument, but not the settings that it came from.
+                named = any(part.strip() in text for part in section.split(","))
+                text = text if named or text.startswith(prefixes) else f"{section}: {text}"
+                problems.append(text if text.startswith(prefixes) else f"{path}: {text}")
         except RunError:
             # Not a mistake in the settings but, for example, missing weights: reported when the run needs them.
             continue

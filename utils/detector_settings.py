@@ -59,6 +59,10 @@ _MEASURED = {
     for name in ("outlayers", "structure", "inplanes", "instrides")
 }
 _DEPTH = Setting("int", "Length of the residual stack.", 2, low=0, high=64)
+_START = {
+    "start": Setting("str", "What the reconstruction begins as.", "zero", choices=("zero", "identity", "subspace")),
+    "share": Setting("float", "Share of the variance that the normal subspace holds.", 0.95, above=0, high=1),
+}
 _PARTS = {
     "models.backbones.Backbone": Section(
         {
@@ -78,9 +82,10 @@ _PARTS = {
             "hide_channels_ratio": Setting("float", "Hidden width divided by the channels.", 0.5, above=0, high=16),
             "channel_mult": Setting("ints", "Width multiplier of each level.", [1, 2, 4], low=1, high=32),
             "attention_mult": Setting("ints", "Downsampling factors with attention.", [2, 4], low=1, may_be_empty=True),
+            **_START,
         }
     ),
-    "models.recon.SimpleReconstructionLayer": Section({**_MEASURED, "num_residual_layers": _DEPTH}),
+    "models.recon.SimpleReconstructionLayer": Section({**_MEASURED, "num_residual_layers": _DEPTH, **_START}),
     "models.rrs.RRS": Section(
         {
             **_MEASURED,
@@ -94,9 +99,8 @@ _PARTS = {
     ),
 }
 _NET_HELP = (
-    "The four parts {name, type, kwargs}: backbone (backbone, weights: auto, random or a file, standardize), afs "
-    "(init_bsn: batches it looks at), recon, rrs (modes, mode_numbers, num_residual_layers, stop_grad). Their keys "
-    "frozen and prev are legacy."
+    "The four parts {name, type, kwargs}: backbone (backbone, weights, standardize), afs (init_bsn), recon, rrs "
+    "(modes, mode_numbers, num_residual_layers, stop_grad)."
 )
 NET = Entries(
     {

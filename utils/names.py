@@ -43,6 +43,14 @@ def text_problem(text: str) -> str | None:
     return f"is longer than {MOST_LETTERS} letters" if len(text) > MOST_LETTERS else None
 
 
+def folder_problem(text: str) -> str | None:
+    """Why a text cannot be the path of a folder; None if it can."""
+    if not text.strip():
+        return "is empty"
+    longest = max(len(part.encode()) for part in text.replace("\\", "/").split("/"))
+    return f"has a part of more than {MOST_BYTES} bytes" if longest > MOST_BYTES else None
+
+
 def shown(text: str) -> str:
     """The text with control characters escaped, except line breaks: a name cannot steer the terminal.
 

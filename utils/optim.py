@@ -68,11 +68,18 @@ def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 # (lowest, whether it may be reached, highest, whether it may be reached) of arguments that torch does not check, or
 # not wholly.
 _BOUNDS = {
-    "lr": (0, False, math.inf, True),
+    "lr": (0, False, 1e4, True),
     "weight_decay": (0, True, 1e6, True),
     "eps": (0, False, 1, True),
     "momentum": (0, True, 1, False),
     "betas": (0, True, 1, False),
+}
+
+
+# Arguments that have to be False, and what they would do.
+_HARMFUL = {
+    "maximize": "would make the loss as large as possible",
+    "differentiable": "is for gradients through the steps, which nothing here takes",
 }
 
 
@@ -84,8 +91,8 @@ def _check_arguments(optimizer_class: type, kwargs: dict[str, Any]) -> None:
         if name not in parameters or name == "params":
             hint = did_you_mean(name, parameters)
             raise UsageError(f"{where[:100]} is not an argument of torch.optim.{optimizer_class.__name__}{hint}")
-        if name == "maximize" and value is not False:
-            raise UsageError(f"{where}: {shortened(value)} would make the loss as large as possible; leave it out")
+        if name in _HARMFUL and value is not False:
+            raise UsageError(f"{where}: {shortened(value)} {_HARMFUL[name]}; leave it out")
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise UsageError(f"{where}: {shortened(value)} is not True or False")
@@ -112,6 +119,30 @@ def _check_number(
         raise UsageError(f"{where}: {value!r} has to be {'at most' if at_high else 'below'} {high:g}")
 
 
+def learning_rate_factor(schedule: dict, step: int, steps: int) -> float:
+    """What a schedule multiplies the learning rate by at an optimiser step.
+
+    During the first warmup_steps steps it rises linearly to 1. Then it stays there (constant), or falls along half a
+    cosine to 0 (Loshchilov and Hutter 2017, without restarts).
+
+    Args:
+        schedule: the settings {type, warmup_steps}.
+        step: finished steps.
+        steps: of the whole training.
+
+    Example:
+        >>> cosine = {"type": "cosine", "warmup_steps": 2}
+        >>> [round(learning_rate_factor(cosine, step, 6), 3) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    warmup = schedule["warmup_steps"]
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule["type"] == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))) / 2
+
+
 class Stepper:
     """Makes one optimiser step from one or several backward passes.
 
@@ -120,7 +151,7 @@ class Stepper:
 
     Args:
         model: the model whose gradients are clipped, wrapped for several ranks or not.
-        optimizer: optimiser of the model's parameters.
+        optimizer: optimiser of the model's parameters, with the learning rates of the settings.
         precision: "fp16" scales the loss.
         clip_max_norm: largest gradient norm; None does not clip.
         max_bad_steps: how many steps in a row may be skipped, see check.
@@ -139,6 +170,7 @@ class Stepper:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.clip_max_norm, self.max_bad_steps = clip_max_norm, max_bad_steps
+        self.learning_rates = [group["lr"] for group in optimizer.param_groups]
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
         self.bad = torch.zeros((), device=device)
@@ -151,8 +183,14 @@ class Stepper:
         self.bad += ~loss.detach().isfinite()
         self.scaler.scale(loss).backward()
 
-    def step(self) -> None:
-        """Clip once, step if everything is finite, and clear the gradients."""
+    def step(self, factor: float = 1.0) -> None:
+        """Clip once, step if everything is finite, and clear the gradients.
+
+        Args:
+            factor: of the learning rates of the settings, see learning_rate_factor.
+        """
+        for group, learning_rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = learning_rate * factor
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -216,10 +254,17 @@ class Stepper:
                 "learning rate, check the criterion, or set trainer.amp: off"
             )
 
+    @property
+    def lacks_state(self) -> bool:
+        """Whether the optimiser keeps moments and the like, but has none, as before its first step."""
+        return bool(_state_keys(self.optimizer)) and not self.optimizer.state
+
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state["optimizer"], dict) or not isinstance(state["optimizer"]["state"], dict):
+            raise ValueError("the optimiser's state is not a mapping")
         missing = _state_keys(self.optimizer) - _keys_of(state["optimizer"])
         if missing and state["optimizer"]["state"]:
             name = type(self.optimizer).__name__
@@ -234,6 +279,7 @@ class Stepper:
         # The settings of this run apply, so that a resumed run can have a lower learning rate; and before loading, as
         # a fused optimiser keeps its step counts on the GPU.
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        own = [{**group, "lr": lr} for group, lr in zip(own, self.learning_rates, strict=True)]
         groups = [{**saved, **new} for saved, new in zip(state["optimizer"]["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
@@ -242,21 +288,47 @@ class Stepper:
     def _check_shapes(self, state: dict[str, Any]) -> None:
         """Refuse values of other shapes than their parameters have; torch finds them only at the next step, if ever."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept = _kept_state(self.optimizer)
         for number, values in state["state"].items():
             if not isinstance(number, int) or not 0 <= number < len(parameters):
-                raise ValueError(f"the optimiser's state has no parameter {number!r}")
+                raise ValueError(f"the optimiser's state has no parameter {shortened(number)}")
             for name, value in values.items():
-                plain = value is None or (isinstance(value, (int, float)) and math.isfinite(value))
-                if torch.is_tensor(value):
-                    problem = tensor_problem(value, torch.float32)
-                    if problem or value.shape not in (parameters[number].shape, torch.Size([])):
-                        text = problem or f"has the shape {list(value.shape)}, not {list(parameters[number].shape)}"
-                        raise ValueError(f"the optimiser's {name} of parameter {number} {text}")
-                elif not plain:
-                    raise ValueError(f"the optimiser's {name} of parameter {number} is {shortened(value)}")
+                problem = _state_problem(name, value, kept.get(name), parameters[number].shape)
+                if problem:
+                    raise ValueError(f"the optimiser's {name} of parameter {number} {problem}")
+
+
+def _state_problem(name: str, value: Any, own: Any, shape: torch.Size) -> str | None:
+    """Why a saved value cannot be part of an optimiser's state; None if it can.
+
+    Args:
+        own: what this optimiser keeps under that name, see _kept_state; None if nothing.
+        shape: of the parameter.
+    """
+    if torch.is_tensor(own) and own.dim() and not torch.is_tensor(value):
+        return f"is {shortened(value)}, not a tensor"
+    if torch.is_tensor(value):
+        scalar = not (torch.is_tensor(own) and own.dim())
+        allowed = (shape, torch.Size([])) if own is None else (torch.Size([]) if scalar else shape,)
+        problem = tensor_problem(value, torch.float32)
+        if problem or value.shape not in allowed:
+            return problem or f"has the shape {list(value.shape)}, not {list(allowed[0])}"
+        finite, negative = bool(value.isfinite().all()), scalar and bool((value < 0).any())
+    else:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            return f"is {shortened(value)}"
+        finite, negative = value is None or math.isfinite(value), value is not None and value < 0
+    if not finite:
+        return "holds values that are not finite"
+    return "counts below 0" if name == "step" and negative else None
 
 
 def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    """The names of what an optimiser keeps per parameter."""
+    return set(_kept_state(optimizer))
+
+
+def _kept_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What an optimiser keeps per parameter, found by one step of another one with the same arguments."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.zeros(2, 2)
@@ -264,7 +336,7 @@ def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
     kwargs = {name: value for name, value in optimizer.defaults.items() if name in names and name != "fused"}
     probe = type(optimizer)([parameter], **kwargs)
     probe.step()
-    return {name for name, value in probe.state[parameter].items() if value is not None}
+    return {name: value for name, value in probe.state[parameter].items() if value is not None}
 
 
 def _keys_of(state: dict[str, Any]) -> set[str]:
@@ -305,7 +377,7 @@ class EMA:
     """Exponential moving average of a model's parameters, warmed up.
 
     At step k the decay is min(decay, (1 + k) / (10 + k)). Otherwise, the random weights at the start would stay in the
-    average for about 1 / (1 - decay) steps.
+    average for about 1 / (1 - decay) steps. Frozen parameters are as they were at the start.
 
     Attributes:
         model: a copy that holds the averages, in eval mode.
@@ -319,7 +391,9 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Update the averages after an optimiser step; `step` counts from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        averages, values = zip(*((a, p) for a, p in pairs if p.requires_grad), strict=True)
+        torch._foreach_lerp_(averages, values, 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
 

@@ -4,6 +4,7 @@ python -m utils.settings > docs/settings.md        writes the page that document
 """
 
 from utils.detector_settings import AUC, MOST_PIXELS, NET, STRUCTURE, losses
+from utils.names import folder_problem, name_problem
 from utils.precision import PRECISIONS
 from utils.setting_types import Section, Setting, settings_page
 
@@ -14,6 +15,11 @@ MOST_IMAGES = 65_536  # in a batch
 
 def _heads_problem(channels: int) -> str | None:
     return "has to be -1 or at least 1" if channels == 0 else None
+
+
+def _classes_problem(classes: list[str]) -> str | None:
+    problems = (f"holds {name[:80]!r}, which {name_problem(name)}" for name in classes if name_problem(name))
+    return next(problems, None)
 
 
 _SEED = {
@@ -29,7 +35,9 @@ _READER = Section(
         "type": Setting("str", "Images are always read by Pillow.", "opencv", legacy=True),
         "kwargs": Section(
             {
-                "image_dir": Setting("str", "Folder that the file names in the image lists are relative to."),
+                "image_dir": Setting(
+                    "str", "Folder that the file names in the image lists are relative to.", check=folder_problem
+                ),
                 "color_mode": Setting("str", _COLOR_MODE_HELP, "RGB", choices=("RGB", "BGR", "GRAY")),
                 "bits": Setting("int?", _BITS_HELP, None, low=8, high=16),
                 "follow_links": Setting("bool", _LINKS_HELP, False),
@@ -130,6 +138,18 @@ _AMP = Setting("str", _AMP_HELP, "off", choices=PRECISIONS)
 _ADAM_HELP = "Its arguments; lr is the one to change."
 _TRAINER = {
     "max_epoch": Setting("int", "Epochs to train for.", 1000, low=1),
+    "max_step": Setting("int?", "Optimiser steps to train for, if max_epoch is not reached before.", None, low=1),
+    "schedule": Section(
+        {
+            "type": Setting(
+                "str",
+                "Learning rate after the warm-up: as it is, or falling to 0 along a cosine.",
+                "constant",
+                choices=("constant", "cosine"),
+            ),
+            "warmup_steps": Setting("int", "Steps in which it rises from 0, linearly.", 0, low=0, high=10**9),
+        }
+    ),
     "save_freq_step": Setting("int", "Steps between two saves to resume from; 0: only between epochs.", 1000, low=0),
     "max_bad_steps": Setting("int", "Skipped steps in a row (loss not finite) after which the run ends.", 20, low=1),
     "print_freq_step": Setting("int", "Steps between two lines of the log.", 30, low=1),
@@ -145,6 +165,7 @@ _TRAINER = {
 }
 _CLIP_HELP = "Gradients with a larger norm are scaled down to this norm; null does not clip."
 _VALIDATION_HELP = "Epochs between two validations; the last epoch always has one."
+_EMA = Setting("float?", "Decay of averaged weights, warmed up; null keeps none.", None, low=0, high=1)
 _SDAS_TRAINER = {
     **_TRAINER,
     "val_freq_epoch": Setting("int", _VALIDATION_HELP, 10, low=1),
@@ -177,14 +198,29 @@ def _process(section_counts: str, use: str) -> Section:
 _KEEP_PICTURES_HELP = "Validations whose pictures are kept, in vis_dir and tensorboard; older ones are deleted."
 
 
+def _folder(what: str, default: str) -> Setting:
+    return Setting("str", f"{what}, under experiments/<dataset>/.", default, check=folder_problem)
+
+
 def _saver(stage: str) -> Section:
     """The keys that say where a script writes."""
     return Section(
         {
-            "checkpoints_dir": Setting("str", "Checkpoints, under experiments/<dataset>/.", f"{stage}_checkpoints/"),
-            "log_dir": Setting("str", "Logs and tensorboard files, under experiments/<dataset>/.", f"{stage}_log/"),
-            "vis_dir": Setting("str", "Pictures for people, under experiments/<dataset>/.", f"{stage}_vis/"),
-            "results_dir": Setting("str", "Tables and report, under experiments/<dataset>/.", f"{stage}_results/"),
+            "checkpoints_dir": Setting(
+                "str", "Checkpoints, under experiments/<dataset>/.", f"{stage}_checkpoints/", check=folder_problem
+            ),
+            "log_dir": Setting(
+                "str",
+                "Logs and tensorboard files, under experiments/<dataset>/.",
+                f"{stage}_log/",
+                check=folder_problem,
+            ),
+            "vis_dir": Setting(
+                "str", "Pictures for people, under experiments/<dataset>/.", f"{stage}_vis/", check=folder_problem
+            ),
+            "results_dir": Setting(
+                "str", "Tables and report, under experiments/<dataset>/.", f"{stage}_results/", check=folder_problem
+            ),
             "keep": Setting("int", "Numbered checkpoints to keep; older ones are deleted.", 3, low=1),
             "keep_pictures": Setting("int", _KEEP_PICTURES_HELP, 5, low=1),
         }
@@ -226,7 +262,7 @@ _CLASSIFIER_FILE = Section(
                 **_SDAS_TRAINER,
                 "val_freq_epoch": Setting("int", _VALIDATION_HELP, 5, low=1),
                 "save_freq_epoch": Setting("int", "Epochs between two numbered checkpoints.", 5, low=1),
-                "ema_decay": Setting("float?", "Decay of averaged weights; null keeps none.", None, low=0, high=1),
+                "ema_decay": _EMA,
             }
         ),
         "criterion": Setting("list?", "The loss is always the cross entropy.", [], legacy=True),
@@ -254,7 +290,10 @@ _SAMPLE = Section(
                 ),
             }
         ),
-        "classes": Setting("strs?", "Class names in the order of their numbers, if the checkpoint lacks them.", None),
+        "classes": Setting(
+            "strs?", "Class names in the order of their numbers, if the checkpoint lacks them.", None,
+            check=_classes_problem,
+        ),
         "sample_number": Setting("int", "Images per class; the paper draws 10000.", low=1, high=10**8),
         "strength": Setting(
             "floats", "Range [low, high] of the anomaly strength s; 0 draws normal images. For ddim, 0.01 .. 0.03.",
@@ -271,7 +310,9 @@ _SAMPLE = Section(
         "unet": Section({**_UNET, "class_number": _FROM_CHECKPOINT}),
         "classifier": Section({**_CLASSIFIER, "class_number": _FROM_CHECKPOINT}, optional=True),
         "TestSampler": _process("ddim20", "sampling"),
-        "workspace": Section({"root": Setting("str", "Folder of the images; each class gets a folder in it.")}),
+        "workspace": Section(
+            {"root": Setting("str", "Folder of the images; each class gets a folder in it.", check=folder_problem)}
+        ),
         "saver": _saver("sample"),
     }
 )  # fmt: skip
@@ -299,6 +340,8 @@ _FOREGROUND_HELP = (
     "Where anomalies may lie: null (the rule of dataset.type's class), none (everywhere), auto, a rule such as "
     "MVTec-AD/bottle, or {channel, threshold, invert, close, open}."
 )
+_JITTER_HELP = "Scale contrast and brightness of training images by 1 - this .. 1 + this, if exposure varies."
+_SCORE_HELP = "What anomaly maps are made of: the discriminator's output (the paper), the residual, or both."
 _REALNET = Section(
     {
         **_SEED,
@@ -312,6 +355,7 @@ _REALNET = Section(
                         "meta_file": Setting("str", "Image list to train on; {} is the class."),
                         **_SYNTHESIS,
                         **_AUGMENT,
+                        "jitter": Setting("float", _JITTER_HELP, 0.0, low=0, below=1),
                     }
                 ),
                 "test": Section(
@@ -342,6 +386,7 @@ _REALNET = Section(
                 **_TRAINER,
                 "val_freq_epoch": Setting("int", _VALIDATION_HELP, 5, low=1),
                 "clip_max_norm": Setting("float?", _CLIP_HELP, None, above=0),
+                "ema_decay": _EMA,
             }
         ),
         "saver": _saver("realnet"),
@@ -354,6 +399,7 @@ _REALNET = Section(
                     "str", "AUROC that selects the best checkpoint: image, pixel, or the mean of both.", "mean",
                     choices=("mean", "image", "pixel"),
                 ),
+                "score": Setting("str", _SCORE_HELP, "discriminator", choices=("discriminator", "residual", "both")),
                 "metrics": Section({"auc": AUC}),
             }
         ),

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +33,7 @@ from utils.files import append_text
 from utils.lock import folder_lock
 from utils.log import Board, set_up_logging
 from utils.meter import Meter
-from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer
+from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer, learning_rate_factor
 from utils.precision import resolve_precision, training_precision
 from utils.run_record import record_run
 from utils.signals import StopRequest, signal_name
@@ -78,6 +79,35 @@ class Progress:
             setattr(self, name, value)
 
 
+class Forecast:
+    """Says once, after the first steps of a run, how long the rest will take, and where it is too long, what to do."""
+
+    FIRST, LAST = 5, 20  # steps of the run that are timed; the very first ones are slow
+    DAY = 24 * 3600
+
+    def __init__(self) -> None:
+        self.steps, self.start = 0, 0.0
+
+    def finish_step(self, training: "Training") -> None:
+        self.steps += 1
+        if self.steps not in (self.FIRST, self.LAST):
+            return
+        int(training.stepper.bad_steps)  # waits for the device
+        if self.steps == self.FIRST:
+            self.start = time.perf_counter()
+            return
+        each = (time.perf_counter() - self.start) / (self.LAST - self.FIRST)
+        left = training.total_steps - training.progress.step
+        if left > 0:
+            text = "%d steps are left, about %s without validations (%.2g s a step)"
+            log.info(text, left, timedelta(seconds=round(left * each)), each)
+        if left * each > self.DAY:
+            log.warning(
+                "warning: that is more than a day; fewer steps (trainer.max_step), a smaller dataset.input_size or "
+                "network (for detectors, prepare_data.py --preset quick), trainer.amp: auto or more GPUs shorten it"
+            )
+
+
 @dataclass
 class Training:
     """A network in training, with everything that goes into its checkpoints.
@@ -116,9 +146,43 @@ class Training:
     json_log: Path | None = None
     meter: Meter = field(default_factory=Meter)
     class_name: str | None = None
+    forecast: "Forecast" = field(default_factory=lambda: Forecast())
 
     def __post_init__(self) -> None:
         self.first_figures = dict(self.figures)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        trainer = self.config.trainer
+        steps = self.steps_per_epoch * trainer.max_epoch
+        return steps if trainer.max_step is None else min(steps, trainer.max_step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether trainer.max_epoch or trainer.max_step is reached."""
+        trainer = self.config.trainer
+        enough = trainer.max_step is not None and self.progress.step >= trainer.max_step
+        return enough or self.progress.epoch >= trainer.max_epoch
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that is validated and used later: the averaged one, if there is one."""
+        return self.network if self.ema is None else self.ema.model
+
+    def is_due(self, epochs: int) -> bool:
+        """Whether something is due that is done every few epochs, and at the end."""
+        return self.is_over or (self.progress.step_in_epoch == 0 and self.progress.epoch % epochs == 0)
+
+    def finish_step(self) -> None:
+        """Make the optimiser step that the backward passes have prepared, and count it."""
+        schedule = self.config.trainer.schedule
+        self.stepper.step(learning_rate_factor(schedule, self.progress.step, self.total_steps))
+        if self.ema is not None:
+            self.ema.update(self.network, self.progress.step)
+        self.progress.finish_step()
+        self.meter.finish_step()
+        self.forecast.finish_step(self)
 
     def checkpoint(self) -> dict[str, Any]:
         """The part of a checkpoint that other scripts use: weights, settings of the network, and figures."""
@@ -161,10 +225,15 @@ class Training:
         weights = state_dict_of(content)
         for key, part in self._parts().items():
             state = weights if key == "state_dict" else content[key]
-            if isinstance(part, nn.Module):
-                load_weights(part, state, "the checkpoint", "the settings of the networks")
+            if not isinstance(state, dict):
+                raise ValueError(f"{key} is a {type(state).__name__}, not a mapping")
+            network = part.model if isinstance(part, EMA) else part
+            if isinstance(network, nn.Module):
+                load_weights(network, state, "the checkpoint", "the settings of the networks")
             else:
                 part.load_state_dict(state)
+        if self.progress.step and self.stepper.lacks_state:
+            raise ValueError("the optimiser's state is empty")
         for name in self.figures:
             if not isinstance(content[name], (int, float)) or math.isnan(content[name]):
                 raise ValueError(f"{name} is {shortened(content[name])}, not a number")
@@ -215,8 +284,12 @@ class Training:
             raise UsageError(f"{folder}: cannot be resumed with these settings ({reason})") from error
         log.info("resumed %s after epoch %d, step %d", folder, self.progress.epoch, self.progress.step)
         self._apply_changes(changes)
-        if self.progress.epoch >= self.config.trainer.max_epoch:
-            log.info("nothing is left to do: all %d epochs (trainer.max_epoch) are done", self.config.trainer.max_epoch)
+        if self.is_over:
+            trainer = self.config.trainer
+            done = f"all {trainer.max_epoch} epochs (trainer.max_epoch)"
+            if trainer.max_step is not None and self.progress.step >= trainer.max_step:
+                done = f"all {trainer.max_step} steps (trainer.max_step)"
+            log.info("nothing is left to do: %s are done", done)
 
     def _changes_since(self, before: dict[str, Any] | None) -> list[str]:
         """What differs from the run that is resumed, as "key: old -> new"."""
@@ -325,13 +398,15 @@ class Saver:
             raise Stopped(number)
 
     def after_epoch(self) -> None:
-        """Count the epoch, whose steps may not all have been skipped.
+        """Count the epoch if trainer.max_step has not cut it short; its steps may not all have been skipped.
 
         Raises:
             RunError: they were.
         """
-        self.training.stepper.check_epoch(self.training.steps_per_epoch)
-        self.training.progress.finish_epoch()
+        progress, steps = self.training.progress, self.training.steps_per_epoch
+        self.training.stepper.check_epoch(progress.step_in_epoch)
+        if progress.step_in_epoch >= steps:
+            progress.finish_epoch()
 
     @contextmanager
     def save_if_stopped(self) -> Iterator[None]:
@@ -339,7 +414,8 @@ class Saver:
         try:
             yield
         except Stopped as stopped:
-            self.training.progress.reopen_epoch(self.training.steps_per_epoch)
+            if self.training.progress.step_in_epoch == 0:
+                self.training.progress.reopen_epoch(self.training.steps_per_epoch)
             self.save()
             step = self.training.progress.step
             text = "%s: saved after step %d, in the validation; the same command with --resume continues"
@@ -358,7 +434,7 @@ def report_step(training: Training, board: Board) -> None:
     reading = replace(reading, means=distributed.mean_over_ranks(reading.means))
     if not training.run.is_main:
         return
-    skipped, steps = int(stepper.bad_steps), training.steps_per_epoch * trainer.max_epoch
+    skipped, steps = int(stepper.bad_steps), training.total_steps
     eta = timedelta(seconds=round(max(0, steps - progress.step) * reading.step_seconds))
     parts = [
         f"epoch {progress.epoch + 1}/{trainer.max_epoch}",

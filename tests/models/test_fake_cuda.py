@@ -160,10 +160,15 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(mistake, gpu):
         mistake(cpu, there)
 
 
-@pytest.mark.parametrize(("standardize", "loss"), [(False, "CrossEntropy"), (True, "Focal")])
-def test_realnet_trains_and_validates(standardize, loss, gpu, configured, tmp_path):
+OWN = ["net.recon.kwargs.start=subspace", "evaluator.score=both", "trainer.ema_decay=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("standardize", "loss", "more"), [(False, "CrossEntropy", []), (True, "Focal", []), (True, "CrossEntropy", OWN)]
+)
+def test_realnet_trains_and_validates(standardize, loss, more, gpu, configured, tmp_path):
     criterion = f"[{{name: mask, type: Segment{loss}Loss}}, {{name: features, type: FeatureMSELoss}}]"
-    config = configured("realnet", f"net.backbone.kwargs.standardize={standardize}", f"criterion={criterion}")
+    config = configured("realnet", f"net.backbone.kwargs.standardize={standardize}", f"criterion={criterion}", *more)
     train_set = build_realnet_train_set(config.dataset, "dots", 0)
     test_set = build_realnet_test_set(config.dataset, "dots")
     network, board, stop = build_realnet(config).to(GPU), MagicMock(), StopRequest(RUN)
@@ -172,6 +177,7 @@ def test_realnet_trains_and_validates(standardize, loss, gpu, configured, tmp_pa
     loader, test_loader = loaders(config, train_set, test_set)
     losses, saver = build_criterion(config.criterion, DETECTOR_LOSSES), Saver(tmp_path, training, stop)
     train_realnet.train_one_epoch(training, losses, loader, board, saver, tmp_path / "sheet.png")
+    train_realnet.measure_normal(training, train_set, stop)
     assert train_realnet.validate(training, test_set, test_loader, board, stop) == 0.5
     resume(training)
 

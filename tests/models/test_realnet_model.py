@@ -39,7 +39,7 @@ def test_channels_and_strides_are_measured(name, layers, channels, strides):
 
 
 def test_unknown_layers_and_networks_are_refused_with_the_known():
-    with pytest.raises(UsageError, match="layer3"):
+    with pytest.raises(UsageError, match=r"idx 'layer5' is no layer of resnet18; did you mean layer4\?"):
         Backbone("resnet18", ["layer5"], weights="random")
     with pytest.raises(UsageError, match="resnet18"):
         Backbone("resnet17", ["layer1"], weights="random")
@@ -138,7 +138,7 @@ class Echo(nn.Module):
 
     standardize = False
 
-    def feature_extractor(self, x):
+    def maps(self, x):
         gains = torch.tensor([0.0, 1.0, 0.2, float("nan")])
         noise = 0.3 * torch.rand(x.shape[0], 4, *x.shape[2:])
         return {"layer": x[:, :1] * gains[:, None, None] + noise * torch.tensor([1, 0, 1, 1])[:, None, None]}

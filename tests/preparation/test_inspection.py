@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 import prepare_data
 from datasets.catalog import CATALOG
 from datasets.lists import Sample
+from models import check_realnet
 from preparation import settings_files
 from preparation.duplicates import split_good
 from tests.conftest import REPOSITORY
@@ -158,7 +159,7 @@ def test_both_sides_of_a_split_get_images_where_possible(groups, tested):
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_settings_are_not_made_from_those_that_a_user_edits():
+def test_templates_are_installed():
     assert settings_files.TEMPLATES == REPOSITORY / "preparation/templates"
     assert sorted(path.name for path in settings_files.TEMPLATES.iterdir()) == sorted(settings_files.FILES)
     text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
@@ -176,6 +177,7 @@ def test_all_values_reach_the_settings(classes, tmp_path):
         assert "mvtec/" not in text
         assert text.startswith(f"# {name} of My.Parts-2")
     assert len(configs) == (3 if classes == 1 else 5)
+    assert "parts" not in texts["realnet.yaml"].replace("My.Parts-2", "")
     for name, config in configs.items():
         if name != "sample.yaml":
             assert config.dataset.image_reader.kwargs.image_dir == "data/My.Parts-2/images/"
@@ -211,7 +213,7 @@ def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset
 @pytest.mark.parametrize(
     ("file", "old", "new", "text"),
     [
-        ("realnet.yaml", "@HEIGHT@", "256", "realnet.yaml: @HEIGHT@ is missing"),
+        ("diffusion.yaml", "@HEIGHT@", "256", "diffusion.yaml: @HEIGHT@ is missing"),
         ("sample.yaml", "TestSampler:", "Sampler:", "sample.yaml: .* is missing"),
         ("diffusion.yaml", "@WIDTH@", "@WIDTH@ @DEPTH@", "diffusion.yaml: @DEPTH@ is not a value"),
     ],
@@ -223,6 +225,30 @@ def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, t
     monkeypatch.setattr(settings_files, "TEMPLATES", tmp_path)
     with pytest.raises(RunError, match=text):
         settings_files.settings_texts("parts", 1, (256, 256), "none")
+
+
+@pytest.mark.parametrize("preset", settings_files.preset_names())
+def test_a_preset_is_a_whole_file_and_its_values_reach_the_settings(preset, tmp_path):
+    assert load_config(REPOSITORY / f"experiments/presets/{preset}.yaml", script="realnet").dataset.type == "parts"
+    detector = settings_files.Detector(preset, "efficientnet_b0", 'C:\\my "w".pth', "half")
+    text = settings_files.settings_texts("bolts", 1, (96, 160), "auto", {"bits": 12}, detector)["realnet.yaml"]
+    (tmp_path / "realnet.yaml").write_text(text)
+    config = load_config(tmp_path / "realnet.yaml", script="realnet")
+    assert config.dataset.image_reader.kwargs.bits == 12
+    assert config.dataset.input_size == [96, 160]
+    assert (config.dataset.pixel_mean, config.dataset.pixel_std) == ([0.5] * 3, [0.5] * 3)
+    assert config.evaluator.metrics.auc[0].kwargs.avgpool_size == [6, 10]
+    assert config.structure[0].layers[0].idx == "features.3.0.block.0"
+    assert config.net[0].kwargs == {"backbone": "efficientnet_b0", "weights": 'C:\\my "w".pth'}
+    check_realnet(config)
+
+
+def test_a_preset_without_a_place_for_a_value_is_named(tmp_path, monkeypatch):
+    text = (settings_files.PRESETS / "quick.yaml").read_text()
+    (tmp_path / "quick.yaml").write_text(text.replace("foreground: none", "foreground: auto"))
+    monkeypatch.setattr(settings_files, "PRESETS", tmp_path)
+    with pytest.raises(RunError, match=r"quick.yaml: .*foreground: none\$ is missing"):
+        settings_files.realnet_text("bolts", (96, 96), "auto", settings_files.Detector("quick"))
 
 
 @pytest.mark.parametrize(
@@ -264,9 +290,21 @@ def test_the_printed_commands_quote_class_names(tmp_path, prepare):
     mvtec_class(tmp_path / "shots/metal nut $HOME")
     commands = [shlex.split(line) for line in prepare().splitlines() if line.startswith("  python train_realnet.py")]
     command = ["python", "train_realnet.py", "--dataset", "parts", "--class_name", "metal nut $HOME"]
-    textures = ["--set", "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"]
-    assert commands == [[*command, *textures], command]
+    diffusion = ["--set", "dataset.train.anomaly_types={normal: 0.5, sdas: 0.5}"]
+    assert commands == [command, [*command, *diffusion]]
     assert yaml.safe_load((tmp_path / "experiments/parts/realnet.yaml").read_text())["dataset"]["foreground"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "preset", "why"), [(True, "standard", "there is a GPU"), (False, "quick", "there is no GPU")]
+)
+def test_the_preset_goes_with_the_device_and_is_told(cuda, preset, why, tmp_path, prepare, monkeypatch):
+    monkeypatch.setattr(prepare_data.torch.cuda, "is_available", lambda: cuda)
+    mvtec_class(tmp_path / "shots")
+    assert f"realnet.yaml: preset {preset} ({why}); --preset and --backbone choose others" in prepare()
+    text = (tmp_path / "experiments/parts/realnet.yaml").read_text()
+    assert text.startswith("# realnet.yaml of parts")
+    assert f"Preset {preset}." in text
 
 
 def test_a_folder_without_any_mask_is_one_finding(prepare, tmp_path):

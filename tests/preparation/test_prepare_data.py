@@ -319,7 +319,8 @@ def test_lists_and_settings_that_differ_are_not_lost(tmp_path, prepare):
     assert "experiments/parts/realnet.yaml is kept as it is (delete it to have it written anew)" in done.out
     done = prepare("--dataset", "parts", "--root", "shots", "--input-size", "64", "96")
     assert re.search(
-        r"realnet.yaml is kept as it is: it has dataset.input_size .*, not \[64, 96\] \(delete it", done.out
+        r"realnet.yaml is kept as it is: it has dataset.input_size .*, not \[64, 96\]; .*avgpool_size .*\(delete it",
+        done.out,
     )
     assert settings.read_text() == edited
     image_file(tmp_path / "shots/train/good/new.png", "new")
@@ -362,7 +363,7 @@ def test_real_photographs(folder, counts, tmp_path, prepare):
 
 def test_preview_shows_the_available_images(tmp_path, prepare):
     mvtec_class(tmp_path / "shots")
-    done = prepare("--dataset", "parts", "--root", "shots", "--preview")
+    done = prepare("--dataset", "parts", "--root", "shots", "--preview", "--preset", "paper")
     assert "no sdas images in data/parts/sdas/parts yet" in done.out
     sheet = tmp_path / "data/parts/preview/parts.png"
     first = sheet.read_bytes()

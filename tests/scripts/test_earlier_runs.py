@@ -1,6 +1,7 @@
 """What an earlier run left: checkpoints are not lost or mixed up, thresholds never judge another model."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import sample
 import train_classifier
 import train_diffusion
 import train_realnet
+import utils.optim
 from tests.conftest import settings
 from tests.in_process import run
 from utils.checkpoint import load_checkpoint, load_for_resume, refuse_earlier_run, save_checkpoint, save_numbered
@@ -360,7 +362,8 @@ def test_the_reason_of_a_refused_resume_is_whole_and_short(command, workspace):
     ("script", "arguments"), [(train_diffusion, []), (train_classifier, []), (train_realnet, DOTS)],
     ids=["diffusion", "classifier", "realnet"],
 )  # fmt: skip
-def test_a_training_that_ends_in_values_that_are_not_finite_fails(script, arguments, command):
+def test_a_training_that_ends_in_values_that_are_not_finite_fails(script, arguments, command, monkeypatch):
+    monkeypatch.setitem(utils.optim._BOUNDS, "lr", (0, False, math.inf, True))
     stage = f"diverged_{script.__name__}"
     far = ["--set", "trainer.optimizer.kwargs.lr=1e36", "--set", "trainer.max_epoch=2"]
     _, err = command(script, *arguments, *folders(stage), *far, code=1)

@@ -106,12 +106,12 @@ def test_a_stopped_training_resumes_bit_for_bit(script, arguments, number, works
     folder = checkpoints_of(workspace, stopped, script)
     steps, step = [], Stepper.step
 
-    def signalled(stepper: Stepper) -> None:
+    def signalled(stepper: Stepper, factor: float) -> None:
         steps.append(len(steps) + 1)
         if len(steps) == 3:
             assert signal.getsignal(number) != signal.SIG_DFL
             os.kill(os.getpid(), number)
-        step(stepper)
+        step(stepper, factor)
 
     with monkeypatch.context() as patched:
         patched.setattr(Stepper, "step", signalled)
@@ -124,6 +124,32 @@ def test_a_stopped_training_resumes_bit_for_bit(script, arguments, number, works
     assert "step 3" in out
     assert_same_state(checkpoints_of(workspace, whole, script) / LAST, folder / LAST)
     assert list(folder.glob(".*")) == []
+
+
+@pytest.mark.parametrize(("script", "arguments"), TRAININGS, ids=[script for script, _ in TRAININGS])
+def test_max_step_ends_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on(
+    script, arguments, workspace, monkeypatch, capsys
+):
+    """Three steps, then the rest: the same as at once; also with a schedule and averaged weights."""
+    whole, parts = f"schedule_whole_{script}", f"schedule_parts_{script}"
+    main = importlib.import_module(Path(script).stem).main
+    schedule = ["trainer.schedule={type: constant, warmup_steps: 4}", "trainer.ema_decay=0.5"]
+    options = [argument for setting in schedule for argument in ("--set", setting)]
+
+    def train(stage: str, *more: str) -> tuple[int, str, str]:
+        command = ["--dataset", "tiny", "--device", "cpu", *arguments, *elsewhere(stage), *STEPS, *options, *more]
+        return run(main, command, workspace.root, monkeypatch, capsys)
+
+    assert train(whole)[0] == 0
+    assert train(parts, "--set", "trainer.max_step=3")[0] == 0
+    folder = checkpoints_of(workspace, parts, script)
+    assert position(folder) == 3
+    code, out, _ = train(parts, "--set", "trainer.max_step=3", "--resume")
+    assert code == 0
+    assert "nothing is left to do: all 3 steps (trainer.max_step) are done" in out
+    code, _, err = train(parts, "--resume")
+    assert (code, err) == (0, "")
+    assert_same_state(checkpoints_of(workspace, whole, script) / LAST, folder / LAST)
 
 
 def test_a_process_that_gets_a_signal_saves_and_ends(workspace):
@@ -392,8 +418,9 @@ def test_an_error_of_one_rank_only_is_reported(workspace, tmp_path):
 def test_a_training_that_diverges_stops_with_the_last_good_checkpoint(workspace):
     arguments = [*elsewhere("diverged"), "--class_name", "dots", "--set", "trainer.max_bad_steps=1"]
     arguments += ["--set", "trainer.save_freq_step=1", "--set", "trainer.max_epoch=30"]
-    # Finite, but so large that float32 features overflow.
-    done = workspace.run("train_realnet.py", *arguments, "--set", "trainer.optimizer.kwargs.lr=1e30", code=1)
+    # Finite steps, but so large that float32 features overflow after a few of them.
+    arguments += ["--set", "trainer.optimizer={type: SGD, kwargs: {lr: 10000}}"]
+    done = workspace.run("train_realnet.py", *arguments, code=1)
     assert "not finite in 2 steps in a row (trainer.max_bad_steps: 1)" in done.stderr
     assert f"diverged/checkpoints/dots/{LAST}" in done.stderr
     assert load_checkpoint(workspace.out / f"diverged/checkpoints/dots/{LAST}")["position"]["step"] >= 1

@@ -247,7 +247,7 @@ def test_accumulated_batches_are_averaged(script, epoch, outputs, configured, mo
     losses, steps = [], []
     backward, step = Stepper.backward, Stepper.step
     monkeypatch.setattr(Stepper, "backward", lambda self, loss: losses.append(loss.item()) or backward(self, loss))
-    monkeypatch.setattr(Stepper, "step", lambda self: steps.append(len(losses)) or step(self))
+    monkeypatch.setattr(Stepper, "step", lambda self, *args: steps.append(len(losses)) or step(self, *args))
 
     def one(model: nn.Module, image: torch.Tensor, t: torch.Tensor, kwargs: dict) -> dict[str, torch.Tensor]:
         return {"loss": model(image, t, **kwargs).mean(dim=(1, 2, 3)) * 0 + 1}
@@ -268,14 +268,16 @@ def test_afs_sees_anomalous_images_only(configured):
     train_set = build_realnet_train_set(config.dataset, "dots", 0)
     batches = []
 
-    def init_indexes(backbone: nn.Module, loader: object, count: int) -> dict:
-        del backbone
+    def init_indexes(backbone: nn.Module, loader: object, count: int, moments: None) -> dict:
+        del backbone, moments
         assert count == 5
         batches.extend(loader)
         return {}
 
     network = SimpleNamespace(
-        backbone=SimpleNamespace(needs_calibration=False), afs=SimpleNamespace(init_indexes=init_indexes)
+        backbone=SimpleNamespace(needs_calibration=False),
+        afs=SimpleNamespace(init_indexes=init_indexes),
+        recon=SimpleNamespace(start="zero"),
     )
     train_realnet.prepare_features(network, train_set, config, ALONE, MagicMock(), StopRequest(ALONE))
     assert len(batches) >= 5

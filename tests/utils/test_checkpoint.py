@@ -117,6 +117,7 @@ TENSORS = {
     "complex": (lambda t: t.to(torch.complex64), "holds complex64, not float32"),
     "int8": (lambda t: t.to(torch.int8), "holds int8, not float32"),
     "bool": (lambda t: t.bool(), "holds bool, not float32"),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), "holds float8_e4m3fn, which is too coarse"),
 }
 
 

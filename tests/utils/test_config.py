@@ -192,8 +192,21 @@ def test_rounded_probabilities_are_accepted_and_nan_is_not(tmp_path, shares):
 
 @pytest.mark.parametrize("criterion", [[], [{"name": "a", "type": "ImageMSELoss"}]])
 def test_losses_that_do_not_fit_the_detector_are_refused(criterion):
-    with pytest.raises(UsageError, match=r"criterion: .*SegmentCrossEntropyLoss, SegmentFocalLoss, FeatureMSELoss"):
+    with pytest.raises(UsageError, match=r"criterion.*: .*SegmentCrossEntropyLoss, SegmentFocalLoss, FeatureMSELoss"):
         build_criterion(criterion, DETECTOR_LOSSES)
+
+
+def test_the_message_of_a_check_names_its_section():
+    def fails() -> None:
+        raise UsageError("section_counts: is empty")
+
+    with pytest.raises(UsageError, match=r"^x\.yaml: TestSampler: section_counts: is empty$"):
+        collect_errors("x.yaml", [("TestSampler", fails)])
+
+
+def test_class_names_in_settings_stay_in_their_folder(tmp_path):
+    with pytest.raises(UsageError, match=r"classes: .* holds '\.\./x', which holds a slash"):
+        load_config("experiments/demo/sample.yaml", ["classes=[../x, y]"])
 
 
 def test_a_programming_error_keeps_its_traceback_when_asked_for(monkeypatch):
@@ -208,11 +221,11 @@ def test_a_programming_error_keeps_its_traceback_when_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
-def test_token_networks_are_refused_in_one_line(tmp_path, name):
-    layer = {"vit_b_16": "encoder", "swin_t": "features.1"}[name]
+def test_layers_without_positions_are_refused_in_one_line(tmp_path, name):
+    layer = {"vit_b_16": "heads", "swin_t": "head"}[name]
     overrides = [f"net.backbone.kwargs.backbone={name}", f"structure.0.layers=[{{idx: {layer}, planes: 64}}]"]
     config = load_config(written(tmp_path, CONFIG), overrides)
-    with pytest.raises(UsageError, match=name):
+    with pytest.raises(UsageError, match=rf"{name}'s heads? outputs \(1, 1000\), neither a feature map nor tokens"):
         check_realnet(config)
 
 
@@ -276,6 +289,13 @@ NONSENSE = [
     (f"trainer.max_epoch={'9' * 400}", "trainer.max_epoch: 999"),
     ('dataset.type="a\\0b"', "dataset.type: 'a\\x00b' holds a control character"),
     (f"dataset.train.dtd_dir={'x' * 2000}", "dataset.train.dtd_dir"),
+    ("saver.checkpoints_dir=''", "saver.checkpoints_dir: '' is empty"),
+    (f"saver.log_dir={'x' * 300}", "saver.log_dir: 'xxx"),
+    ("dataset.image_reader.kwargs.image_dir=' '", "dataset.image_reader.kwargs.image_dir: ' ' is empty"),
+    ("TRAINER={}", "TRAINER is not a setting; did you mean trainer?"),
+    ("dataset.Input-Size=[8, 8]", "dataset.Input-Size is not a setting; did you mean dataset.input_size?"),
+    ("trainer.schedule.type=linear", "trainer.schedule.type: 'linear' is not one of constant, cosine"),
+    ("trainer.max_step=0", "trainer.max_step: 0 has to be at least 1"),
     ("dataset.pixel_mean=[123, 116, 103]", "dataset.pixel_mean: [123, 116, 103] has to be at most 1"),
 ]
 

@@ -1,6 +1,7 @@
 """Optimiser steps: which are skipped, what they keep, and which optimiser can go on from a saved one."""
 
 import gc
+import itertools
 import os
 import tracemalloc
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from utils.config import read_yaml
 from utils.errors import RunError, UsageError
 from utils.meter import Meter
-from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer
+from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer, learning_rate_factor
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -179,6 +180,13 @@ def test_a_saved_state_goes_on_in_a_fused_optimiser():
         (lambda state: state[0].update(exp_avg=torch.zeros(2, 2, dtype=torch.complex64)), "complex64"),
         (lambda state: state[0].update(exp_avg=torch.zeros(2, 2, device="meta")), "meta"),
         (lambda state: state[0].update(exp_avg="much"), "exp_avg of parameter 0 is 'much'"),
+        (lambda state: state[0].update(exp_avg=torch.zeros(())), r"has the shape \[\], not \[2, 2\]"),
+        (lambda state: state[0].update(exp_avg=0.5), "exp_avg of parameter 0 is 0.5, not a tensor"),
+        (lambda state: state[0].update(exp_avg=None), "exp_avg of parameter 0 is None, not a tensor"),
+        (lambda state: state[0].update(exp_avg_sq=torch.full((2, 2), torch.inf)), "not finite"),
+        (lambda state: state[0].update(exp_avg=torch.zeros(2, 2).to(torch.float8_e4m3fn)), "too coarse"),
+        (lambda state: state[0].update(step=torch.tensor(-1.0)), "step of parameter 0 counts below 0"),
+        (lambda state: state[0].update(step=True), "step of parameter 0 is True"),
         (lambda state: state.update({7: state[0]}), "no parameter 7"),
     ],
 )
@@ -188,6 +196,58 @@ def test_a_state_of_another_shape_or_kind_is_refused(change, says):
     change(state["optimizer"]["state"])
     with pytest.raises(ValueError, match=says):
         stepper.load_state_dict(state)
+
+
+def test_an_optimiser_before_its_first_step_lacks_its_state():
+    fresh = nn.Linear(2, 2)
+    assert not trained_stepper(False).lacks_state
+    assert Stepper(fresh, torch.optim.Adam(fresh.parameters()), "off", None).lacks_state
+    assert not Stepper(fresh, torch.optim.SGD(fresh.parameters(), lr=1.0), "off", None).lacks_state
+
+
+def test_a_schedule_multiplies_the_learning_rate_of_the_settings():
+    weight = nn.Parameter(torch.zeros(1))
+    model = nn.Module()
+    model.weight = weight
+    stepper = Stepper(model, torch.optim.SGD([weight], lr=2.0), "off", None)
+    for factor in (0.5, 1.0, 0.25):
+        stepper.backward(weight.sum())
+        stepper.step(factor)
+    assert weight.item() == pytest.approx(-2 * 1.75)
+    # A resumed run begins with the learning rate of its settings, not with the scheduled one.
+    again = Stepper(model, torch.optim.SGD([weight], lr=3.0), "off", None)
+    again.load_state_dict(stepper.state_dict())
+    again.backward(weight.sum())
+    again.step(0.5)
+    assert weight.item() == pytest.approx(-2 * 1.75 - 1.5)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 5, 30])
+def test_a_schedule_rises_and_then_stays_or_falls(kind, warmup):
+    factors = [learning_rate_factor({"type": kind, "warmup_steps": warmup}, step, 20) for step in range(20)]
+    rising, rest = factors[:warmup], factors[warmup:]
+    assert rising == pytest.approx([(step + 1) / warmup for step in range(len(rising))])
+    if kind == "constant":
+        assert rest == [1.0] * len(rest)
+    elif rest:
+        assert rest[0] == 1.0
+        assert all(a > b > 0 for a, b in itertools.pairwise(rest))
+        # Half-way between the end of the warm-up and the end of the training.
+        assert learning_rate_factor({"type": kind, "warmup_steps": warmup}, (20 + warmup) // 2, 20) <= 0.6
+
+
+def test_averaged_weights_leave_frozen_ones_alone():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    model[0].requires_grad_(False)
+    ema = EMA(model, 0.9)
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    before = [p.clone() for p in ema.model.parameters()]
+    ema.update(model, step=0)
+    after = list(ema.model.parameters())
+    assert torch.equal(after[0], before[0])
+    assert after[1].item() == pytest.approx(before[1].item() + 0.9)  # the decay of the first step is 1 / 10
 
 
 def test_what_an_optimiser_does_not_use_of_a_saved_state_is_told(caplog):
