@@ -24,6 +24,12 @@ def _loss_name_problem(name: str) -> str | None:
     return "is what the log calls the sum of all losses" if name == "loss" else _short_problem(name)
 
 
+def _weights_problem(text: str) -> str | None:
+    if text == "checkpoint":  # what build_realnet is told when a checkpoint brings them
+        return "would leave the backbone untrained"
+    return None if text.strip() else "is empty"
+
+
 def _distinct_problem(values: list) -> str | None:
     return "holds a value twice" if len(set(values)) < len(values) else None
 
@@ -68,7 +74,7 @@ _PARTS = {
         {
             **_MEASURED,
             "backbone": Setting("str", "Name of a torchvision network."),
-            "weights": Setting("str", "auto, random, or a file.", "auto"),
+            "weights": Setting("str", "auto, random, or a file.", "auto", check=_weights_problem),
             "standardize": Setting("bool?", "Whether to standardise features; null: all but ResNets.", None),
         }
     ),

@@ -37,13 +37,13 @@ def beta_schedule(name: str, steps: int) -> np.ndarray:
             # At most 1, as a value of thousands would warn about overflow.
             betas = np.full(steps, min(1.0, scale * float(name.removeprefix("const"))), dtype=np.float64)
         except ValueError:
-            raise UsageError(f"beta_scheduler: {name!r} lacks its value; write e.g. const0.01") from None
+            raise UsageError(f"beta_scheduler: {name[:40]!r} lacks its value; write e.g. const0.01") from None
     else:
-        raise UsageError(f"beta_scheduler: {name!r} is not one of linear, cosine, const<beta>")
+        raise UsageError(f"beta_scheduler: {name[:40]!r} is not one of linear, cosine, const<beta>")
     if not ((betas > 0) & (betas < 1)).all():
-        raise UsageError(f"beta_scheduler: {name!r} with T = {steps} has values outside (0, 1)")
+        raise UsageError(f"beta_scheduler: {name[:40]!r} with T = {steps} has values outside (0, 1)")
     if np.log1p(-betas).sum() < math.log(LEAST_SIGNAL):
-        text = f"{name!r} with T = {steps} leaves nothing of an image long before the last step; lower its value"
+        text = f"{name[:40]!r} with T = {steps} leaves nothing of an image long before the last step; lower its value"
         raise UsageError(f"beta_scheduler: {text}")
     return betas
 
