@@ -20,7 +20,7 @@ from benchmarks.attacks.runs import ACCEPTED, REFUSED, Case, Outcome, Yard, comm
 from datasets.lists import listed_classes
 from tests.conftest import settings, texture
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = [
     "x|;e touch OWNED;#", "$(touch OWNED)", "`touch OWNED`", "a;touch OWNED", "a && touch OWNED", "a\ntouch OWNED",
     "a\nb", "a\rb", "a\tb", "\x1b[2J", "\x1b]0;x\x07", "\x07", "\x9b2J", "=1+1", "+1", "-1", "@SUM(A1)", "-rf",

@@ -66,7 +66,7 @@ def attempt(function: Callable[[], object], seconds: float = 10.0) -> Outcome:
     faulthandler.dump_traceback_later(max(WATCHDOG, 3 * seconds), exit=True)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            warnings.simplefilter("default")
+            warnings.simplefilter("default", append=True)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             try:
                 function()
