@@ -65,10 +65,7 @@ class RealNet(nn.Module):
         features = outputs["block_feats"]
         reconstructed = self.recon(features)
         outputs["feats_recon"] = reconstructed
-        # In float32, as the two are nearly equal where the image is normal.
-        outputs["residual"] = {
-            block: (features[block].float() - reconstructed[block].float()) ** 2 for block in features
-        }
+        outputs["residual"] = {block: (features[block] - reconstructed[block]) ** 2 for block in features}
         outputs["logit"] = self.rrs(outputs["residual"], size).float()
         outputs["anomaly_score"] = self.score(outputs["residual"], outputs["logit"])
         return outputs
