@@ -21,6 +21,7 @@ from utils.errors import RunError, UsageError
 
 NAME = ".lock"
 GUARD = ".lock.guard"
+ATTEMPTS = 100  # to lock in a folder that others remove
 # What file systems without locks answer, e.g. some network file systems.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -59,8 +60,7 @@ def _acquire(folder: Path) -> FileLock | None:
     # Its own fallback to a lock without the operating system would be NAME twice.
     guard = FileLock(folder / GUARD, blocking=False, fallback_to_soft=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        guard.acquire()
+        _lock_in(folder, guard)
     except Timeout:
         raise UsageError(_refusal(folder, "wait for it, or choose another folder")) from None
     except OSError as error:
@@ -75,6 +75,18 @@ def _acquire(folder: Path) -> FileLock | None:
             raise RunError(f"{folder / NAME}: cannot be written ({error.strerror or error})") from error
         raise
     return guard
+
+
+def _lock_in(folder: Path, guard: FileLock) -> None:
+    """Make a folder and take the lock in it; whoever held it before may remove the folder in between."""
+    for attempt in range(ATTEMPTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            guard.acquire()
+            return
+        except FileNotFoundError:
+            if attempt == ATTEMPTS - 1:
+                raise
 
 
 def _write_owner(folder: Path, own_host_is_checked: bool) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, two_ranks
-from utils import distributed
+from utils import distributed, lock
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.lock import GUARD, NAME, folder_lock
@@ -134,6 +134,23 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be written"), folder_lock(tmp_path / "file", ALONE):
         pass
+
+
+def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypatch):
+    folder, acquire = tmp_path / "locked", lock.FileLock.acquire
+    removals = []
+
+    def removed_before(guard: lock.FileLock) -> object:
+        if len(removals) < 3:
+            removals.append(folder.rmdir())
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder / GUARD))
+        return acquire(guard)
+
+    monkeypatch.setattr(lock.FileLock, "acquire", removed_before)
+    with folder_lock(folder):
+        assert (folder / NAME).exists()
+    assert len(removals) == 3
+    assert not folder.exists()
 
 
 def _contend(folder: str, seconds: float, counted: str) -> None:
