@@ -288,8 +288,8 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     reader = {"max_megapixels": args.max_megapixels} if args.max_megapixels != MEGAPIXELS else {}
     reader |= {"follow_links": True} if args.follow_links else {}
     preset, why = chosen_preset(args.preset)
-    detector = settings_files.Detector(preset, args.backbone, args.weights, args.normalization)
-    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader, detector)
+    networks = settings_files.Networks(preset, args.backbone, args.weights, args.normalization)
+    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader, networks)
     for name, text in texts.items():
         if not (folder / name).is_file():
             write_text(folder / name, text)

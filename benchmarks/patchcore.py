@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
+from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.build import build_realnet_test_set, preprocessing_of
 from datasets.images import Preprocessing
 from datasets.lists import UNIFIED, listed_classes, read_list
-from evaluation.metrics import Ranking, pixel_ranking
+from evaluation.score import ScoredImages
 from models.backbones import Backbone, FeatureStatistics
 from utils import cli
 from utils.config import load_config
@@ -100,7 +101,9 @@ class PatchCore:
         ]
         maps = torch.from_numpy(distances.reshape(n, 1, h, w)).float()
         maps = F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
-        return blurred(maps, BLUR * images.shape[-1] / 256)[:, 0].numpy(), np.array(scores)
+        sigma = BLUR * images.shape[-1] / 256
+        side = 2 * max(1, round(4 * sigma)) + 1
+        return gaussian_blur(maps, [side, side], [sigma, sigma])[:, 0].numpy(), np.array(scores)
 
     def _image_score(self, patch: np.ndarray, distance: float, neighbour: int) -> float:
         """The largest distance, weighted by how lonely the nearest memory patch is (eq. 7)."""
@@ -108,16 +111,6 @@ class PatchCore:
         to_them = np.linalg.norm(self.memory[around] - patch, axis=1)
         # Stable form of 1 - exp(distance) / sum exp(to_them).
         return float((1 - np.exp(distance - to_them.max()) / np.exp(to_them - to_them.max()).sum()) * distance)
-
-
-def blurred(maps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur of (N,1,H,W), borders reflected."""
-    radius = max(1, round(4 * sigma))
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    padded = F.pad(maps, (radius,) * 4, mode="reflect")
-    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
 
 
 def read_batch(paths: list[Path], preprocessing: Preprocessing) -> torch.Tensor:
@@ -157,7 +150,9 @@ def main() -> None:
     print(f"{'class':20} {'image AUROC':>11} {'pixel AUROC':>11} {'PRO':>6} {'memory':>7} {'seconds':>7}")
     for name in classes:
         begin = time.perf_counter()
-        listed = read_list(config.dataset.train.meta_file.replace("{}", name), reader.image_dir)
+        listed = read_list(
+            config.dataset.train.meta_file.replace("{}", name), reader.image_dir, follow_links=reader.follow_links
+        )
         paths = [Path(reader.image_dir) / sample.filename for sample in listed if sample.label == 0]
         core = fill_memory(backbone, paths, preprocessing, args)
         test_set = build_realnet_test_set(config.dataset, name)
@@ -168,12 +163,9 @@ def main() -> None:
             maps.append(batch_maps)
             scores.append(batch_scores)
             masks += [item["mask"].numpy().astype(bool) for item in items]
-        labels = np.array([sample.label for sample in test_set.samples], dtype=bool)
-        known = np.array([sample.mask_known for sample in test_set.samples], dtype=bool)
-        values, truth = np.concatenate(maps)[known], np.stack(masks)[known]
-        figures = [Ranking.of(np.concatenate(scores), labels).auroc()]
-        pixel = pixel_ranking(values, truth) if truth.any() else None
-        figures += [pixel and pixel.auroc(), pixel and pixel.pro()]
+        scored = ScoredImages(test_set.samples, np.concatenate(maps), np.concatenate(scores), np.stack(masks))
+        image, pixel = scored.rankings()
+        figures = [image.auroc(), pixel and pixel.auroc(), pixel and pixel.pro()]
         texts = ["-" if value is None else f"{100 * value:.2f}" for value in figures]
         seconds = time.perf_counter() - begin
         print(f"{name:20} {texts[0]:>11} {texts[1]:>11} {texts[2]:>6} {len(core.memory):7} {seconds:7.0f}", flush=True)

@@ -65,8 +65,8 @@ class AnomalyScore(nn.Module):
             return logit.softmax(dim=1)[:, 1:]
         deviations = self._deviations("residual", self.log_residual(self.levels(residual), logit.shape[-2:]))
         if self.kind == "both":
-            log_odds = self._deviations("log_odds", self._log_odds(logit))
-            deviations = self._deviations("total", deviations + log_odds)
+            deviations = deviations + self._deviations("log_odds", self._log_odds(logit))
+            deviations = self._deviations("total", deviations)
         return torch.sigmoid(deviations - OFFSET)
 
     def levels(self, residual: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ class AnomalyScore(nn.Module):
         return mean - IMAGE_SHARE * mean.mean(dim=(2, 3), keepdim=True)
 
     def _log_odds(self, logit: torch.Tensor) -> torch.Tensor:
-        return logit[:, 1:] - logit[:, :1] - self._at_positions("log_odds", logit.shape[-2:])
+        return log_odds(logit) - self._at_positions("log_odds", logit.shape[-2:])
 
     def _at_positions(self, name: str, size: tuple[int, int]) -> torch.Tensor:
         grid = getattr(self.statistics, f"{name}_positions")[None, None]
@@ -123,10 +123,10 @@ class AnomalyScore(nn.Module):
         residual = [self.log_residual(levels, logit.shape[-2:]) for levels, logit in kept]
         self._measure_deviation("residual", residual)
         if self.kind == "both":
-            self.statistics.log_odds_positions.copy_(_mean_at_positions([x[:, 1:] - x[:, :1] for _, x in kept]))
-            log_odds = [self._log_odds(logit) for _, logit in kept]
-            self._measure_deviation("log_odds", log_odds)
-            pairs = zip(residual, log_odds, strict=True)
+            self.statistics.log_odds_positions.copy_(_mean_at_positions([log_odds(logit) for _, logit in kept]))
+            odds = [self._log_odds(logit) for _, logit in kept]
+            self._measure_deviation("log_odds", odds)
+            pairs = zip(residual, odds, strict=True)
             self._measure_deviation(
                 "total", [self._deviations("residual", r) + self._deviations("log_odds", o) for r, o in pairs]
             )
@@ -153,6 +153,11 @@ class AnomalyScore(nn.Module):
         mean = total / count
         deviation = (squares / count - mean**2).clamp(min=1e-12).sqrt()
         getattr(self.statistics, name).copy_(torch.stack([mean, deviation]))
+
+
+def log_odds(logit: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the odds of an anomaly: (N,2,H,W) -> (N,1,H,W)."""
+    return logit[:, 1:] - logit[:, :1]
 
 
 def _mean_at_positions(maps: list[torch.Tensor]) -> torch.Tensor:

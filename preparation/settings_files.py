@@ -79,7 +79,7 @@ def kept_values(path: Path, text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Detector:
+class Networks:
     """What realnet.yaml says of the networks.
 
     Args:
@@ -100,38 +100,41 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def realnet_text(dataset: str, size: Sequence[int], foreground: str, detector: Detector) -> str:
+def realnet_text(dataset: str, size: Sequence[int], foreground: str, networks: Networks, reading: str = "") -> str:
     """The text of realnet.yaml.
+
+    Args:
+        reading: further keys of dataset.image_reader.kwargs, as YAML, each after a comma.
 
     Raises:
         RunError: the preset was changed so that a value has no place in it.
         UsageError: no structure is known for the backbone.
     """
-    path = PRESETS / f"{detector.preset}.yaml"
+    path = PRESETS / f"{networks.preset}.yaml"
+    mean, std = NORMALIZATIONS[networks.normalization]
     text = path.read_text(encoding="utf-8")
     values = {
         r"\A# [^\n]*": f"# realnet.yaml of {dataset}: RealNet, one model per class ({{}} stands for the class)."
-        f" Preset {detector.preset}.",
+        f" Preset {networks.preset}.",
         r"data/parts/": f"data/{dataset}/",
         r"^  type: parts$": f"  type: {dataset}",
         r"^  input_size: [^\n]*": f"  input_size: [{size[0]}, {size[1]}]",
         # In proportion to the input: 16 at 256.
         r"avgpool_size: \[16, 16\]": f"avgpool_size: [{max(1, round(size[0] / 16))}, {max(1, round(size[1] / 16))}]",
         r"^  foreground: none$": f"  foreground: {foreground}  # {FOREGROUND_HINT}",
+        r"color_mode: RGB": f"color_mode: RGB{reading}",
+        r"^  pixel_mean: [^\n]*": f"  pixel_mean: {list(mean)}",
+        r"^  pixel_std: [^\n]*": f"  pixel_std: {list(std)}",
     }
-    if detector.normalization != "imagenet":
-        mean, std = NORMALIZATIONS[detector.normalization]
-        values |= {r"^  pixel_mean: [^\n]*": f"  pixel_mean: {list(mean)}"}
-        values |= {r"^  pixel_std: [^\n]*": f"  pixel_std: {list(std)}"}
-    if detector.backbone:
+    if networks.backbone:
         lines = [
             yaml.safe_dump(b, default_flow_style=True, sort_keys=False, width=1000)
-            for b in structure_of(detector.backbone)
+            for b in structure_of(networks.backbone)
         ]
         values |= {r"^structure:\n(  - [^\n]*\n)+": "structure:\n" + "".join(f"  - {line}" for line in lines)}
-        values |= {r"backbone: \w+, weights": f"backbone: {detector.backbone}, weights"}
-    if detector.weights:
-        quoted = yaml.safe_dump(detector.weights, default_style='"', width=10**6).strip()
+        values |= {r"backbone: \w+, weights": f"backbone: {networks.backbone}, weights"}
+    if networks.weights:
+        quoted = yaml.safe_dump(networks.weights, default_style='"', width=10**6).strip()
         values |= {r"weights: auto\}": f"weights: {quoted}}}"}
     for pattern, value in values.items():
         text = _replaced(path, pattern, value, text)
@@ -144,7 +147,7 @@ def settings_texts(
     size: Sequence[int],
     foreground: str,
     reader: dict[str, Any] | None = None,
-    detector: Detector | None = None,
+    networks: Networks | None = None,
 ) -> dict[str, str]:
     """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
@@ -153,15 +156,13 @@ def settings_texts(
         size: input size of RealNet.
         foreground: value of dataset.foreground, as YAML.
         reader: further keys of dataset.image_reader.kwargs.
-        detector: what realnet.yaml says of the networks.
+        networks: what realnet.yaml says of the networks.
 
     Raises:
         RunError: a template was changed so that a value has no place in it.
     """
     reading = "".join(f", {key}: {value}" for key, value in (reader or {}).items())
-    texts = {"realnet.yaml": realnet_text(dataset, size, foreground, detector or Detector())}
-    if reading:
-        texts["realnet.yaml"] = texts["realnet.yaml"].replace("color_mode: RGB", f"color_mode: RGB{reading}")
+    texts = {"realnet.yaml": realnet_text(dataset, size, foreground, networks or Networks(), reading)}
     for name, keys in FILES.items():
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
@@ -180,7 +181,7 @@ def settings_texts(
         if name == "sample.yaml" and classes == 1:
             section = r"^classifier:.*?(?=^TestSampler)"
             text = _replaced(path, section, "classifier: null  # one class\n", text)
-        if reading and name != "sample.yaml":
+        if name != "sample.yaml":
             text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{reading}", text)
         left = re.search("@[A-Z]+@", text)
         if left:

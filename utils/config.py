@@ -286,10 +286,6 @@ def shortened(value: Any) -> str:
 
 def _suggest(name: str, section: Section, prefix: str) -> str:
     known = [key for key, entry in section.keys.items() if not getattr(entry, "legacy", False)]
-    # In another case, or with dashes, it is still the same name.
-    same = [key for key in section.keys if key == name.lower().replace("-", "_")]
-    if same:
-        return f"; did you mean {prefix}{same[0]}?"
     more = ", ... (docs/settings.md)" if len(known) > 8 else ""
     return did_you_mean(name, section.keys, prefix) or f"; known are {', '.join(known[:8])}{more}"
 
@@ -301,7 +297,10 @@ def did_you_mean(name: object, known: Iterable[str], prefix: str = "") -> str:
         >>> did_you_mean("thresold", ["channel", "threshold"])
         '; did you mean threshold?'
     """
-    close = difflib.get_close_matches(str(name)[:80], list(known), n=1)
+    known, text = list(known), str(name)[:80]
+    # In another case, or with dashes, it is still the same name.
+    same = [other for other in known if other == text.lower().replace("-", "_")]
+    close = same or difflib.get_close_matches(text, known, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
@@ -344,10 +343,11 @@ def collect_errors(path: str | Path, checks: Iterable[tuple[str, Callable[[], An
         except UsageError as error:
             prefixes = (str(path), "--")
             for text in str(error).splitlines():
-                # The message of a function that knows its argument, but not the settings that it came from.
-                named = any(part.strip() in text for part in section.split(","))
-                text = text if named or text.startswith(prefixes) else f"{section}: {text}"
-                problems.append(text if text.startswith(prefixes) else f"{path}: {text}")
+                if not text.startswith(prefixes):
+                    # A function may know its argument, but not the settings that it came from.
+                    named = any(part.strip() in text for part in section.split(","))
+                    text = f"{path}: {text}" if named else f"{path}: {section}: {text}"
+                problems.append(text)
         except RunError:
             # Not a mistake in the settings but, for example, missing weights: reported when the run needs them.
             continue

@@ -1,10 +1,14 @@
 """Running means, speed and remaining time of a training."""
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+
+log = logging.getLogger("realnet")
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,37 @@ class Meter:
         reading = Reading(means, self.images / elapsed, min(1.0, self.waited / elapsed), elapsed / max(1, self.steps))
         self.reset()
         return reading
+
+
+class Forecast:
+    """Says once, after the first steps of a run, how long the rest will take, and where it is too long, what to do."""
+
+    FIRST, LAST = 5, 20  # steps of the run that are timed; the very first ones are slow
+    DAY = 24 * 3600
+
+    def __init__(self) -> None:
+        self.steps, self.start = 0, 0.0
+
+    def finish_step(self, left: int, wait: Callable[[], object]) -> None:
+        """Count a step.
+
+        Args:
+            left: optimiser steps that are left.
+            wait: waits for the device.
+        """
+        self.steps += 1
+        if self.steps not in (self.FIRST, self.LAST):
+            return
+        wait()
+        if self.steps == self.FIRST:
+            self.start = time.perf_counter()
+            return
+        each = (time.perf_counter() - self.start) / (self.LAST - self.FIRST)
+        if left > 0:
+            text = "%d steps are left, about %s without validations (%.2g s a step)"
+            log.info(text, left, timedelta(seconds=round(left * each)), each)
+        if left * each > self.DAY:
+            log.warning(
+                "warning: that is more than a day; fewer steps (trainer.max_step), a smaller dataset.input_size or "
+                "network (for detectors, prepare_data.py --preset quick), trainer.amp: auto or more GPUs shorten it"
+            )

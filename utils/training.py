@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +31,7 @@ from utils.errors import RunError, Stopped, UsageError
 from utils.files import append_text
 from utils.lock import folder_lock
 from utils.log import Board, set_up_logging
-from utils.meter import Meter
+from utils.meter import Forecast, Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer, learning_rate_factor
 from utils.precision import resolve_precision, training_precision
 from utils.run_record import record_run
@@ -79,35 +78,6 @@ class Progress:
             setattr(self, name, value)
 
 
-class Forecast:
-    """Says once, after the first steps of a run, how long the rest will take, and where it is too long, what to do."""
-
-    FIRST, LAST = 5, 20  # steps of the run that are timed; the very first ones are slow
-    DAY = 24 * 3600
-
-    def __init__(self) -> None:
-        self.steps, self.start = 0, 0.0
-
-    def finish_step(self, training: "Training") -> None:
-        self.steps += 1
-        if self.steps not in (self.FIRST, self.LAST):
-            return
-        int(training.stepper.bad_steps)  # waits for the device
-        if self.steps == self.FIRST:
-            self.start = time.perf_counter()
-            return
-        each = (time.perf_counter() - self.start) / (self.LAST - self.FIRST)
-        left = training.total_steps - training.progress.step
-        if left > 0:
-            text = "%d steps are left, about %s without validations (%.2g s a step)"
-            log.info(text, left, timedelta(seconds=round(left * each)), each)
-        if left * each > self.DAY:
-            log.warning(
-                "warning: that is more than a day; fewer steps (trainer.max_step), a smaller dataset.input_size or "
-                "network (for detectors, prepare_data.py --preset quick), trainer.amp: auto or more GPUs shorten it"
-            )
-
-
 @dataclass
 class Training:
     """A network in training, with everything that goes into its checkpoints.
@@ -146,7 +116,7 @@ class Training:
     json_log: Path | None = None
     meter: Meter = field(default_factory=Meter)
     class_name: str | None = None
-    forecast: "Forecast" = field(default_factory=lambda: Forecast())
+    forecast: Forecast = field(default_factory=Forecast)
 
     def __post_init__(self) -> None:
         self.first_figures = dict(self.figures)
@@ -182,7 +152,8 @@ class Training:
             self.ema.update(self.network, self.progress.step)
         self.progress.finish_step()
         self.meter.finish_step()
-        self.forecast.finish_step(self)
+        # Reading the number of skipped steps waits for the device.
+        self.forecast.finish_step(self.total_steps - self.progress.step, lambda: int(self.stepper.bad_steps))
 
     def checkpoint(self) -> dict[str, Any]:
         """The part of a checkpoint that other scripts use: weights, settings of the network, and figures."""

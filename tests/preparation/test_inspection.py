@@ -230,7 +230,7 @@ def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, t
 @pytest.mark.parametrize("preset", settings_files.preset_names())
 def test_a_preset_is_a_whole_file_and_its_values_reach_the_settings(preset, tmp_path):
     assert load_config(REPOSITORY / f"experiments/presets/{preset}.yaml", script="realnet").dataset.type == "parts"
-    detector = settings_files.Detector(preset, "efficientnet_b0", 'C:\\my "w".pth', "half")
+    detector = settings_files.Networks(preset, "efficientnet_b0", 'C:\\my "w".pth', "half")
     text = settings_files.settings_texts("bolts", 1, (96, 160), "auto", {"bits": 12}, detector)["realnet.yaml"]
     (tmp_path / "realnet.yaml").write_text(text)
     config = load_config(tmp_path / "realnet.yaml", script="realnet")
@@ -248,7 +248,7 @@ def test_a_preset_without_a_place_for_a_value_is_named(tmp_path, monkeypatch):
     (tmp_path / "quick.yaml").write_text(text.replace("foreground: none", "foreground: auto"))
     monkeypatch.setattr(settings_files, "PRESETS", tmp_path)
     with pytest.raises(RunError, match=r"quick.yaml: .*foreground: none\$ is missing"):
-        settings_files.realnet_text("bolts", (96, 96), "auto", settings_files.Detector("quick"))
+        settings_files.realnet_text("bolts", (96, 96), "auto", settings_files.Networks("quick"))
 
 
 @pytest.mark.parametrize(

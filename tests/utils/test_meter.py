@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from utils.meter import Meter
+from utils import meter as meter_module
+from utils.meter import Forecast, Meter
 
 
 def test_a_mean_covers_exactly_the_steps_since_the_last_reading():
@@ -63,3 +64,22 @@ def test_a_run_writes_down_what_it_is(workspace):
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[-1]["eta_seconds"] == 0
     assert {"loss", "images_per_second", "data_share", "learning_rate", "peak_memory_GiB"} <= set(lines[0])
+
+
+LEFT = [(280, "280 steps are left, about 0:09:20", False), (10**5, "100000 steps are left", True)]
+
+
+@pytest.mark.parametrize(("left", "says", "day"), LEFT)
+def test_the_time_that_is_left_is_told_once_and_a_day_is_a_warning(left, says, day, monkeypatch, caplog):
+    now, waits = [0.0], []
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    forecast = Forecast()
+    with caplog.at_level("INFO", logger="realnet"):
+        for _ in range(60):
+            now[0] += 2.0
+            forecast.finish_step(left, lambda: waits.append(now[0]))
+    assert waits == [10.0, 40.0]
+    assert sum("steps are left" in record.message for record in caplog.records) == 1
+    assert says in caplog.text
+    assert "(2 s a step)" in caplog.text
+    assert ("more than a day" in caplog.text) == day
