@@ -29,7 +29,7 @@ from datasets.lists import listed_classes
 from evaluation.detector import as_one_process, checkpoint_path
 from evaluation.inputs import find_inputs
 from evaluation.score import pooling_window
-from evaluation.thresholds import as_content, matching_thresholds
+from evaluation.thresholds import as_content
 from evaluation.trained_model import TrainedModel, load_trained
 from models.realnet import ExportedRealNet
 from utils import cli
@@ -128,7 +128,7 @@ def check_images(args: argparse.Namespace, path: Path, config: EasyDict) -> torc
 
 def describe(trained: TrainedModel, path: Path) -> dict[str, str]:
     """The metadata for deployment: preprocessing, settings and thresholds."""
-    config, thresholds = trained.config, matching_thresholds(path, trained.fingerprint)
+    config, thresholds = trained.config, trained.thresholds(path)
     dataset = config.dataset
     preprocessing = {
         "input": "image: float32 (N,3,height,width), channels in the order given",

@@ -4,12 +4,15 @@
     python predict.py --checkpoint model.onnx --input image.png --output results               (or model.pt2)
     ls *.png | python predict.py --checkpoint FILE --input - --output results --threshold 0.4
     python predict.py --checkpoint FILE --input large.png --output results --tile 256 --overlap 64
+    python predict.py --checkpoint FILE --input new_images --output results --target-fpr 0.05
     python predict.py --checkpoint FILE --input new_images --output results --continue         (after Ctrl-C)
 
 Writes scores.csv and scores.jsonl (one line per image, as soon as it is done), heatmaps/ and masks/ (at the images' own
-size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside the checkpoint, or --threshold and
---pixel-threshold. Images that cannot be read or scored are reported on stderr and skipped; the exit code is then 1.
-Mask folders and earlier results below the input folder are not scored. Up to 20 images, their scores are also printed.
+size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside the checkpoint, else those of the good
+images that training held out (--target-fpr), or --threshold and --pixel-threshold. With thresholds from held-out
+images, scores are normalised: 0.5 is the threshold (--raw-scores writes them as the model gives them). Images that
+cannot be read or scored are reported on stderr and skipped; the exit code is then 1. Mask folders and earlier results
+below the input folder are not scored. Up to 20 images, their scores are also printed.
 """
 
 import argparse
@@ -51,8 +54,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", required=True, help="image, folder, list of images, or - for paths on stdin")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument("--class_name", help="use this class's thresholds, if the model serves several")
-    parser.add_argument("--threshold", type=float, help="image score from which an image is anomalous")
+    fpr_help = "share of good images that may be called anomalous, by held-out good images (default: 0.01)"
+    parser.add_argument("--target-fpr", type=float, help=fpr_help)
+    parser.add_argument("--threshold", type=float, help="raw image score from which an image is anomalous")
     parser.add_argument("--pixel-threshold", type=float, help="map value from which a pixel is anomalous")
+    parser.add_argument("--raw-scores", action="store_true", help="write scores as the model gives them")
     parser.add_argument("--tile", type=int, help="score large images in square tiles with this side, in pixels")
     parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles share (64, at most tile / 4)")
     parser.add_argument("--batch-size", type=int, help="images or tiles per batch (8; 1 for stdin)")
@@ -141,6 +147,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for option, value in (("--threshold", args.threshold), ("--pixel-threshold", args.pixel_threshold)):
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{option} {value}: has to be a finite number")
+    if args.target_fpr is not None and not 0 < args.target_fpr < 1:
+        raise UsageError(f"--target-fpr {args.target_fpr}: has to lie between 0 and 1, e.g. 0.01 for 1 %")
+    if args.target_fpr is not None and args.threshold is not None:
+        raise UsageError("--target-fpr chooses the threshold that --threshold gives; pass one of them")
     if args.max_megapixels is not None and not (math.isfinite(args.max_megapixels) and args.max_megapixels > 0):
         raise UsageError(f"--max-megapixels {args.max_megapixels:g}: has to be a number above 0")
     if args.batch_size is not None and args.batch_size < 1:
@@ -163,20 +173,38 @@ def overlap_of(args: argparse.Namespace) -> int:
 
 
 def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) -> Thresholds:
-    """The thresholds of the evaluation, overridden by those of the command line."""
+    """The thresholds of the model, overridden by those of the command line; without a scale if scores stay raw."""
     thresholds = evaluated
     if thresholds is None:
         thresholds = Thresholds(None, None, "")
-        if args.threshold is None:
+        if args.threshold is None and args.target_fpr is None:
             text = "no thresholds beside %s: scores without verdicts (evaluate it, or pass --threshold)"
             log.info(text, args.checkpoint)
+    if args.target_fpr is not None:
+        thresholds = thresholds.at(args.target_fpr)
     if args.class_name:
         thresholds = thresholds.of_class(args.class_name)
-    if args.tile and args.threshold is None and thresholds.image is not None:
-        text = "warning: the threshold %.6g was chosen on whole images, and tiles score differently; pass --threshold, "
-        log.warning(text + "chosen on good images with the same --tile (docs/benchmarks.md)", thresholds.image)
+    if args.tile:
+        thresholds = tiled_thresholds(thresholds, args)
+    if args.raw_scores or args.threshold is not None:
+        thresholds = replace(thresholds, scale=None)
     changes = {"image": args.threshold, "pixel": args.pixel_threshold}
-    return replace(thresholds, **{name: value for name, value in changes.items() if value is not None})
+    thresholds = replace(thresholds, **{name: value for name, value in changes.items() if value is not None})
+    if args.threshold is None and thresholds.image is not None:
+        log.info("threshold %.6g: %s", thresholds.image, thresholds.rule)
+    return thresholds
+
+
+def tiled_thresholds(thresholds: Thresholds, args: argparse.Namespace) -> Thresholds:
+    """The thresholds for these tiles; if there are none, those for whole images, with a warning."""
+    tiled = thresholds.tiled.get(f"{args.tile}/{overlap_of(args)}")
+    if tiled is not None:
+        return tiled
+    if args.threshold is None and thresholds.image is not None:
+        text = "warning: the threshold %.6g was chosen on whole images, and tiles score differently; choose one for "
+        advice = "tiles with evaluation_realnet.py --tile %d --overlap %d, or pass --threshold (docs/benchmarks.md)"
+        log.warning(text + advice, thresholds.image, args.tile, overlap_of(args))
+    return thresholds
 
 
 def run_of(args: argparse.Namespace, thresholds: Thresholds) -> dict[str, Any]:
@@ -190,6 +218,7 @@ def run_of(args: argparse.Namespace, thresholds: Thresholds) -> dict[str, Any]:
         "overlap": overlap_of(args) if args.tile else None,
         "threshold": rounded(thresholds.image),
         "pixel_threshold": rounded(thresholds.pixel),
+        "raw_scores": thresholds.scale is None,
     }
 
 
@@ -225,7 +254,7 @@ def score(
                 continue
             if count is None or count <= FEW_IMAGES:
                 verdict = {None: "", True: "  anomalous", False: "  normal"}[detection.is_anomalous]
-                log.info("%.4f%s  %s", detection.score, verdict, item.source.name)
+                log.info("%.4f%s  %s", results.thresholds.normalised(detection.score), verdict, item.source.name)
             if item.pages > 1:
                 paged.append(f"{item.source.name} ({item.pages})")
         unreadable += len(group) - len(readable)

@@ -109,7 +109,7 @@ class Detector:
             trained, thresholds = load_program(path)
         else:
             trained = load_trained(path, None if config is None else load_config(config, script="realnet"), config)
-            thresholds = matching_thresholds(path, trained.fingerprint)
+            thresholds = trained.thresholds(path)
         target = distributed.pick_device(device)
         model, sound = trained.network.to(target), has_finite_weights(trained.network)
 
@@ -166,11 +166,12 @@ class Detector:
         if self.thresholds is None or not detection.finite:
             return detection
         image, pixel = self.thresholds.image, self.thresholds.pixel
-        return replace(
-            detection,
-            mask=None if pixel is None else values >= pixel,
-            is_anomalous=None if image is None else score >= image,
-        )
+        anomalous = None if image is None else score >= image
+        mask = None if pixel is None else values >= pixel
+        if anomalous and mask is not None and pixel <= image and not mask.any():
+            # Resizing the map has averaged away the pixels that made the score.
+            mask.flat[np.argmax(values)] = True
+        return replace(detection, mask=mask, is_anomalous=anomalous)
 
 
 def as_one_process() -> None:

@@ -30,7 +30,7 @@ class Results:
 
     Args:
         folder: where to write.
-        thresholds: of the verdicts.
+        thresholds: of the verdicts; scores are normalised if they have a scale.
         run: the arguments that decide what the lines say; JSON values.
         drawn: whether to write heat maps and masks.
         overwrite: replace earlier results.
@@ -50,6 +50,8 @@ class Results:
         resume: bool = False,
     ) -> None:
         self.folder, self.thresholds, self.drawn = folder, thresholds, drawn
+        image = thresholds.image
+        self.threshold = None if image is None else round(thresholds.normalised(image), 6)
         self.table, self.lines = folder / TABLE, folder / SCORES
         rows = self._earlier_rows(run) if resume else []
         self.done = {row["file"] for row in rows}
@@ -89,9 +91,9 @@ class Results:
         heat_file, mask_file = self._draw(source, image, detection) if self.drawn else (None, None)
         row = {
             "file": source.name,
-            "score": round(detection.score, 6),
+            "score": round(self.thresholds.normalised(detection.score), 6),
             "verdict": None if anomalous is None else ("anomalous" if anomalous else "normal"),
-            "threshold": rounded(self.thresholds.image),
+            "threshold": self.threshold,
             "anomalous_share": None if mask is None else round(float(mask.mean()), 6),
             "width": image.shape[1],
             "height": image.shape[0],

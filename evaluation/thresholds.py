@@ -3,13 +3,14 @@
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evaluation.metrics import Ranking
+from evaluation.normal_scores import NormalScores, normalised, pooled, raw
 from utils.config import shortened
 from utils.errors import UsageError
 from utils.files import write_text
@@ -17,6 +18,7 @@ from utils.files import write_text
 log = logging.getLogger("realnet")
 
 BEST_F1 = "best F1 on the evaluation set"
+HELD_OUT = "held-out good images"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Thresholds:
         classes: thresholds of each class, if one model serves several classes.
         fingerprint: of the model whose scores they were chosen on (trained_model.fingerprint_of).
         chosen_on: the list of the images that they were chosen on.
+        normal: scores of held-out good images, for other false alarm rates; None if no images were held out.
+        scale: deviation of these scores' log-odds, by which scores are normalised; None leaves scores as they are.
+        tiled: thresholds for scoring in tiles, by "<size>/<overlap>".
 
     Example:
         >>> thresholds = Thresholds(0.5, 0.4, "by hand", classes={"bolts": Thresholds(0.6, 0.5, "by hand")})
@@ -45,6 +50,35 @@ class Thresholds:
     classes: dict[str, "Thresholds"] = field(default_factory=dict)
     fingerprint: str = ""
     chosen_on: str = ""
+    normal: NormalScores | None = None
+    scale: float | None = None
+    tiled: dict[str, "Thresholds"] = field(default_factory=dict)
+
+    def normalised(self, score: float) -> float:
+        """The score as its distance from the threshold, 0.5 at the threshold; as it is without a scale."""
+        if self.image is None or self.scale is None:
+            return score
+        return normalised(score, self.image, self.scale)
+
+    def raw(self, score: float) -> float:
+        """The opposite of normalised()."""
+        return score if self.image is None or self.scale is None else raw(score, self.image, self.scale)
+
+    def at(self, target_fpr: float) -> "Thresholds":
+        """The thresholds for another false alarm rate on good images, of all classes.
+
+        Raises:
+            UsageError: no good images were held out.
+        """
+        if self.normal is None:
+            raise UsageError(
+                "--target-fpr: this model knows no scores of held-out good images; train it with "
+                "dataset.train.validation_fraction, or choose thresholds on a list: evaluation_realnet.py --target-fpr"
+            )
+        classes = {name: thresholds.at(target_fpr) for name, thresholds in self.classes.items()}
+        tiled = {name: tiles.at(target_fpr) for name, tiles in self.tiled.items() if tiles.normal is not None}
+        chosen = from_normal(self.normal, target_fpr, self.low, self.high)
+        return replace(self, image=chosen.image, pixel=chosen.pixel, rule=chosen.rule, classes=classes, tiled=tiled)
 
     def of_class(self, name: str) -> "Thresholds":
         """The thresholds of one class.
@@ -82,10 +116,48 @@ def thresholds_of(
     """
     low, high = heat_range(maps)
     if target_fpr is None:
-        return Thresholds(best_f1(image, scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
+        chosen = Thresholds(best_f1(image, scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
+        return _consistent(chosen)
     rule = f"at most {100 * target_fpr:g}% of the normal images, and of their pixels, flagged on the evaluation set"
     image_threshold = for_target_fpr(scores[~labels], target_fpr)
-    return Thresholds(image_threshold, for_target_fpr(maps[~labels], target_fpr), rule, low, high)
+    return _consistent(Thresholds(image_threshold, for_target_fpr(maps[~labels], target_fpr), rule, low, high))
+
+
+def from_normal(normal: NormalScores, target_fpr: float, low: float, high: float) -> Thresholds:
+    """Thresholds that new good images, and their pixels, reach with at most this probability.
+
+    Args:
+        normal: scores of good images that the model was not trained on.
+        low, high: range of heat maps.
+    """
+    count, lowest = len(normal), normal.lowest_rate
+    rule = f"at most {100 * target_fpr:g}% of good images flagged, by {count} {HELD_OUT}"
+    if target_fpr < lowest:
+        rule += f" (an estimate: {count} images can promise {100 * lowest:.2g}% at best)"
+    image, pixel = normal.image_threshold(target_fpr), normal.pixel_threshold(target_fpr)
+    return _consistent(Thresholds(image, pixel, rule, low, high, normal=normal, scale=normal.scale))
+
+
+def of_normals(
+    normals: dict[str, NormalScores], target_fpr: float, low: float, high: float, fingerprint: str
+) -> Thresholds:
+    """The thresholds of a model: for all its images and, if it serves several classes, for each class.
+
+    Args:
+        normals: by class.
+    """
+    of_classes = {name: from_normal(normal, target_fpr, low, high) for name, normal in normals.items()}
+    if len(of_classes) == 1:
+        ((name, thresholds),) = of_classes.items()
+        return replace(thresholds, fingerprint=fingerprint, chosen_on=f"{HELD_OUT} of train_{name}.json")
+    thresholds = from_normal(pooled(list(normals.values())), target_fpr, low, high)
+    return replace(thresholds, classes=of_classes, fingerprint=fingerprint, chosen_on=HELD_OUT)
+
+
+def _consistent(thresholds: Thresholds) -> Thresholds:
+    """The pixel threshold at most the image threshold: a mean that reaches the latter has a pixel that does."""
+    image, pixel = thresholds.image, thresholds.pixel
+    return thresholds if image is None or pixel is None else replace(thresholds, pixel=min(image, pixel))
 
 
 def heat_range(maps: np.ndarray) -> tuple[float, float]:
@@ -149,12 +221,21 @@ def write_thresholds(checkpoint: str | Path, thresholds: Thresholds) -> Path:
 
 
 def as_content(thresholds: Thresholds) -> dict[str, Any]:
-    """Thresholds as plain values for JSON, without `classes` if there are none."""
-    content = asdict(thresholds)
-    classes = content.pop("classes")
-    for class_content in classes.values():
-        del class_content["classes"], class_content["fingerprint"], class_content["chosen_on"]
-    return {**content, "classes": classes} if classes else content
+    """Thresholds as plain values for JSON; without what they have not."""
+    content = {name: getattr(thresholds, name) for name in ("image", "pixel", "rule", "low", "high")}
+    content |= {"fingerprint": thresholds.fingerprint, "chosen_on": thresholds.chosen_on}
+    if thresholds.scale is not None:
+        content["scale"] = thresholds.scale
+    if thresholds.normal is not None:
+        content["normal"] = thresholds.normal.as_content()
+    for name, parts in (("tiled", thresholds.tiled), ("classes", thresholds.classes)):
+        if parts:
+            content[name] = {key: _without_origin(as_content(part)) for key, part in parts.items()}
+    return content
+
+
+def _without_origin(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in ("fingerprint", "chosen_on")}
 
 
 def thresholds_from(content: Any, where: str) -> Thresholds:
@@ -166,21 +247,27 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
     if not isinstance(content, dict):
         raise UsageError(f"{where}: has to hold a JSON object; evaluate the model again")
     values = {}
-    for name in ("image", "pixel", "low", "high"):
+    for name in ("image", "pixel", "low", "high", "scale"):
         value = content.get(name)
         # A threshold beyond these bounds is none; and Python cannot compare all of its numbers with infinity.
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 <= value <= 1e9
-        if not number and not (value is None and name in ("image", "pixel")):
+        if name == "scale":
+            number = number and value > 0
+        if not number and not (value is None and name in ("image", "pixel", "scale")):
             raise UsageError(f"{where}: {name} is {shortened(value)}, not a number; evaluate the model again")
         values[name] = value
     if values["low"] > values["high"]:
         raise UsageError(f"{where}: low {values['low']} is above high {values['high']}; evaluate the model again")
-    classes = content.get("classes") or {}
-    if not isinstance(classes, dict):
-        raise UsageError(f"{where}: classes is not a JSON object; evaluate the model again")
-    of_classes = {str(name): thresholds_from(value, f"{where}, class {name}") for name, value in classes.items()}
+    parts = {}
+    for name, what in (("classes", "class"), ("tiled", "tiles")):
+        found = content.get(name) or {}
+        if not isinstance(found, dict):
+            raise UsageError(f"{where}: {name} is not a JSON object; evaluate the model again")
+        parts[name] = {str(key): thresholds_from(value, f"{where}, {what} {key}") for key, value in found.items()}
     texts = {name: str(content.get(name, "")) for name in ("rule", "fingerprint", "chosen_on")}
-    return Thresholds(**values, **texts, classes=of_classes)
+    normal = content.get("normal")
+    scores = None if normal is None else NormalScores.from_content(normal, where)
+    return Thresholds(**values, **texts, normal=scores, **parts)
 
 
 def read_thresholds(checkpoint: str | Path) -> Thresholds | None:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from easydict import EasyDict
 
 from datasets.build import preprocessing_of
+from evaluation.normal_scores import TARGET_FPR, NormalScores
 from evaluation.score import pooling_window
+from evaluation.thresholds import Thresholds, matching_thresholds, of_normals
 from models.realnet import MEASURED, RealNet, build_realnet, check_realnet
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
-from utils.config import checked, collect_errors, differences, plain
+from utils.config import checked, collect_errors, differences, plain, shortened
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
@@ -35,6 +37,44 @@ MODEL_SETTINGS = (
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Good images that a model was not trained on, and what it gave on them, as its checkpoint holds them.
+
+    Args:
+        files: their names in the image list, by class.
+        normal: their scores, by class.
+        low, high: range of heat maps, from these images and synthetic anomalies on them.
+    """
+
+    files: dict[str, list[str]]
+    normal: dict[str, NormalScores]
+    low: float
+    high: float
+
+    def as_content(self) -> dict[str, Any]:
+        """Plain values, for the checkpoint's key `held_out`."""
+        normal = {name: scores.as_content() for name, scores in self.normal.items()}
+        return {"files": self.files, "normal": normal, "low": self.low, "high": self.high}
+
+    @classmethod
+    def from_content(cls, content: Any, path: Path) -> "HeldOut":
+        """The opposite of as_content.
+
+        Raises:
+            UsageError: the file at `path` holds something else.
+        """
+        try:
+            normal = {str(name): NormalScores.from_content(part, str(path)) for name, part in content["normal"].items()}
+            files = {str(name): [str(file) for file in names] for name, names in content["files"].items()}
+            low, high = float(content["low"]), float(content["high"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UsageError(f"{path}: held_out is {shortened(content)}, not what train_realnet.py writes") from None
+        if not normal or not 0 <= low <= high <= 1:
+            raise UsageError(f"{path}: held_out holds no class, or no range of heat maps in 0 .. 1; train again")
+        return cls(files, normal, low, high)
+
+
+@dataclass(frozen=True)
 class TrainedModel:
     """A network in eval mode, on the CPU.
 
@@ -43,12 +83,26 @@ class TrainedModel:
         config: settings of realnet.yaml: those in the checkpoint, if it holds some.
         fingerprint: see fingerprint_of.
         epoch: after which it was saved, or "?".
+        held_out: scores of held-out good images; None if there are none.
     """
 
     network: RealNet
     config: EasyDict
     fingerprint: str
     epoch: int | str
+    held_out: HeldOut | None = field(default=None, compare=False)
+
+    def thresholds(self, path: Path, target_fpr: float = TARGET_FPR) -> Thresholds | None:
+        """The thresholds in the file beside the model at `path`, else those that held-out good images give, if any."""
+        beside = matching_thresholds(path, self.fingerprint)
+        return self.own_thresholds(target_fpr) if beside is None else beside
+
+    def own_thresholds(self, target_fpr: float = TARGET_FPR) -> Thresholds | None:
+        """The thresholds that held-out good images give; None if there are none."""
+        if self.held_out is None:
+            return None
+        held_out = self.held_out
+        return of_normals(held_out.normal, target_fpr, held_out.low, held_out.high, self.fingerprint)
 
 
 def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: str | Path | None = None) -> TrainedModel:
@@ -74,7 +128,9 @@ def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: st
     where = path if own else fallback_path or path
     # A checkpoint to resume from may hold the averaged weights beside those in training.
     weights = state_dict_of({"state_dict": content["ema_state_dict"]} if "ema_state_dict" in content else content)
-    return trained_from(weights, config, path, where, content.get("epoch", "?"))
+    trained = trained_from(weights, config, path, where, content.get("epoch", "?"))
+    held_out = HeldOut.from_content(content["held_out"], path) if "held_out" in content else None
+    return replace(trained, held_out=held_out)
 
 
 def trained_from(
