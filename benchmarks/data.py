@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.catalog import ForegroundRule
 from datasets.images import Augmentation, Preprocessing, read_image
 from datasets.lists import ImageList, Sample
-from datasets.realnet import RealNetTrainSet, Synthesis
+from datasets.realnet import RealNetTrainSet
+from datasets.synthesis import Synthesis
 from preparation.demo import CLASSES, TEXTURES
 
 GOOD_IMAGES, SDAS_IMAGES, ROUNDS, PER_ROUND = 12, 48, 15, 48

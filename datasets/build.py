@@ -9,8 +9,9 @@ from datasets.catalog import ForegroundRule
 from datasets.foreground import rule_for
 from datasets.images import Augmentation, Preprocessing, allow_megapixels
 from datasets.lists import ImageList, Sample, class_names, read_list
-from datasets.realnet import RealNetTestSet, RealNetTrainSet, Synthesis
+from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from datasets.sdas import SDASDataset
+from datasets.synthesis import Synthesis
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")

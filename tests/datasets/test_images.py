@@ -20,7 +20,7 @@ from datasets.images import (
     read_mask,
     read_size,
 )
-from datasets.realnet import Synthesis
+from datasets.synthesis import Synthesis
 from utils.config import load_config
 from utils.errors import UsageError
 
@@ -321,8 +321,8 @@ def test_a_source_image_that_breaks_later_is_replaced_by_the_next(kind, tmp_path
     synthesis.open(["part"])
     (paths,) = synthesis.sources.values()
     assert len(paths) == 3
-    drawn = [synthesis.draw(types, "part", preprocessing, np.random.default_rng(seed))[0] for seed in range(12)]
-    again = [synthesis.draw(types, "part", preprocessing, np.random.default_rng(seed))[0] for seed in range(12)]
+    drawn = [synthesis.draw_source(kind, "part", preprocessing, np.random.default_rng(seed))[0] for seed in range(12)]
+    again = [synthesis.draw_source(kind, "part", preprocessing, np.random.default_rng(seed))[0] for seed in range(12)]
     np.testing.assert_array_equal(drawn, again)
     assert len({image.tobytes() for image in drawn}) >= 2
     assert [message.endswith("the next image is used instead") for message in messages] == [True]
@@ -330,7 +330,7 @@ def test_a_source_image_that_breaks_later_is_replaced_by_the_next(kind, tmp_path
     for path in paths:
         path.unlink()
     with pytest.raises(UsageError, match="are they still there"):
-        synthesis.draw(types, "part", preprocessing, np.random.default_rng(0))
+        synthesis.draw_source(kind, "part", preprocessing, np.random.default_rng(0))
 
 
 def test_sources_behind_links_are_found(tmp_path):

@@ -15,7 +15,8 @@ from datasets.foreground import apply_rule, auto_rule, foreground_mask, rule_for
 from datasets.images import Augmentation, Preprocessing, list_images
 from datasets.lists import ImageList, read_list
 from datasets.perlin import perlin_mask, perlin_noise
-from datasets.realnet import RealNetTrainSet, Synthesis
+from datasets.realnet import RealNetTrainSet
+from datasets.synthesis import Synthesis
 from tests.conftest import settings
 from utils.config import checked
 from utils.errors import UsageError
@@ -227,6 +228,15 @@ def test_samples_differ_from_the_normal_image_only_under_the_mask(tiny_data):
             assert sample["changed"] == bool(sample["mask"].any())
             changed += sample["changed"]
     assert 8 < changed < 32
+
+
+def test_the_draws_of_normal_sdas_and_dtd_stay_what_they_were(tiny_data):
+    """Recorded before there were other types: runs of before can be repeated and resumed."""
+    dataset = train_set(tiny_data, {"normal": 0.2, "sdas": 0.4, "dtd": 0.4})
+    samples = [dataset[1, index] for index in range(8)]
+    assert [int(sample["mask"].sum()) for sample in samples] == [71, 65, 28, 0, 7, 9, 10, 0]
+    sums = [1358.94, 1425.60, 1356.79, 1354.65, 1345.94, 1354.55, 1353.71, 1354.27]
+    assert [float(sample["image"].sum()) for sample in samples] == pytest.approx(sums, abs=0.01)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(tiny_data):

@@ -1,0 +1,165 @@
+"""Synthetic anomalies in good images: which type, from which source, under which mask."""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from datasets.anomaly import augment_texture, blend
+from datasets.folders import FoundImages, find_images, not_read
+from datasets.images import Preprocessing, header_problem, resize
+from datasets.perlin import perlin_mask
+from utils.errors import UsageError
+
+log = logging.getLogger("realnet")
+
+THREADS = 16  # that open source images: most of the time is spent waiting for the disk
+ATTEMPTS = 20  # source images in a row that may turn out to be broken while they are decoded
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """How training anomalies are made.
+
+    Args:
+        anomaly_types: probability of each of normal, sdas, dtd.
+        sdas_dir: folder of SDAS images; {} stands for the class.
+        dtd_dir: folder of textures.
+        sdas_transparency_range, dtd_transparency_range: (low, high) of the opacity delta.
+        min_perlin_scale, perlin_scale: see perlin.perlin_mask.
+    """
+
+    anomaly_types: dict[str, float]
+    sdas_dir: str | None = None
+    dtd_dir: str | None = None
+    sdas_transparency_range: Sequence[float] = (0.5, 1.0)
+    dtd_transparency_range: Sequence[float] = (0.2, 1.0)
+    min_perlin_scale: int = 0
+    perlin_scale: int = 6
+    sources: dict[str, list[Path]] = field(default_factory=dict, init=False, compare=False)
+
+    def open(self, classes: Sequence[str], tell: bool = False) -> None:
+        """Find the source images for these classes; those that cannot be read are left out.
+
+        Args:
+            tell: whether to log what is left out.
+
+        Raises:
+            UsageError: a folder that an anomaly type needs is missing, empty, or holds broken images only.
+        """
+        if self.anomaly_types.get("dtd"):
+            hint = "put the DTD textures there (data/README.md) or set dataset.train.anomaly_types without dtd"
+            self.sources["dtd"] = _source_images(self.dtd_dir, "dtd_dir", hint, tell)
+        if self.anomaly_types.get("sdas"):
+            hint = "run sample.py first, or set dataset.train.anomaly_types: {normal: 0.5, dtd: 0.5}"
+            for name in classes:
+                folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
+                self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint, tell)
+
+    def anomaly(
+        self,
+        image: np.ndarray,
+        foreground: np.ndarray,
+        clsname: str,
+        preprocessing: Preprocessing,
+        rng: np.random.Generator,
+        types: dict[str, float] | None = None,
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Draw a training sample of a good image (RealNet, section 3.1).
+
+        Args:
+            image: (H,W,3) uint8.
+            foreground: (H,W) uint8 in {0, 1}, where anomalies may lie.
+            types: probabilities that take the place of anomaly_types.
+
+        Returns:
+            The anomalous image, (H,W,3) float32 in [0, 255], or None if it stays normal; and its mask, (H,W) uint8 in
+            {0, 1}.
+        """
+        chosen = _drawn(self.anomaly_types if types is None else types, rng)
+        if chosen == "normal":
+            return None, np.zeros(image.shape[:2], np.uint8)
+        source, delta = self.draw_source(chosen, clsname, preprocessing, rng)
+        mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
+        return (blend(image, source, mask, delta) if mask.any() else None), mask
+
+    def draw_source(
+        self, chosen: str, clsname: str, preprocessing: Preprocessing, rng: np.random.Generator
+    ) -> tuple[np.ndarray, float]:
+        """Draw an image of a folder, (H,W,3) uint8, and its opacity."""
+        paths = self.sources["dtd" if chosen == "dtd" else f"sdas/{clsname}"]
+        index = int(rng.integers(len(paths)))
+        if chosen == "sdas":
+            source = _first_readable(paths, index, preprocessing.read)
+            return source, float(rng.uniform(*self.sdas_transparency_range))
+        texture = augment_texture(_first_readable(paths, index, preprocessing.read_full), rng)
+        return resize(texture, preprocessing.size), float(rng.uniform(*self.dtd_transparency_range))
+
+
+def _drawn(types: dict[str, float], rng: np.random.Generator) -> str:
+    """One of the types, with their probabilities."""
+    names = list(types)
+    # numpy wants a sum of 1 to 1.5e-8; settings may be rounded to 1e-6.
+    probabilities = np.array(list(types.values())) / sum(types.values())
+    return names[int(rng.choice(len(names), p=probabilities))]
+
+
+def _source_images(folder: str | None, setting: str, hint: str, tell: bool) -> list[Path]:
+    """The images in a folder whose headers can be read."""
+    found = find_images(folder) if folder else None
+    if found is None or not found.images:
+        missing = "holds no image" if folder and Path(folder).is_dir() else "does not exist"
+        problem = f"{folder} {missing}" if folder else "not set"
+        others = not_read(found.others) if found else ""
+        raise UsageError(f"dataset.train.{setting}: {problem}{f' ({others})' if others else ''}; {hint}")
+    problems = _header_problems(tuple(found.images))
+    readable = [path for path, problem in zip(found.images, problems, strict=True) if problem is None]
+    broken = [problem for problem in problems if problem is not None]
+    if not readable:
+        raise UsageError(f"dataset.train.{setting}: no image in {folder} can be read ({broken[0]}); {hint}")
+    if tell:
+        _tell_left_out(f"dataset.train.{setting}", len(problems), broken, found)
+    return readable
+
+
+def _tell_left_out(setting: str, count: int, broken: list[str], found: FoundImages) -> None:
+    if broken:
+        more = f"\n  and {len(broken) - 3} more" if len(broken) > 3 else ""
+        lines = "".join(f"\n  {problem}" for problem in broken[:3])
+        text = "%s: %d of %d images cannot be read and are left out:%s%s"
+        log.warning(text, setting, len(broken), count, lines, more)
+    if found.others:
+        log.warning("%s: %s", setting, not_read(found.others))
+    for path, reason in found.closed:
+        log.warning("%s: %s cannot be opened (%s)", setting, path, reason)
+
+
+@cache
+def _header_problems(paths: tuple[Path, ...]) -> list[str | None]:
+    """The header_problem of each image. Kept, because settings are checked before the data set is built."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(header_problem, paths, chunksize=64))
+
+
+def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """The image at `index`, or the next one that can be decoded, so that a broken one does not end the training.
+
+    Raises:
+        UsageError: the next ATTEMPTS images are all broken.
+    """
+    for step in range(ATTEMPTS):
+        path = paths[(index + step) % len(paths)]
+        try:
+            return read(path)
+        except UsageError as error:
+            _warn_once(str(error))
+    raise UsageError(f"{paths[index]} and the {ATTEMPTS - 1} images after it cannot be read; are they still there?")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s; the next image is used instead", text)
