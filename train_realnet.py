@@ -5,12 +5,15 @@
     torchrun --nproc_per_node=2 train_realnet.py --dataset MVTec-AD --class_name bottle,cable
     python -m torch.distributed.launch --nproc_per_node=1 train_realnet.py --dataset MVTec-AD --class_name bottle
 
-Settings: experiments/<dataset>/realnet.yaml. Writes, per class, realnet_checkpoints/<class>/ckpt_best.pth.tar (and
-ckpt_last.pth.tar to resume from), realnet_log/<class>/, and a sheet of training samples to realnet_vis/<class>/.
+Settings: experiments/<dataset>/realnet.yaml. Writes, per class, to realnet_checkpoints/<class>/: ckpt_last.pth.tar to
+resume from; ckpt_best_test, the best on the test list, and ckpt_best_synthetic, the best on held-out good images with
+synthetic anomalies (dataset.train.validation_fraction); and ckpt_best, which is the one that evaluator.select names.
+Also realnet_log/<class>/, and a sheet of training samples to realnet_vis/<class>/.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +21,43 @@ import numpy as np
 import torch
 from easydict import EasyDict
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from datasets.build import build_realnet_test_set, build_realnet_train_set, check_realnet_data, preprocessing_of
+from datasets.build import (
+    build_held_out_set,
+    build_realnet_test_set,
+    build_realnet_train_set,
+    check_realnet_data,
+    choose_held_out,
+    preprocessing_of,
+)
 from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
-from datasets.realnet import GoodImages, RealNetTestSet, RealNetTrainSet
-from evaluation.metrics import Ranking
-from evaluation.score import ScoredImages, pooling_window, predict_maps
-from evaluation.thresholds import heat_range, sidecar
+from datasets.realnet import GoodImages, RealNetTrainSet
+from evaluation.thresholds import sidecar
+from evaluation.validation import DIVERGED, LAST, SHEET_IMAGES, SYNTHETIC, TEST, validate_held_out, validate_test
 from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.realnet import RealNet
 from models.subspace import Moments
 from utils import cli, distributed
 from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_checkpoint
+from utils.checkpoint import LAST as NEWEST
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run
-from utils.errors import RunError
+from utils.errors import RunError, UsageError
+from utils.files import link_file
 from utils.log import Board, log, progress_bar
 from utils.optim import seed_step
-from utils.pictures import contact_sheet, heat_overlay, spread, write_image
+from utils.pictures import contact_sheet, spread, write_image
 from utils.precision import autocast
 from utils.run_record import identity_of
 from utils.signals import StopRequest, stop_requests
-from utils.training import Saver, Training, log_json, report_step, set_up_training, trainer_checks, training_folders
+from utils.training import STALE, Saver, Training, report_step, set_up_training, trainer_checks, training_folders
 
 CALIBRATION_BATCHES = 8
-SHEET_IMAGES = 8
 NORMAL_IMAGES = 48  # good training images that evaluator.score is measured on
-DIVERGED = float("-inf")  # the metric of a network whose anomaly maps are not finite
+FIGURES = {TEST: "best_metric", SYNTHETIC: "best_synthetic"}  # the best metrics so far, by selection
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,11 +97,25 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
         yield "structure, net", lambda: check_realnet(config)
         yield "criterion", lambda: build_criterion(config.criterion, DETECTOR_LOSSES)
         yield from trainer_checks(config.trainer)
+        yield "evaluator.select", lambda: check_selection(config)
         for name in classes:
             yield "dataset", lambda name=name: check_realnet_data(config.dataset, name)
 
     collect_errors(path, checks())
     return classes
+
+
+def check_selection(config: EasyDict) -> None:
+    """Check that evaluator.select has something to select by.
+
+    Raises:
+        UsageError: it has not.
+    """
+    select, fraction = config.evaluator.select, config.dataset.train.validation_fraction
+    if select == SYNTHETIC and not fraction:
+        raise UsageError(f"{SYNTHETIC} needs held-out good images; set dataset.train.validation_fraction, e.g. to 0.2")
+    if select == LAST and config.trainer.patience is not None:
+        raise UsageError(f"{LAST} leaves nothing to be patient for; set trainer.patience: null, or select {SYNTHETIC}")
 
 
 def freeze_untrained(network: RealNet, config: EasyDict) -> None:
@@ -121,15 +145,14 @@ def train_class(
 ) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
     seed = config.random_seed
-    train_set = build_realnet_train_set(config.dataset, class_name, seed)
+    held_out = hold_out(config, class_name, run, stop)
+    train_set = build_realnet_train_set(config.dataset, class_name, seed, held_out)
     test_set = build_realnet_test_set(config.dataset, class_name)
-    log.info("%s: %d training images, %d test images", class_name, len(train_set), len(test_set))
-    if not len(test_set):
-        log.info("%s: the test list is empty, so there is no validation; ckpt_best will be the newest", class_name)
+    sizes = (len(train_set), len(held_out), len(test_set))
+    log.info("%s: %d training images, %d held out, %d test images", class_name, *sizes)
+    select = selection(config, class_name, bool(held_out), len(test_set) > 0)
     batches = EpochBatches(len(train_set), config.dataset.batch_size, run, seed)
     loader = make_loader(train_set, batches, config.dataset.workers, run)
-    test_batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
-    test_loader = make_loader(test_set, test_batches, config.dataset.workers, run)
     checkpoints = out / config.saver.checkpoints_dir / class_name
 
     torch.manual_seed(seed)
@@ -140,7 +163,11 @@ def train_class(
     freeze_untrained(network, config)
     # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
     settings = {"arch": plain(config.net), "config": plain(config)}
-    lists, figures = (train_set.images.summary(), test_set.images.summary()), {"best_metric": -1.0}
+    lists, figures = (train_set.images.summary(), test_set.images.summary()), {FIGURES[TEST]: -1.0}
+    if held_out:
+        figures[FIGURES[SYNTHETIC]] = -1.0
+    if config.trainer.patience is not None and select != LAST:
+        figures[STALE] = 0
     training = set_up_training(config, network, run, settings, lists, figures)
     training.class_name = class_name
     training.steps_per_epoch = len(batches)
@@ -148,7 +175,15 @@ def train_class(
     training.begin(saved, checkpoints, args)
 
     criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
-    progress, metric = training.progress, None
+    validations = {}
+    if len(test_set):
+        loader_of_test = test_loader(test_set, config, run)
+        validations[TEST] = lambda: validate_test(training, test_set, loader_of_test, board, stop)
+    if held_out:
+        held_out_set = build_held_out_set(config.dataset, class_name, train_set, held_out)
+        loader_of_held_out = test_loader(held_out_set, config, run)
+        validations[SYNTHETIC] = lambda: validate_held_out(training, held_out_set, loader_of_held_out, board, stop)
+    progress, metrics = training.progress, {}
     saver = Saver(checkpoints, training, stop)
     sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
     while not training.is_over:
@@ -158,15 +193,44 @@ def train_class(
         if training.is_due(config.trainer.val_freq_epoch):
             with training.meter.paused(), saver.save_if_stopped():
                 measure_normal(training, train_set, stop)
-                metric = validate(training, test_set, test_loader, board, stop)
-                if run.is_main:
-                    save_best(training, metric, checkpoints)
+                metrics = validate(training, validations)
+                keep_best(training, metrics, select, checkpoints)
                 saver.save()
-    if distributed.broadcast(metric == DIVERGED):
+                if select == LAST:
+                    link_newest(training, checkpoints)
+    if DIVERGED in metrics.values():
         raise RunError(
             f"{class_name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "
             "lower trainer.optimizer.kwargs.lr"
         )
+
+
+def hold_out(config: EasyDict, class_name: str, run: Run, stop: StopRequest) -> list[str]:
+    """The file names of the good images that are not trained on; rank 0 looks for near-duplicates among them."""
+
+    def choose() -> list[str]:
+        bar = partial(progress_bar, run=run, description="near-duplicates", stop=stop)
+        return choose_held_out(config.dataset, class_name, config.random_seed, bar)
+
+    return distributed.on_main(choose)
+
+
+def selection(config: EasyDict, class_name: str, held_out: bool, tested: bool) -> str:
+    """What ckpt_best is selected by: evaluator.select, or what comes nearest if there are no images for that."""
+    select = wanted = config.evaluator.select
+    if wanted == TEST and not tested:
+        select = SYNTHETIC if held_out else LAST
+        log.info("%s: the test list is empty; ckpt_best is selected by: %s", class_name, select)
+    elif wanted == SYNTHETIC and not held_out:
+        select = LAST
+        log.warning("%s: too few good images to hold some out; ckpt_best will be the last", class_name)
+    return select
+
+
+def test_loader(images: Dataset, config: EasyDict, run: Run) -> DataLoader:
+    """Batches of a whole set, which do not depend on the number of ranks."""
+    batches = SharedBatches(len(images), config.dataset.batch_size, run)
+    return make_loader(images, batches, config.dataset.workers, run)
 
 
 def prepare_features(
@@ -287,76 +351,65 @@ def measure_normal(training: Training, train_set: RealNetTrainSet, stop: StopReq
 
 
 def validate(
-    training: Training, test_set: RealNetTestSet, loader: DataLoader, board: Board, stop: StopRequest
-) -> float | None:
-    """The metric that selects the best checkpoint, on rank 0; None on other ranks.
+    training: Training,
+    validations: dict[str, Callable[[], Any]],
+) -> dict[str, float]:
+    """Metrics of the network as it is, by value of evaluator.select; the same on all ranks."""
+    metrics, held_out = {}, None
+    for name, run_validation in validations.items():
+        result = run_validation()
+        if name == SYNTHETIC and result is not None:
+            result, held_out = result
+        metrics[name] = result
+    metrics, content = distributed.broadcast((metrics, held_out.as_content() if held_out else None))
+    training.measured = {} if content is None else {"held_out": content}
+    return metrics
 
-    Without test images it is always 0, so that the newest checkpoint counts as the best.
+
+def keep_best(training: Training, metrics: dict[str, float], select: str, folder: Path) -> None:
+    """Write ckpt_best_<selection> where the metric is at least as good as the best so far, and ckpt_best for `select`.
+
+    Files of the same content are one file with several names.
     """
-    if not len(test_set):
-        return 0.0 if training.run.is_main else None
-    shown = spread([sample.defect_type for sample in test_set.samples], SHEET_IMAGES)
-    window = pooling_window(training.config.evaluator)
-    scored = predict_maps(training.deployed, test_set, loader, training.run, window, training.precision, shown, stop)
-    if scored is None:
-        return None
-    epoch = training.progress.epoch
-    if not scored.finite:
-        log.warning("epoch %d  the anomaly maps hold values that are not finite", epoch)
-        return DIVERGED
-    metrics = validation_metrics(scored)
-    text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    log.info("epoch %d  %s", epoch, text or "validation: the test list lacks good or defective images")
-    for name, value in metrics.items():
-        board.add_scalar(f"validation/{name}", value, epoch)
-    log_json(training, {"epoch": epoch, "step": training.progress.step, "validation": metrics})
-    board.add_image("validation/heat_maps", heat_map_sheet(scored, shown), epoch)
-    return key_metric(metrics, training.config.evaluator.key_metric)
+    figures, before, better = training.figures, training.figures.get(FIGURES.get(select)), []
+    for name, metric in metrics.items():
+        if metric >= figures[FIGURES[name]]:
+            better.append(name)
+        figures[FIGURES[name]] = max(metric, figures[FIGURES[name]])
+    if STALE in figures:
+        figures[STALE] = 0 if metrics[select] > before else figures[STALE] + 1
+    paths = [folder / f"ckpt_best_{name}.pth.tar" for name in better]
+    if select in better:
+        paths.append(folder / BEST)
+    if not training.run.is_main or not paths:
+        return
+    content = training.checkpoint()
+    if training.ema is not None:
+        # The averaged weights were validated, and are what evaluation and prediction use.
+        content["state_dict"] = content.pop("ema_state_dict")
+    save_checkpoint(paths[0], content)
+    for path in paths[1:]:
+        link_file(paths[0], path)
+    for path in paths:
+        forget_thresholds(path)
+    values = ", ".join(f"{name} {metrics[name]:.4f}" for name in better)
+    log.info("saved %s (%s)", " = ".join([str(paths[0]), *(path.name for path in paths[1:])]), values)
 
 
-def heat_map_sheet(scored: ScoredImages, shown: list[int]) -> np.ndarray:
-    """Some test images with masks and heat maps, coloured from the median to the maximum of all maps."""
-    low, high = heat_range(scored.maps)
-    images = [scored.images[i] for i in shown]
-    heat = [heat_overlay(scored.images[i], scored.maps[i], low, high) for i in shown]
-    masks = [mask.astype(np.uint8) * 255 for mask in scored.masks[shown]]
-    return contact_sheet([("test image", images), ("ground truth", masks), ("anomaly map", heat)])
+def link_newest(training: Training, folder: Path) -> None:
+    """Make ckpt_best another name of ckpt_last, which holds the network as it is."""
+    if training.run.is_main:
+        link_file(folder / NEWEST, folder / BEST)
+        forget_thresholds(folder / BEST)
+        log.info("%s is %s", folder / BEST, NEWEST)
 
 
-def validation_metrics(scored: ScoredImages) -> dict[str, float]:
-    """Image and pixel AUROC, without undefined ones."""
-    known = scored.mask_known
-    image = Ranking.of(scored.scores, scored.labels)
-    pixel = Ranking.of(scored.maps[known].ravel(), scored.masks[known].ravel())
-    metrics = {"image_auroc": image.auroc(), "pixel_auroc": pixel.auroc()}
-    return {name: value for name, value in metrics.items() if value is not None}
-
-
-def key_metric(metrics: dict[str, float], key: str) -> float:
-    """The AUROC that evaluator.key_metric names (mean, image, pixel); if undefined, the mean of the defined ones."""
-    if f"{key}_auroc" in metrics:
-        return metrics[f"{key}_auroc"]
-    # Without defective images, none is defined; 0 makes the newest checkpoint the best.
-    return float(np.mean(list(metrics.values()))) if metrics else 0.0
-
-
-def save_best(training: Training, metric: float, checkpoints: Path) -> None:
-    """Write ckpt_best if the metric is at least as good as the best one so far."""
-    figures = training.figures
-    best = metric >= figures["best_metric"]
-    figures["best_metric"] = max(metric, figures["best_metric"])
-    if best:
-        # They were chosen on the scores of the checkpoint that is replaced.
-        thresholds = sidecar(checkpoints / BEST)
-        if thresholds.is_file():
-            thresholds.unlink()
-            log.info("%s belonged to the checkpoint before and is deleted; evaluate to have new ones", thresholds)
-        content = training.checkpoint()
-        if training.ema is not None:
-            # The averaged weights were validated, and are what evaluation and prediction use.
-            content["state_dict"] = content.pop("ema_state_dict")
-        save_checkpoint(checkpoints / BEST, content)
-        log.info("saved %s (%.4f)", checkpoints / BEST, metric)
+def forget_thresholds(checkpoint: Path) -> None:
+    """Delete the thresholds beside a checkpoint that was replaced: they were chosen on other scores."""
+    thresholds = sidecar(checkpoint)
+    if thresholds.is_file():
+        thresholds.unlink()
+        log.info("%s belonged to the checkpoint before and is deleted; evaluate to have new ones", thresholds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Builds data sets from settings, and checks the settings without opening images."""
 
 import logging
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,16 @@ from datasets.images import Augmentation, Preprocessing, allow_megapixels
 from datasets.lists import ImageList, Sample, class_names, read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from datasets.sdas import SDASDataset
+from datasets.splits import fingerprint, split_good
 from datasets.synthesis import Synthesis
+from datasets.validation import HeldOutSet
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
 
 AUTO_IMAGES = 32  # training images that `foreground: auto` examines
+FEWEST_HELD_OUT = 8
+NO_SOURCES = ("cutpaste", "self", "noise")  # anomaly types that need no folder
 
 
 def preprocessing_of(config: dict) -> Preprocessing:
@@ -95,16 +100,66 @@ def _good_samples(config: dict, path: str, classes: list[str] | None, may_be_emp
 # ---- realnet.yaml ----------------------------------------------------------------------------------------------------
 
 
-def build_realnet_train_set(config: dict, class_name: str, seed: int) -> RealNetTrainSet:
-    """Build the training set of a class from a realnet.yaml's `dataset` section."""
-    train, root = config.train, _image_folder(config)
-    path = train.meta_file.replace("{}", class_name)
-    images = ImageList(_good_samples(config, path, None), Path(root))
-    if not len(images):
-        raise UsageError(f"{path}: holds no good image")
+def build_realnet_train_set(
+    config: dict, class_name: str, seed: int, held_out: Collection[str] = ()
+) -> RealNetTrainSet:
+    """Build the training set of a class from a realnet.yaml's `dataset` section.
+
+    Args:
+        held_out: file names of good images that are not trained on.
+    """
+    train, images = config.train, _training_images(config, class_name)
+    images = ImageList([sample for sample in images.samples if sample.filename not in held_out], images.image_dir)
     preprocessing, synthesis = preprocessing_of(config), _synthesis(train)
     rules = foreground_rules(config, images, preprocessing)
     return RealNetTrainSet(images, rules, preprocessing, synthesis, _augmentation(train), seed, config.cache_mb)
+
+
+def _training_images(config: dict, class_name: str) -> ImageList:
+    """All good images of a class's training list."""
+    root, path = _image_folder(config), config.train.meta_file.replace("{}", class_name)
+    images = ImageList(_good_samples(config, path, None), Path(root))
+    if not len(images):
+        raise UsageError(f"{path}: holds no good image")
+    return images
+
+
+def choose_held_out(
+    config: dict, class_name: str, seed: int, progress: Callable[[Iterable], Iterable] = lambda items: items
+) -> list[str]:
+    """Choose the good images that are not trained on, by file name: dataset.train.validation_fraction of each class.
+
+    At least 8, but at most half of them; near-duplicates stay on one side.
+
+    Args:
+        progress: wraps the images that are read, to show how far it is.
+    """
+    fraction = config.train.validation_fraction
+    images = _training_images(config, class_name)
+    if not fraction:
+        return []
+    preprocessing = preprocessing_of(config)
+    prints = {
+        sample.filename: fingerprint(preprocessing.read(images.path(index)))
+        for index, sample in enumerate(progress(images.samples))
+    }
+    chosen = []
+    for name in class_names(images.samples):
+        good = [sample for sample in images.samples if sample.clsname == name]
+        if len(good) > 1:
+            chosen += split_good(good, prints, fraction, seed, FEWEST_HELD_OUT)[1]
+    return [sample.filename for sample in chosen]
+
+
+def build_held_out_set(
+    config: dict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
+) -> HeldOutSet:
+    """The validation set of the images that a training set leaves out; anomalies of its types and of NO_SOURCES."""
+    images = _training_images(config, class_name)
+    images = ImageList([sample for sample in images.samples if sample.filename in held_out], images.image_dir)
+    trained = [name for name, share in train_set.synthesis.anomaly_types.items() if share > 0 and name != "normal"]
+    types = list(dict.fromkeys([*trained, *NO_SOURCES]))
+    return HeldOutSet(images, train_set.rules, train_set.preprocessing, train_set.synthesis, types, train_set.seed)
 
 
 def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:

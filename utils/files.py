@@ -52,6 +52,23 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> None:
             part.unlink(missing_ok=True)
 
 
+def link_file(source: str | Path, path: str | Path) -> None:
+    """Make `path` another name of a file, or a copy where the file system has no hard links; atomic.
+
+    Raises:
+        RunError: the folder or the disk cannot be written to.
+    """
+
+    def link(part: Path) -> None:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
+
+    write_atomic(path, link)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -341,6 +341,14 @@ _FOREGROUND_HELP = (
     "MVTec-AD/bottle, or {channel, threshold, invert, close, open}."
 )
 _JITTER_HELP = "Scale contrast and brightness of training images by 1 - this .. 1 + this, if exposure varies."
+_HELD_OUT_HELP = (
+    "Share of the good images (at least 8, at most half) that is not trained on: thresholds and "
+    "evaluator.select: synthetic need it."
+)
+_SELECT_HELP = (
+    "Which checkpoint becomes ckpt_best: the best on the test list (the paper's protocol), the best on held-out good "
+    "images with synthetic anomalies, or the last."
+)
 _SCORE_HELP = "What anomaly maps are made of: the discriminator's output (the paper), the residual, or both."
 _REALNET = Section(
     {
@@ -356,6 +364,7 @@ _REALNET = Section(
                         **_SYNTHESIS,
                         **_AUGMENT,
                         "jitter": Setting("float", _JITTER_HELP, 0.0, low=0, below=1),
+                        "validation_fraction": Setting("float", _HELD_OUT_HELP, 0.0, low=0, high=0.5),
                     }
                 ),
                 "test": Section(
@@ -387,6 +396,9 @@ _REALNET = Section(
                 "val_freq_epoch": Setting("int", _VALIDATION_HELP, 5, low=1),
                 "clip_max_norm": Setting("float?", _CLIP_HELP, None, above=0),
                 "ema_decay": _EMA,
+                "patience": Setting(
+                    "int?", "Validations without a better ckpt_best after which training ends; null: none.", None, low=1
+                ),
             }
         ),
         "saver": _saver("realnet"),
@@ -400,6 +412,7 @@ _REALNET = Section(
                     choices=("mean", "image", "pixel"),
                 ),
                 "score": Setting("str", _SCORE_HELP, "discriminator", choices=("discriminator", "residual", "both")),
+                "select": Setting("str", _SELECT_HELP, "test", choices=("test", "synthetic", "last")),
                 "metrics": Section({"auc": AUC}),
             }
         ),

@@ -40,6 +40,9 @@ from utils.signals import StopRequest, signal_name
 log = logging.getLogger("realnet")
 
 
+STALE = "stale_validations"  # the figure that trainer.patience limits
+
+
 @dataclass
 class Progress:
     """How far a training run has got.
@@ -90,6 +93,7 @@ class Training:
         precision: "off", "bf16" or "fp16".
         settings: what checkpoints save about the network, by key: arch, and classes or config.
         figures: results that checkpoints save, by key: best_metric or acc.
+        measured: what the last validation has found out about the network as it is, saved with it, by key.
         ema: the averaged network, if one is kept.
         epoch_loss: the mean loss of the epoch, if checkpoints save it.
         train_list, test_list: number of images and a hash of their names (see lists.ImageList.summary).
@@ -117,6 +121,7 @@ class Training:
     meter: Meter = field(default_factory=Meter)
     class_name: str | None = None
     forecast: Forecast = field(default_factory=Forecast)
+    measured: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.first_figures = dict(self.figures)
@@ -130,10 +135,16 @@ class Training:
 
     @property
     def is_over(self) -> bool:
-        """Whether trainer.max_epoch or trainer.max_step is reached."""
+        """Whether trainer.max_epoch, trainer.max_step or trainer.patience is reached."""
         trainer = self.config.trainer
         enough = trainer.max_step is not None and self.progress.step >= trainer.max_step
-        return enough or self.progress.epoch >= trainer.max_epoch
+        return enough or self.progress.epoch >= trainer.max_epoch or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many validations in a row have brought no better checkpoint."""
+        patience = self.config.trainer.get("patience")
+        return patience is not None and self.figures[STALE] >= patience
 
     @property
     def deployed(self) -> nn.Module:
@@ -151,6 +162,7 @@ class Training:
         if self.ema is not None:
             self.ema.update(self.network, self.progress.step)
         self.progress.finish_step()
+        self.measured = {}
         self.meter.finish_step()
         # Reading the number of skipped steps waits for the device.
         self.forecast.finish_step(self.total_steps - self.progress.step, lambda: int(self.stepper.bad_steps))
@@ -162,6 +174,7 @@ class Training:
             **self.settings,
             "state_dict": self.network.state_dict(),
             **self.figures,
+            **self.measured,
         }
         if self.ema is not None:
             content["ema_state_dict"] = self.ema.state_dict()
@@ -260,6 +273,8 @@ class Training:
             done = f"all {trainer.max_epoch} epochs (trainer.max_epoch)"
             if trainer.max_step is not None and self.progress.step >= trainer.max_step:
                 done = f"all {trainer.max_step} steps (trainer.max_step)"
+            elif self.out_of_patience:
+                done = f"{trainer.patience} validations without a better checkpoint (trainer.patience)"
             log.info("nothing is left to do: %s are done", done)
 
     def _changes_since(self, before: dict[str, Any] | None) -> list[str]:

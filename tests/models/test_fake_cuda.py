@@ -23,6 +23,7 @@ from datasets.build import build_realnet_test_set, build_realnet_train_set, buil
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from evaluation.detector import Detector, Tiles
 from evaluation.trained_model import TrainedModel
+from evaluation.validation import validate_test
 from models import build_realnet
 from models.afs import AFS
 from models.losses import DETECTOR_LOSSES, build_criterion
@@ -178,7 +179,7 @@ def test_realnet_trains_and_validates(standardize, loss, more, gpu, configured, 
     losses, saver = build_criterion(config.criterion, DETECTOR_LOSSES), Saver(tmp_path, training, stop)
     train_realnet.train_one_epoch(training, losses, loader, board, saver, tmp_path / "sheet.png")
     train_realnet.measure_normal(training, train_set, stop)
-    assert train_realnet.validate(training, test_set, test_loader, board, stop) == 0.5
+    assert validate_test(training, test_set, test_loader, board, stop) == 0.5
     resume(training)
 
 

@@ -19,11 +19,12 @@ import train_diffusion
 import train_realnet
 import utils.training
 from datasets.build import build_realnet_train_set, build_sdas_dataset
+from evaluation import validation
 from evaluation.thresholds import sidecar
 from models import build_realnet
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import CLASSES, CLASSIFIER, UNET
-from utils.checkpoint import BEST, load_checkpoint, save_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import load_config
 from utils.distributed import Run
 from utils.errors import Stopped, UsageError
@@ -104,12 +105,64 @@ def test_save_best_writes_only_what_is_at_least_as_good(configured, tmp_path):
     ):
         training.progress.epoch = epoch
         sidecar(tmp_path / BEST).write_text("thresholds")
-        train_realnet.save_best(training, metric, tmp_path)
+        train_realnet.keep_best(training, {"test": metric}, "test", tmp_path)
         content = load_checkpoint(tmp_path / BEST)
+        assert (tmp_path / BEST).samefile(tmp_path / "ckpt_best_test.pth.tar")
         assert (content["epoch"] == epoch) == saved
         assert content["best_metric"] == training.figures["best_metric"] == best
         # Thresholds stay as long as the checkpoint that they belong to.
         assert sidecar(tmp_path / BEST).exists() != saved
+
+
+def test_each_selection_has_its_checkpoint_and_no_content_is_stored_twice(configured, tmp_path):
+    figures = {"best_metric": -1.0, "best_synthetic": -1.0, "stale_validations": 0}
+    training = training_of(configured("realnet", "trainer.patience=2"), nn.Linear(1, 1), figures=figures)
+    saved = {}
+    for epoch, (test, synthetic) in enumerate([(0.5, 0.5), (0.6, 0.4), (0.4, 0.7), (0.3, 0.7)]):
+        training.progress.epoch = epoch
+        training.measured = {"held_out": {"epoch": epoch}}
+        train_realnet.keep_best(training, {"test": test, "synthetic": synthetic}, "synthetic", tmp_path)
+        names = {"best": BEST, "test": "ckpt_best_test.pth.tar", "synthetic": "ckpt_best_synthetic.pth.tar"}
+        paths = {name: tmp_path / file for name, file in names.items()}
+        saved[epoch] = {name: load_checkpoint(path)["epoch"] for name, path in paths.items()}
+        assert paths["best"].samefile(paths["synthetic"])
+        assert paths["test"].samefile(paths["best"]) == (epoch == 0)
+        assert load_checkpoint(paths["best"])["held_out"] == {"epoch": saved[epoch]["best"]}
+    assert [saved[epoch]["test"] for epoch in range(4)] == [0, 1, 1, 1]
+    # An equal metric is as good, so the newer checkpoint is kept, but it is no progress.
+    assert [saved[epoch]["best"] for epoch in range(4)] == [0, 0, 2, 3]
+    assert training.figures == {"best_metric": 0.6, "best_synthetic": 0.7, "stale_validations": 1}
+    assert not training.out_of_patience
+    train_realnet.keep_best(training, {"test": 0.9, "synthetic": 0.1}, "synthetic", tmp_path)
+    assert training.out_of_patience and training.is_over
+
+
+def test_the_newest_checkpoint_may_be_the_best(configured, tmp_path):
+    training = training_of(configured("realnet"), nn.Linear(1, 1), figures={"best_metric": -1.0})
+    for epoch in range(2):
+        (tmp_path / LAST).unlink(missing_ok=True)
+        (tmp_path / LAST).write_text(str(epoch))
+        sidecar(tmp_path / BEST).write_text("thresholds")
+        train_realnet.link_newest(training, tmp_path)
+        train_realnet.link_newest(training, tmp_path)  # as after a kill
+        assert (tmp_path / BEST).samefile(tmp_path / LAST)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, LAST]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "held_out", "tested", "expected"),
+    [
+        ("test", True, True, "test"),
+        ("test", True, False, "synthetic"),
+        ("test", False, False, "last"),
+        ("synthetic", True, True, "synthetic"),
+        ("synthetic", False, True, "last"),
+        ("last", True, True, "last"),
+    ],
+)
+def test_what_the_best_checkpoint_is_selected_by(wanted, held_out, tested, expected, configured):
+    config = configured("realnet", f"evaluator.select={wanted}")
+    assert train_realnet.selection(config, "dots", held_out, tested) == expected
 
 
 BOTH = {"image_auroc": 0.9, "pixel_auroc": 0.6}
@@ -128,13 +181,13 @@ BOTH = {"image_auroc": 0.9, "pixel_auroc": 0.6}
     ],
 )
 def test_the_best_checkpoint_is_chosen_by_the_metric_of_the_settings(key, metrics, expected, configured, monkeypatch):
-    assert train_realnet.key_metric(metrics, key) == pytest.approx(expected)
+    assert validation.key_metric(metrics, key) == pytest.approx(expected)
     training = training_of(configured("realnet", f"evaluator.key_metric={key}"), nn.Linear(1, 1))
-    monkeypatch.setattr(train_realnet, "predict_maps", lambda *args, **kwargs: SimpleNamespace(finite=True))
-    monkeypatch.setattr(train_realnet, "validation_metrics", lambda scored: metrics)
-    monkeypatch.setattr(train_realnet, "heat_map_sheet", lambda scored, shown: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(validation, "predict_maps", lambda *args, **kwargs: SimpleNamespace(finite=True))
+    monkeypatch.setattr(validation, "validation_metrics", lambda scored: metrics)
+    monkeypatch.setattr(validation, "heat_map_sheet", lambda scored, shown: np.zeros((1, 1, 3), np.uint8))
     test_set = MagicMock(samples=[SimpleNamespace(defect_type="good")], __len__=lambda self: 1)
-    metric = train_realnet.validate(training, test_set, [], MagicMock(), StopRequest(ALONE))
+    metric = validation.validate_test(training, test_set, [], MagicMock(), StopRequest(ALONE))
     assert metric == pytest.approx(expected)
 
 
