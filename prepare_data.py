@@ -370,9 +370,10 @@ def print_next(args: argparse.Namespace) -> None:
     train = f"train_realnet.py --dataset {name} --class_name {chosen}"
     evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
     types = anomaly_types_of(Path("experiments") / name / "realnet.yaml")
-    with_textures, with_diffusion = (
-        "" if types.get(kind) else f' --set "dataset.train.anomaly_types={{normal: 0.5, {kind}: 0.5}}"'
-        for kind in ("dtd", "sdas")
+    shares = {"dtd": "dtd: 0.5", "cutpaste": "cutpaste: 0.25, noise: 0.25", "sdas": "sdas: 0.5"}
+    with_textures, with_good_images, with_diffusion = (
+        "" if types.get(kind) else f' --set "dataset.train.anomaly_types={{normal: 0.5, {share}}}"'
+        for kind, share in shares.items()
     )
     classifier = f"train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"
     diffusion = [f"train_diffusion.py --dataset {name}", *[classifier] * (len(classes) > 1)]
@@ -382,6 +383,7 @@ def print_next(args: argparse.Namespace) -> None:
             f"{train}{with_textures}",
             evaluate,
         ],
+        "Or with anomalies made of the good images themselves:": [f"{train}{with_good_images}", evaluate],
         "Or with the anomalies of a diffusion model:": [
             *diffusion,
             f"sample.py --dataset {name}",

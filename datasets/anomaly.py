@@ -29,6 +29,16 @@ def blend(image: np.ndarray, source: np.ndarray, mask: np.ndarray, delta: float)
     return base + weight * (source.astype(np.float32) - base)
 
 
+def is_grey(image: np.ndarray) -> bool:
+    """Whether the three channels of an (H,W,3) image are equal."""
+    return np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """(H,W,3) uint8 RGB -> the same shape, with three equal channels (OpenCV's weights)."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
 def augment_texture(texture: np.ndarray, rng: np.random.Generator, count: int = 3) -> np.ndarray:
     """Apply `count` different augmentations out of ten, in random order. (H,W,3) uint8 -> same shape."""
     for i in rng.permutation(len(AUGMENTATIONS))[:count]:

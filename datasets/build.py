@@ -13,7 +13,7 @@ from datasets.lists import ImageList, Sample, class_names, read_list
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from datasets.sdas import SDASDataset
 from datasets.splits import fingerprint, split_good
-from datasets.synthesis import Synthesis
+from datasets.synthesis import WITHOUT_FOLDER, Synthesis
 from datasets.validation import HeldOutSet
 from utils.errors import UsageError
 
@@ -21,7 +21,6 @@ log = logging.getLogger("realnet")
 
 AUTO_IMAGES = 32  # training images that `foreground: auto` examines
 FEWEST_HELD_OUT = 8
-NO_SOURCES = ("cutpaste", "self", "noise")  # anomaly types that need no folder
 
 
 def preprocessing_of(config: dict) -> Preprocessing:
@@ -154,11 +153,11 @@ def choose_held_out(
 def build_held_out_set(
     config: dict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
 ) -> HeldOutSet:
-    """The validation set of the images that a training set leaves out; anomalies of its types and of NO_SOURCES."""
+    """The validation set of the images that a training set leaves out; anomalies of its types and of WITHOUT_FOLDER."""
     images = _training_images(config, class_name)
     images = ImageList([sample for sample in images.samples if sample.filename in held_out], images.image_dir)
     trained = [name for name, share in train_set.synthesis.anomaly_types.items() if share > 0 and name != "normal"]
-    types = list(dict.fromkeys([*trained, *NO_SOURCES]))
+    types = list(dict.fromkeys([*trained, *WITHOUT_FOLDER]))
     return HeldOutSet(images, train_set.rules, train_set.preprocessing, train_set.synthesis, types, train_set.seed)
 
 
@@ -215,7 +214,8 @@ def _synthesis(train: dict) -> Synthesis:
         train.dtd_transparency_range,
         train.min_perlin_scale,
         train.perlin_scale,
+        train.match_grey,
     )
     if not any(p > 0 for name, p in synthesis.anomaly_types.items() if name != "normal"):
-        raise UsageError("dataset.train.anomaly_types: without sdas or dtd there is nothing to learn from")
+        raise UsageError(f"dataset.train.anomaly_types: only normal, nothing to learn from; set {WITHOUT_FOLDER}")
     return synthesis

@@ -45,6 +45,7 @@ class RealNetTrainSet(Dataset):
         self.types: dict[str, float] | None = None  # in place of those of the synthesis
         # The foreground mask is cached with the image, as a fourth channel.
         self.cache = SharedCache(len(images), (*preprocessing.size, 4), cache_mb)
+        self._of_class = {name: images.of_class(name) for name in rules}
         synthesis.open(list(rules), tell=True)
 
     @property
@@ -80,8 +81,12 @@ class RealNetTrainSet(Dataset):
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         image, foreground = self.augmentation(self.read(index), rng)
+
+        def other() -> np.ndarray:
+            return self.read(self._other(index, rng))[0]
+
         clsname = self.samples[index].clsname
-        anomalous, mask = self.synthesis.anomaly(image, foreground, clsname, self.preprocessing, rng, self.types)
+        anomalous, mask = self.synthesis.anomaly(image, foreground, clsname, other, self.preprocessing, rng, self.types)
         gt = self.preprocessing.tensor(image)
         changed = anomalous is not None
         return {
@@ -90,6 +95,12 @@ class RealNetTrainSet(Dataset):
             "mask": torch.from_numpy(mask[None].astype(np.float32)),
             "changed": changed,
         }
+
+    def _other(self, index: int, rng: np.random.Generator) -> int:
+        """Another image of the same class; the same image if the class has no other."""
+        *rest, last = self._of_class[self.samples[index].clsname]
+        drawn = rest[int(rng.integers(len(rest)))] if rest else last
+        return last if drawn == index else drawn
 
 
 class GoodImages(Dataset):

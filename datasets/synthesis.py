@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.anomaly import augment_texture, blend
+from datasets.anomaly import augment_texture, blend, grey, is_grey
 from datasets.folders import FoundImages, find_images, not_read
 from datasets.images import Preprocessing, header_problem, resize
+from datasets.local_anomalies import LOCAL, OPACITY, visibility
 from datasets.perlin import perlin_mask
 from utils.errors import UsageError
 
@@ -19,6 +20,9 @@ log = logging.getLogger("realnet")
 
 THREADS = 16  # that open source images: most of the time is spent waiting for the disk
 ATTEMPTS = 20  # source images in a row that may turn out to be broken while they are decoded
+DRAWS = 10  # of a local anomaly, until one changes the foreground by at least VISIBLE grey levels
+VISIBLE = 3.0
+WITHOUT_FOLDER = "dataset.train.anomaly_types: {normal: 0.5, cutpaste: 0.25, noise: 0.25}, which needs no other images"
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,12 @@ class Synthesis:
     """How training anomalies are made.
 
     Args:
-        anomaly_types: probability of each of normal, sdas, dtd.
+        anomaly_types: probability of each of normal, sdas, dtd, and the types of local_anomalies, which need no folder.
         sdas_dir: folder of SDAS images; {} stands for the class.
         dtd_dir: folder of textures.
         sdas_transparency_range, dtd_transparency_range: (low, high) of the opacity delta.
         min_perlin_scale, perlin_scale: see perlin.perlin_mask.
+        match_grey: whether grey images (three equal channels) get grey anomalies.
     """
 
     anomaly_types: dict[str, float]
@@ -40,6 +45,7 @@ class Synthesis:
     dtd_transparency_range: Sequence[float] = (0.2, 1.0)
     min_perlin_scale: int = 0
     perlin_scale: int = 6
+    match_grey: bool = False
     sources: dict[str, list[Path]] = field(default_factory=dict, init=False, compare=False)
 
     def open(self, classes: Sequence[str], tell: bool = False) -> None:
@@ -52,10 +58,10 @@ class Synthesis:
             UsageError: a folder that an anomaly type needs is missing, empty, or holds broken images only.
         """
         if self.anomaly_types.get("dtd"):
-            hint = "put the DTD textures there (data/README.md) or set dataset.train.anomaly_types without dtd"
+            hint = f"put the DTD textures there (data/README.md), or set {WITHOUT_FOLDER}"
             self.sources["dtd"] = _source_images(self.dtd_dir, "dtd_dir", hint, tell)
         if self.anomaly_types.get("sdas"):
-            hint = "run sample.py first, or set dataset.train.anomaly_types: {normal: 0.5, dtd: 0.5}"
+            hint = f"run sample.py first, or set {WITHOUT_FOLDER}"
             for name in classes:
                 folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
                 self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint, tell)
@@ -65,6 +71,7 @@ class Synthesis:
         image: np.ndarray,
         foreground: np.ndarray,
         clsname: str,
+        other: Callable[[], np.ndarray],
         preprocessing: Preprocessing,
         rng: np.random.Generator,
         types: dict[str, float] | None = None,
@@ -74,6 +81,7 @@ class Synthesis:
         Args:
             image: (H,W,3) uint8.
             foreground: (H,W) uint8 in {0, 1}, where anomalies may lie.
+            other: returns another good image of the class, of the same shape; called only where the type needs one.
             types: probabilities that take the place of anomaly_types.
 
         Returns:
@@ -83,9 +91,34 @@ class Synthesis:
         chosen = _drawn(self.anomaly_types if types is None else types, rng)
         if chosen == "normal":
             return None, np.zeros(image.shape[:2], np.uint8)
-        source, delta = self.draw_source(chosen, clsname, preprocessing, rng)
-        mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
-        return (blend(image, source, mask, delta) if mask.any() else None), mask
+        if chosen in LOCAL:
+            source, mask, delta = self._local(chosen, image, foreground, other, rng)
+        else:
+            source, delta = self.draw_source(chosen, clsname, preprocessing, rng)
+            mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
+        if not mask.any():
+            return None, mask
+        if self.match_grey and is_grey(image):
+            source = grey(source)
+        return blend(image, source, mask, delta), mask
+
+    def _local(
+        self,
+        chosen: str,
+        image: np.ndarray,
+        foreground: np.ndarray,
+        other: Callable[[], np.ndarray],
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Draw (source, mask, opacity) of a type of local_anomalies; if DRAWS do not show, the mask is empty."""
+        second = other() if chosen == "cutpaste" else image
+        scales = (self.min_perlin_scale, self.perlin_scale) if chosen == "self" else ()
+        for _ in range(DRAWS):
+            source, mask = LOCAL[chosen](image, second, rng, *scales)
+            mask, delta = mask * foreground, float(rng.uniform(*OPACITY[chosen]))
+            if mask.any() and visibility(image, source, mask, delta) >= VISIBLE:
+                return source, mask, delta
+        return image, np.zeros_like(foreground), 0.0
 
     def draw_source(
         self, chosen: str, clsname: str, preprocessing: Preprocessing, rng: np.random.Generator

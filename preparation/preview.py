@@ -3,7 +3,6 @@
 import copy
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from easydict import EasyDict
@@ -11,21 +10,28 @@ from easydict import EasyDict
 from datasets.build import build_realnet_test_set, build_realnet_train_set
 from datasets.catalog import ForegroundRule
 from datasets.images import list_images
-from datasets.lists import read_list
+from datasets.local_anomalies import LOCAL
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from utils.pictures import contact_sheet, outline, spread, thumbnail
 
 log = logging.getLogger("realnet")
 
-COLUMNS, ANOMALIES, MAX_DRAWS = 8, 16, 64
+COLUMNS, MAX_DRAWS = 8, 32
 CELL = 192
 _OUTLINE = (255, 40, 40)
+DESCRIPTIONS = {
+    "cutpaste": "patches and scars of other good images",
+    "self": "the image's own parts, moved",
+    "noise": "blurred, sharpened, brighter and darker shapes",
+    "sdas": "images of the diffusion model",
+    "dtd": "textures",
+}
 # Not white: an all-ones mask would be invisible on the white sheet.
 _MASK_GREY = np.uint8(215)
 
 
 def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
-    """One sheet for a class: training images, foregrounds, test images with masks, and 16 synthetic anomalies.
+    """One sheet for a class: training images, foregrounds, test images with masks, and each type of anomaly.
 
     Args:
         config: `dataset` section of a realnet.yaml.
@@ -33,8 +39,7 @@ def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
     Returns:
         (H,W,3) uint8.
     """
-    config, source = _with_sources(config, class_name)
-    train_set = build_realnet_train_set(config, class_name, seed)
+    train_set = build_realnet_train_set(_with_available_types(config, class_name), class_name, seed)
     test_set = build_realnet_test_set(config, class_name)
     count = min(COLUMNS, len(train_set))
     indices = np.linspace(0, len(train_set) - 1, count).round().astype(int).tolist()
@@ -49,11 +54,13 @@ def preview_sheet(config: EasyDict, class_name: str, seed: int) -> np.ndarray:
         outlined = f"{masked} of these {len(chosen)} with a mask (outlined)" if masked else "without masks"
         caption = f"defective test images, {outlined}"
         rows.append((caption, [_outlined(test_set, i) for i in chosen]))
-    images, masks, empty = _anomalies(train_set)
-    for start in range(0, len(images), COLUMNS):
-        caption = f"synthetic anomalies ({source}; {100 * empty:.0f}% of the masks were empty)" if start == 0 else ""
-        rows.append((caption, images[start : start + COLUMNS]))
-        rows.append(("", masks[start : start + COLUMNS]))
+    blank = np.full_like(shown[0][0], 255)
+    for name in train_set.synthesis.anomaly_types:
+        share = config.train.anomaly_types.get(name, 0)
+        images, masks, normal = _anomalies(train_set.of_types({name: 1.0}), indices)
+        trained = f"{100 * share:.0f}% of the training" if share else "not trained on"
+        rows.append((f"{name}: {DESCRIPTIONS[name]} ({trained}; {100 * normal:.0f}% stayed normal)", images or [blank]))
+        rows.append(("", masks or [blank]))
     return contact_sheet([(caption, [thumbnail(image, CELL) for image in row]) for caption, row in rows])
 
 
@@ -71,27 +78,18 @@ def rules_text(rules: Sequence[ForegroundRule | None]) -> str:
     return "; ".join(texts)
 
 
-def _with_sources(config: EasyDict, class_name: str) -> tuple[EasyDict, str]:
-    """The settings with only those anomaly types whose source images exist, and a caption that names these.
-
-    If none exist, good images of the class serve as sources, so that at least the masks are as in training.
-    """
+def _with_available_types(config: EasyDict, class_name: str) -> EasyDict:
+    """The settings with every anomaly type that there are images for, equally likely."""
     config = copy.deepcopy(config)
     train = config.train
     folders = {"sdas": (train.sdas_dir or "").replace("{}", class_name), "dtd": train.dtd_dir or ""}
-    wanted = [name for name, probability in train.anomaly_types.items() if name != "normal" and probability > 0]
-    available = [name for name in wanted if folders[name] and list_images(folders[name])]
-    for name in set(wanted) - set(available):
-        log.info("%s: no %s images in %s yet", class_name, name, folders[name] or "(not set)")
-    if available:
-        train.anomaly_types = {name: 1 / len(available) for name in available}
-        return config, "from " + " and ".join(available)
-    reader = config.image_reader.kwargs
-    root = reader.image_dir
-    first = read_list(train.meta_file.replace("{}", class_name), root, follow_links=reader.follow_links)[0]
-    train.anomaly_types = {"dtd": 1.0}
-    train.dtd_dir = str((Path(root) / first.filename).parent)
-    return config, f"no {' or '.join(wanted)} images yet: training images used instead"
+    found = [name for name, folder in folders.items() if folder and list_images(folder)]
+    for name in folders:
+        if name not in found and train.anomaly_types.get(name):
+            log.info("%s: no %s images in %s yet", class_name, name, folders[name] or "(not set)")
+    available = [*LOCAL, *found]
+    train.anomaly_types = {name: 1 / len(available) for name in available}
+    return config
 
 
 def _outlined(test_set: RealNetTestSet, index: int) -> np.ndarray:
@@ -101,12 +99,12 @@ def _outlined(test_set: RealNetTestSet, index: int) -> np.ndarray:
     return image
 
 
-def _anomalies(train_set: RealNetTrainSet) -> tuple[list[np.ndarray], list[np.ndarray], float]:
-    """Synthetic anomalies and their masks, and the share of draws whose mask was empty."""
-    anomalous, images, masks, draws = train_set.anomalous_only(), [], [], 0
+def _anomalies(train_set: RealNetTrainSet, indices: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray], float]:
+    """Synthetic anomalies in these images and their masks, and the share of draws that left an image normal."""
+    images, masks, draws = [], [], 0
     preprocessing = train_set.preprocessing
-    while len(images) < ANOMALIES and draws < MAX_DRAWS:
-        sample = anomalous[draws // len(anomalous), draws % len(anomalous)]
+    while len(images) < COLUMNS and draws < MAX_DRAWS:
+        sample = train_set[draws // len(indices), indices[draws % len(indices)]]
         draws += 1
         if sample["changed"]:
             images += list(preprocessing.pictures(sample["image"][None].numpy()))

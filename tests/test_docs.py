@@ -13,8 +13,8 @@ from utils.settings import SETTINGS
 KEYS = [(f"{file}.{key}", setting) for file, section in SETTINGS.items() for key, setting in rows(section)]
 PUBLIC = [
     "datasets.anomaly", "datasets.foreground", "datasets.images", "datasets.lists", "datasets.loaders",
-    "datasets.perlin", "evaluation.metrics", "evaluation.thresholds", "evaluation.tiling", "models.afs",
-    "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs", "models.sdas.diffusion",
+    "datasets.local_anomalies", "datasets.perlin", "evaluation.metrics", "evaluation.thresholds", "evaluation.tiling",
+    "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs", "models.sdas.diffusion",
     "models.structures", "models.subspace", "utils.optim",
     "models.sdas.unet",
 ]  # fmt: skip

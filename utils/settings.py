@@ -332,8 +332,14 @@ _SYNTHESIS = {
         low=0, high=11,
     ),
     "anomaly_types": Setting(
-        "shares", "Probability of each type of training sample; they add up to 1.", low=0,
-        choices=("normal", "sdas", "dtd"),
+        "shares",
+        "Probability of each type of training sample; they add up to 1. cutpaste, self and noise need no other images.",
+        low=0, choices=("normal", "sdas", "dtd", "cutpaste", "self", "noise"),
+    ),
+    "match_grey": Setting(
+        "bool",
+        "Make the anomalies of grey images grey. False repeats the paper's figures; True is for data of one's own.",
+        False,
     ),
 }  # fmt: skip
 _FOREGROUND_HELP = (

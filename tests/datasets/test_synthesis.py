@@ -279,7 +279,8 @@ def test_foreground_limits_the_mask(tiny_data):
     ("types", "match"),
     [
         ({"normal": 0.5, "sdas": 0.6}, "add up"),
-        ({"normal": 0.5, "cutpaste": 0.5}, "cutpaste"),
+        ({"normal": 0.5, "cutpast": 0.5}, "cutpast"),
+        ({"normal": 1.0, "noise": 0.0}, "cutpaste: 0.25, noise: 0.25"),
         ({"normal": 1.5, "dtd": -0.5}, "at least 0"),
     ],
 )
@@ -293,8 +294,9 @@ def test_bad_anomaly_types_are_refused(types, match, tiny_data):
 def test_missing_sources_say_what_to_do(tmp_path):
     with pytest.raises(UsageError, match=r"sample\.py"):
         Synthesis({"sdas": 1.0}, sdas_dir=str(tmp_path / "{}")).open(["bottle"])
-    with pytest.raises(UsageError, match="dtd_dir"):
+    with pytest.raises(UsageError, match=r"dtd_dir.* needs no other images"):
         Synthesis({"dtd": 1.0}).open(["bottle"])
+    Synthesis({"cutpaste": 0.5, "self": 0.25, "noise": 0.25}).open(["bottle"])
 
 
 def test_images_are_listed_in_any_letter_case(tmp_path):

@@ -207,6 +207,8 @@ def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset
         if name.startswith("realnet"):
             del config.dataset["type"], benchmark.dataset["type"]
             del config.dataset["foreground"], benchmark.dataset["foreground"]
+            # Not the paper's: grey images get grey anomalies.
+            assert [settings.dataset.train.pop("match_grey") for settings in (config, benchmark)] == [True, False]
         assert config == benchmark, name
 
 
@@ -290,8 +292,9 @@ def test_the_printed_commands_quote_class_names(tmp_path, prepare):
     mvtec_class(tmp_path / "shots/metal nut $HOME")
     commands = [shlex.split(line) for line in prepare().splitlines() if line.startswith("  python train_realnet.py")]
     command = ["python", "train_realnet.py", "--dataset", "parts", "--class_name", "metal nut $HOME"]
+    own = ["--set", "dataset.train.anomaly_types={normal: 0.5, cutpaste: 0.25, noise: 0.25}"]
     diffusion = ["--set", "dataset.train.anomaly_types={normal: 0.5, sdas: 0.5}"]
-    assert commands == [command, [*command, *diffusion]]
+    assert commands == [command, [*command, *own], [*command, *diffusion]]
     assert yaml.safe_load((tmp_path / "experiments/parts/realnet.yaml").read_text())["dataset"]["foreground"] == "none"
 
 

@@ -372,7 +372,7 @@ def test_preview_shows_the_available_images(tmp_path, prepare):
     done = prepare("--dataset", "parts", "--preview")
     assert "yet" not in done.out
     assert sheet.read_bytes() != first
-    # The sheet has at most eight columns, three rows of images and four of anomalies.
+    # The sheet has at most eight columns, three rows of images and two of each of four types.
     width, height = Image.open(sheet).size
     assert width > 7 * 192
-    assert height > 7 * 140
+    assert height > 11 * 140
