@@ -10,6 +10,7 @@ from datasets.catalog import ForegroundRule
 from datasets.foreground import rule_for
 from datasets.images import Augmentation, Preprocessing, allow_megapixels
 from datasets.lists import ImageList, Sample, class_names, read_list
+from datasets.local_anomalies import LOCAL
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
 from datasets.sdas import SDASDataset
 from datasets.splits import fingerprint, split_good
@@ -153,11 +154,11 @@ def choose_held_out(
 def build_held_out_set(
     config: dict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
 ) -> HeldOutSet:
-    """The validation set of the images that a training set leaves out; anomalies of its types and of WITHOUT_FOLDER."""
+    """The validation set of the images that a training set leaves out; anomalies of its types and of LOCAL."""
     images = _training_images(config, class_name)
     images = ImageList([sample for sample in images.samples if sample.filename in held_out], images.image_dir)
     trained = [name for name, share in train_set.synthesis.anomaly_types.items() if share > 0 and name != "normal"]
-    types = list(dict.fromkeys([*trained, *WITHOUT_FOLDER]))
+    types = list(dict.fromkeys([*trained, *LOCAL]))
     return HeldOutSet(images, train_set.rules, train_set.preprocessing, train_set.synthesis, types, train_set.seed)
 
 
