@@ -49,9 +49,9 @@ def image_aupimos(
 
     It is exact, without interpolation: the recall at a rate is the highest of all thresholds that flag no more than it,
     so a pixel counts from the rate that its own score as a threshold would flag, and the area is the mean, over the
-    mask's pixels, of the share of the range in which they count. A rate below one normal pixel (`lower` needs 100000)
-    is that of thresholds above every normal score: with few normal images, the result is the recall without any false
-    alarm on them, which more normal images can only lower.
+    mask's pixels, of the share of the range in which they count. Rates below one normal pixel (`lower` needs 100000 of
+    them) are those of thresholds above every normal score: with fewer than 1 / `upper` normal pixels, the result is the
+    recall without any false alarm on them.
 
     Args:
         maps: N arrays (H,W) float, which may differ in size.

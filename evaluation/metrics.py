@@ -152,15 +152,33 @@ def image_scores(maps: np.ndarray, avgpool_size: tuple[int, int] = (16, 16)) -> 
     return scores
 
 
+def flat_pixels(images: np.ndarray) -> np.ndarray:
+    """The pixels of images (N,H,W), or of (N,) arrays (H,W) of any sizes, image after image; a copy only of the latter.
+
+    Example:
+        >>> images = np.empty(2, object)
+        >>> images[0], images[1] = np.zeros((2, 3)), np.ones((1, 2))
+        >>> flat_pixels(images)
+        array([0., 0., 0., 0., 0., 0., 1., 1.])
+    """
+    if images.dtype != object:
+        return images.ravel()
+    return np.concatenate([image.ravel() for image in images]) if len(images) else np.zeros(0)
+
+
 def pixel_ranking(scores: np.ndarray, masks: np.ndarray) -> Ranking:
-    """Rank the pixels of maps (N,H,W), with weights that add up to 1 in each 8-connected region of the masks."""
+    """Rank the pixels of maps, with weights that add up to 1 in each 8-connected region of the masks.
+
+    Args:
+        scores, masks: float and bool, (N,H,W), or (N,) arrays (H,W) of any sizes.
+    """
     weights = [np.zeros(0)]
     for mask in masks:
         if mask.any():
             _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
             inside = labels[mask]
             weights.append(1.0 / np.bincount(inside)[inside])
-    return Ranking.of(scores, masks, np.concatenate(weights))
+    return Ranking.of(flat_pixels(scores), flat_pixels(masks), np.concatenate(weights))
 
 
 def pro(scores: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT) -> float | None:
@@ -211,7 +229,7 @@ def overlap_at(
         flagged, hits = flagged + np.count_nonzero(reached), hits + np.count_nonzero(reached & mask)
     if positives in (0, pixels):
         return None, None
-    return 2 * hits / (flagged + positives), hits / (flagged + positives - hits)
+    return float(2 * hits / (flagged + positives)), float(hits / (flagged + positives - hits))
 
 
 def summarize(image: Ranking, pixel: Ranking | None, pro_limit: float = PRO_LIMIT) -> dict[str, float | None]:

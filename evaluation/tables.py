@@ -77,8 +77,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_tables(folder: str | Path, name: str, table: dict[str, Row], paper: dict[str, float]) -> list[Path]:
-    """Write <name>.csv and .json (fractions) and <name>.md (percent, with the paper's row); returns their paths."""
+def write_tables(
+    folder: str | Path, name: str, table: dict[str, Row], paper: dict[str, float], note: str = ""
+) -> list[Path]:
+    """Write <name>.csv and .json (fractions) and <name>.md (percent, with the paper's row, and a note below).
+
+    Returns:
+        Their paths.
+    """
     folder, first = Path(folder), FIRST_COLUMN.get(name, "class")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -88,7 +94,7 @@ def write_tables(folder: str | Path, name: str, table: dict[str, Row], paper: di
     contents = {
         f"{name}.csv": buffer.getvalue(),
         f"{name}.json": json.dumps(table, indent=2, ensure_ascii=False) + "\n",
-        f"{name}.md": markdown_table(with_paper(table, paper), first),
+        f"{name}.md": markdown_table(with_paper(table, paper), first) + (f"\n{note}\n" if note else ""),
     }
     for file, content in contents.items():
         write_text(folder / file, content)
