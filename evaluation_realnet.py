@@ -3,6 +3,7 @@
     python evaluation_realnet.py --dataset MVTec-AD --class_name bottle
     torchrun --nproc_per_node=2 evaluation_realnet.py --dataset MVTec-AD --class_name all
     python evaluation_realnet.py --dataset MVTec-AD --class_name all --target-fpr 0.01
+    python evaluation_realnet.py --dataset MVTec-AD --class_name all --full-size
     python evaluation_realnet.py --dataset MVTec-AD --class_name bottle --checkpoint FILE
 
 Settings: experiments/<dataset>/realnet.yaml. Loads realnet_checkpoints/<class>/ckpt_best.pth.tar and writes its
@@ -29,7 +30,7 @@ from datasets.realnet import RealNetTestSet
 from evaluation.html_report import write_report
 from evaluation.metrics import PRO_LIMIT
 from evaluation.results import ClassResult, draw_images, evaluate_class
-from evaluation.score import ScoredImages, pooling_window, predict_maps
+from evaluation.score import ScoredImages, at_own_sizes, pooling_window, predict_maps
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
 from evaluation.thresholds import read_thresholds, sidecar, thresholds_of, write_thresholds
 from evaluation.trained_model import load_trained, overruled_settings
@@ -53,6 +54,13 @@ class Options:
     gallery: int
     pictures: bool
     other_checkpoint: bool
+    full_size: bool
+
+    @property
+    def size_note(self) -> str:
+        """At which size the pixel metrics are taken."""
+        where = "the images' own sizes (--full-size)" if self.full_size else "the model's input size"
+        return f"Pixel metrics compare maps and masks at {where}."
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,6 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="checkpoint file instead of the class's ckpt_best.pth.tar")
     parser.add_argument("--target-fpr", type=float, help="choose thresholds by this share of false alarms, not by F1")
     parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="highest false positive rate in PRO (0.3)")
+    parser.add_argument("--full-size", action="store_true", help="pixel metrics at the images' own sizes")
     parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
     parser.add_argument("--no-pictures", action="store_true", help="do not write a picture of each test image")
     return parser.parse_args()
@@ -111,7 +120,8 @@ def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
     if not 0 < args.pro_limit <= 1:
         raise UsageError(f"--pro-limit {args.pro_limit}: has to lie above 0 and up to 1")
     other = args.checkpoint is not None
-    return Options(args.target_fpr, args.pro_limit, max(0, args.gallery), not args.no_pictures, other)
+    gallery = max(0, args.gallery)
+    return Options(args.target_fpr, args.pro_limit, gallery, not args.no_pictures, other, args.full_size)
 
 
 def evaluable_classes(
@@ -164,19 +174,19 @@ def evaluate(
         raise RunError(f"{checkpoint}: its weights or anomaly maps are not finite; train it again with a lower lr")
     log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(test_set))
     log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
+    measured = at_own_sizes(scored, test_set, run, stop) if options.full_size else scored
     names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
     results = []
     for name in sorted(set(names.tolist())):
-        class_images = scored.subset(names == name)
-        result = evaluate_class(name, class_images, options.target_fpr, options.pro_limit)
+        result = evaluate_class(name, measured.subset(names == name), options.target_fpr, options.pro_limit)
         log_undefined_metrics(result)
         folder = out / config.saver.vis_dir / name if options.pictures else None
         # On rank 0 alone, which is the only one here.
         with folder_lock(folder) if folder else nullcontext():
-            draw_images(result, class_images, options.gallery, folder, run, stop)
+            draw_images(result, scored.subset(names == name), options.gallery, folder, run, stop)
         results.append(result)
     chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
-    save_thresholds(checkpoint, scored, results, options, trained.fingerprint, chosen_on)
+    save_thresholds(checkpoint, measured, results, options, trained.fingerprint, chosen_on)
     return results
 
 
@@ -224,14 +234,16 @@ def report(config: EasyDict, results: list[ClassResult], options: Options, datas
     info = find(config.dataset.type)
     paper = info.paper if info else {}
     log.info("%s", text_table(with_paper(table, paper)))
+    log.info("%s", options.size_note)
     by_defect = {f"{result.name}/{defect}": row for result in results for defect, row in result.by_defect_type.items()}
-    paths = write_tables(folder, "metrics", table, paper)
+    paths = write_tables(folder, "metrics", table, paper, options.size_note)
     if by_defect:
         log.info("\n%s", text_table(by_defect, "defect"))
-        paths += write_tables(folder, "metrics_by_defect", by_defect, {})
+        paths += write_tables(folder, "metrics_by_defect", by_defect, {}, options.size_note)
     notes = [
         f"{sum(len(result.scores) for result in results)} test images. PRO up to a false positive rate of "
         f"{options.pro_limit:g}. An image is called anomalous if its score reaches the image threshold.",
+        options.size_note,
         "The thresholds were chosen on these images, so verdicts on new images will be less accurate.",
     ]
     path = folder / "report.html"

@@ -148,13 +148,13 @@ class RealNetTestSet(Dataset):
         """The resized image (H,W,3) uint8."""
         return self.preprocessing.read(self.images.path(index))
 
-    def mask(self, index: int) -> np.ndarray:
-        """The resized mask (H,W) uint8 in {0, 1}, all zeros if it is unknown.
+    def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The mask (H,W) uint8 in {0, 1}, resized to `size` or to the input size; all zeros if it is unknown.
 
         Raises:
             UsageError: the mask is unreadable, or its aspect ratio differs from the image's.
         """
-        size, maskname = self.preprocessing.size, self.samples[index].maskname
+        size, maskname = size or self.preprocessing.size, self.samples[index].maskname
         if maskname is None:
             return np.zeros(size, np.uint8)
         path, image_path = self.images.image_dir / maskname, self.images.path(index)

@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation.plots import Plot, curve_plot, ticks, x_at, y_at
 from evaluation.results import ClassResult
-from evaluation.tables import COLUMNS, MEAN, PAPER, Row, cells
+from evaluation.tables import HEADINGS, MEAN, PAPER, Row, cells
 from utils.files import write_text
 
 TEMPLATES, TEMPLATE = Path(__file__).parent, "html_report.template.html"
@@ -35,7 +35,7 @@ def write_report(
         TEMPLATE,
         title=title,
         notes=notes,
-        columns=list(COLUMNS.values()),
+        columns=HEADINGS,
         summary=[(cells(name, row), name in (MEAN, PAPER)) for name, row in table.items()],
         sections=[_section(result) for result in results],
         cards=cards,

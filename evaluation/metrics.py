@@ -1,15 +1,20 @@
 """Detection and localisation metrics. They are exact: every distinct score is a threshold.
 
 AUROC and average precision follow scikit-learn's definitions, PRO follows MVTec-AD's own evaluation
-(Bergmann et al., IJCV 2021).
+(Bergmann et al., IJCV 2021). F1 of pixels at the threshold that predict.py uses is MVTec AD 2's SegF1 (Heckler-Kram et
+al., 2025): pixels of all images together.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from evaluation.aupimo import aupimo
+
 PRO_LIMIT = 0.3
+STRICT_PRO_LIMIT = 0.05  # PRO_LIMIT lets almost a third of the good pixels be flagged
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,12 @@ class Ranking:
         best = int(np.argmax(f1))
         return float(f1[best]), float(self.thresholds[best])
 
+    def best_iou(self) -> float | None:
+        """The best intersection over union; of the same threshold as the best F1, because IoU = F1 / (2 - F1)."""
+        if not self.defined:
+            return None
+        return float(np.max(self.true_positives / (self.positives + self.false_positives)))
+
     def curve(self, heights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The corners of the ROC curve: false positive rate and true positive rate, from (0, 0) to (1, 1).
 
@@ -141,15 +152,33 @@ def image_scores(maps: np.ndarray, avgpool_size: tuple[int, int] = (16, 16)) -> 
     return scores
 
 
+def flat_pixels(images: np.ndarray) -> np.ndarray:
+    """The pixels of images (N,H,W), or of (N,) arrays (H,W) of any sizes, image after image; a copy only of the latter.
+
+    Example:
+        >>> images = np.empty(2, object)
+        >>> images[0], images[1] = np.zeros((2, 3)), np.ones((1, 2))
+        >>> flat_pixels(images)
+        array([0., 0., 0., 0., 0., 0., 1., 1.])
+    """
+    if images.dtype != object:
+        return images.ravel()
+    return np.concatenate([image.ravel() for image in images]) if len(images) else np.zeros(0)
+
+
 def pixel_ranking(scores: np.ndarray, masks: np.ndarray) -> Ranking:
-    """Rank the pixels of maps (N,H,W), with weights that add up to 1 in each 8-connected region of the masks."""
+    """Rank the pixels of maps, with weights that add up to 1 in each 8-connected region of the masks.
+
+    Args:
+        scores, masks: float and bool, (N,H,W), or (N,) arrays (H,W) of any sizes.
+    """
     weights = [np.zeros(0)]
     for mask in masks:
         if mask.any():
             _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
             inside = labels[mask]
             weights.append(1.0 / np.bincount(inside)[inside])
-    return Ranking.of(scores, masks, np.concatenate(weights))
+    return Ranking.of(flat_pixels(scores), flat_pixels(masks), np.concatenate(weights))
 
 
 def pro(scores: np.ndarray, masks: np.ndarray, limit: float = PRO_LIMIT) -> float | None:
@@ -178,12 +207,38 @@ def _area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     return float(np.trapezoid(ys, xs))
 
 
+def overlap_at(
+    scores: Sequence[np.ndarray], masks: Sequence[np.ndarray], threshold: float | None
+) -> tuple[float | None, float | None]:
+    """F1 and intersection over union of the pixels that reach a threshold, pixels of all images together.
+
+    Args:
+        scores: N arrays (H,W) float, which may differ in size.
+        masks: N arrays (H,W) bool.
+        threshold: None gives None.
+
+    Returns:
+        Both in [0, 1]; None if all pixels are anomalous, or none.
+    """
+    if threshold is None:
+        return None, None
+    pixels = positives = flagged = hits = 0
+    for values, mask in zip(scores, masks, strict=True):
+        reached = values >= threshold
+        pixels, positives = pixels + mask.size, positives + np.count_nonzero(mask)
+        flagged, hits = flagged + np.count_nonzero(reached), hits + np.count_nonzero(reached & mask)
+    if positives in (0, pixels):
+        return None, None
+    return float(2 * hits / (flagged + positives)), float(hits / (flagged + positives - hits))
+
+
 def summarize(image: Ranking, pixel: Ranking | None, pro_limit: float = PRO_LIMIT) -> dict[str, float | None]:
     """The metrics of a ranking of images and a ranking of pixels (see pixel_ranking; None if no mask is known).
 
     Returns:
-        image_auroc, pixel_auroc, pro, image_ap, pixel_ap, image_f1, pixel_f1, and the thresholds of the two F1s,
-        image_threshold and pixel_threshold. A metric is None if one of the labels does not occur.
+        image_auroc, pixel_auroc, pro, image_ap, pixel_ap, image_f1, pixel_f1, the thresholds of the two F1s,
+        image_threshold and pixel_threshold, pro_005 (up to a false positive rate of 0.05), and pixel_iou_max. A metric
+        is None if one of the labels does not occur.
     """
     image_f1, image_threshold = image.best_f1()
     pixel_f1, pixel_threshold = pixel.best_f1() if pixel else (None, None)
@@ -197,7 +252,27 @@ def summarize(image: Ranking, pixel: Ranking | None, pro_limit: float = PRO_LIMI
         "pixel_f1": pixel_f1,
         "image_threshold": image_threshold,
         "pixel_threshold": pixel_threshold,
+        "pro_005": pixel.pro(STRICT_PRO_LIMIT) if pixel else None,
+        "pixel_iou_max": pixel.best_iou() if pixel else None,
     }
+
+
+def summarize_maps(
+    scores: Sequence[np.ndarray], masks: Sequence[np.ndarray], labels: Iterable[bool], threshold: float | None
+) -> dict[str, float | None]:
+    """The metrics that a ranking of all pixels does not give.
+
+    Args:
+        scores: N arrays (H,W) float, which may differ in size.
+        masks: N arrays (H,W) bool, of images whose ground truth is known.
+        labels: (N,) whether an image is anomalous.
+        threshold: the pixel threshold for new images, or None.
+
+    Returns:
+        aupimo, pixel_f1_deployed, pixel_iou_deployed (see aupimo and overlap_at).
+    """
+    f1, iou = overlap_at(scores, masks, threshold)
+    return {"aupimo": aupimo(scores, masks, labels), "pixel_f1_deployed": f1, "pixel_iou_deployed": iou}
 
 
 def anomaly_metrics(
@@ -206,6 +281,7 @@ def anomaly_metrics(
     avgpool_size: tuple[int, int] = (16, 16),
     labels: np.ndarray | None = None,
     pro_limit: float = PRO_LIMIT,
+    pixel_threshold: float | None = None,
 ) -> dict[str, float | None]:
     """All metrics of a set of anomaly maps.
 
@@ -215,9 +291,10 @@ def anomaly_metrics(
         avgpool_size: window of the image score.
         labels: (N,) bool image labels; None takes them from the masks.
         pro_limit: false positive rate up to which PRO is integrated.
+        pixel_threshold: of pixel_f1_deployed and pixel_iou_deployed, which are undefined without it.
 
     Returns:
-        See summarize.
+        See summarize and summarize_maps.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -232,4 +309,7 @@ def anomaly_metrics(
             raise ValueError("labels are needed if there are no masks")
         labels = masks.any(axis=(1, 2))
     image = Ranking.of(image_scores(scores, avgpool_size), labels)
-    return summarize(image, pixel_ranking(scores, masks) if masks is not None else None, pro_limit)
+    if masks is None:
+        return summarize(image, None, pro_limit) | summarize_maps([], [], [], None)
+    by_map = summarize_maps(scores, masks, labels, pixel_threshold)
+    return summarize(image, pixel_ranking(scores, masks), pro_limit) | by_map

@@ -7,7 +7,7 @@ import numpy as np
 
 from datasets.lists import Sample
 from evaluation.inputs import ResultNames
-from evaluation.metrics import PRO_LIMIT, Ranking, summarize
+from evaluation.metrics import PRO_LIMIT, Ranking, summarize, summarize_maps
 from evaluation.score import ScoredImages
 from evaluation.tables import Row
 from evaluation.thresholds import Thresholds, thresholds_of
@@ -103,20 +103,30 @@ def evaluate_class(
             raise RunError(f"{sample.filename}: its anomaly map is not finite; train {name} again with a lower lr")
     image, pixel = scored.rankings()
     labels, defect_types = scored.labels, scored.defect_types
-    defects = sorted(set(defect_types[labels]))
+    thresholds = thresholds_of(scored.scores, scored.maps, labels, image, pixel, target_fpr)
+    by_defect_type = {}
+    for defect in sorted(set(defect_types[labels])):
+        chosen = scored.subset(~labels | (defect_types == defect))
+        by_defect_type[defect] = _metrics(chosen, *chosen.rankings(), thresholds.pixel, pro_limit)
     return ClassResult(
         name,
-        summarize(image, pixel, pro_limit),
-        {
-            defect: summarize(*scored.subset(~labels | (defect_types == defect)).rankings(), pro_limit)
-            for defect in defects
-        },
-        {defect: int(np.sum(defect_types == defect)) for defect in defects},
-        thresholds_of(scored.scores, scored.maps, labels, image, pixel, target_fpr),
+        _metrics(scored, image, pixel, thresholds.pixel, pro_limit),
+        by_defect_type,
+        {defect: int(np.sum(defect_types == defect)) for defect in by_defect_type},
+        thresholds,
         scored.scores,
         labels,
         _curves(image, pixel),
     )
+
+
+def _metrics(
+    scored: ScoredImages, image: Ranking, pixel: Ranking | None, pixel_threshold: float | None, pro_limit: float
+) -> Row:
+    """All metrics of images with their rankings, and with the class's threshold for pixels."""
+    known = np.flatnonzero(scored.mask_known)
+    maps, masks = [scored.maps[i] for i in known], [scored.masks[i] for i in known]
+    return summarize(image, pixel, pro_limit) | summarize_maps(maps, masks, scored.labels[known], pixel_threshold)
 
 
 def draw_images(

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from datasets.images import read_size
 from datasets.lists import Sample
 from datasets.realnet import RealNetTestSet
 from evaluation.metrics import Ranking, image_scores, pixel_ranking
+from evaluation.tiling import resize_map
 from utils import distributed
 from utils.distributed import Run
 from utils.errors import UsageError
@@ -26,9 +28,9 @@ class ScoredImages:
 
     Args:
         samples: the lines of the list: names, labels, classes, defect types.
-        maps: (N,H,W) float32 anomaly maps in [0, 1].
+        maps: (N,H,W) float32 anomaly maps in [0, 1]; at the images' own sizes, (N,) object of maps (H,W).
         scores: (N,) image scores.
-        masks: (N,H,W) bool ground truth, all False if unknown.
+        masks: bool ground truth in the shape of the maps, all False if unknown.
         images: the images to show, (H,W,3) uint8 by index.
         images_per_second: speed of the forward pass, all ranks together.
     """
@@ -66,7 +68,7 @@ class ScoredImages:
     @property
     def finite(self) -> bool:
         """Whether all values of the anomaly maps are finite."""
-        return bool(np.isfinite(self.maps).all())
+        return all(np.isfinite(values).all() for values in self.maps)
 
     def subset(self, chosen: np.ndarray) -> "ScoredImages":
         """Some of the images, chosen by their indices or by a mask (N,)."""
@@ -83,7 +85,7 @@ class ScoredImages:
     def rankings(self) -> tuple[Ranking, Ranking | None]:
         """Rankings of the images, and of the pixels of images with a known mask (None if no defect has a mask)."""
         image, known = Ranking.of(self.scores, self.labels), self.mask_known
-        if not (self.masks.any(axis=(1, 2)) & known).any():
+        if not any(mask.any() for mask in self.masks[known]):
             return image, None
         return image, pixel_ranking(self.maps[known], self.masks[known])
 
@@ -139,6 +141,20 @@ def predict_maps(
     all_images = {index: image for part in parts for index, image in part[3].items()}
     scores = image_scores(all_maps, window)
     return ScoredImages(test_set.samples, all_maps, scores, all_masks, all_images, sum(part[4] for part in parts))
+
+
+def at_own_sizes(scored: ScoredImages, test_set: RealNetTestSet, run: Run, stop: StopRequest | None) -> ScoredImages:
+    """The same images with maps and masks at their own sizes: the maps that predict.py gives, and masks as drawn.
+
+    Args:
+        scored: all images of the test set.
+        stop: ends the reading between two masks when a signal has arrived.
+    """
+    maps, masks = np.empty(len(scored), object), np.empty(len(scored), object)
+    for index in progress_bar(range(len(scored)), run, "masks at full size", stop=stop):
+        size = read_size(test_set.images.path(index))
+        maps[index], masks[index] = resize_map(scored.maps[index], size), test_set.mask(index, size).astype(bool)
+    return replace(scored, maps=maps, masks=masks)
 
 
 def pooling_window(evaluator: dict[str, Any]) -> tuple[int, int]:

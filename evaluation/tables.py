@@ -17,7 +17,15 @@ COLUMNS = {
     "pixel_ap": "pixel AP",
     "image_f1": "image F1",
     "pixel_f1": "pixel F1",
+    "pro_005": "PRO@0.05",
+    "aupimo": "AUPIMO",
+    "pixel_f1_deployed": "SegF1",
+    "pixel_iou_deployed": "IoU",
+    "pixel_iou_max": "best IoU",
 }
+# What fits into a line; CSV and JSON hold all columns.
+SHOWN = tuple(name for name in COLUMNS if name not in ("pixel_iou_deployed", "pixel_iou_max"))
+HEADINGS = [COLUMNS[name] for name in SHOWN]
 FIRST_COLUMN = {"metrics_by_defect": "defect"}  # heading of the first column, by name of the table; else "class"
 MEAN, PAPER = "mean", "paper (mean)"
 Row = dict[str, float | None]
@@ -38,13 +46,13 @@ def with_paper(table: dict[str, Row], paper: dict[str, float]) -> dict[str, Row]
 
 
 def cells(name: str, row: Row) -> list[str]:
-    """The cells of a row, in percent with two decimals; n/a if a metric is undefined."""
-    return [name, *("n/a" if row[metric] is None else f"{100 * row[metric]:.2f}" for metric in COLUMNS)]
+    """The cells of a row below HEADINGS, in percent with two decimals; n/a if a metric is undefined."""
+    return [name, *("n/a" if row[metric] is None else f"{100 * row[metric]:.2f}" for metric in SHOWN)]
 
 
 def text_table(table: dict[str, Row], first: str = "class") -> str:
     """A table with aligned columns, in percent; `first` is the heading of the first column."""
-    return aligned([[first, *COLUMNS.values()], *(cells(name, row) for name, row in table.items())])
+    return aligned([[first, *HEADINGS], *(cells(name, row) for name, row in table.items())])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -59,7 +67,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(table: dict[str, Row], first: str = "class") -> str:
     """A Markdown table, in percent."""
-    return markdown([[first, *COLUMNS.values()], *(cells(name, row) for name, row in table.items())])
+    return markdown([[first, *HEADINGS], *(cells(name, row) for name, row in table.items())])
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -69,8 +77,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_tables(folder: str | Path, name: str, table: dict[str, Row], paper: dict[str, float]) -> list[Path]:
-    """Write <name>.csv and .json (fractions) and <name>.md (percent, with the paper's row); returns their paths."""
+def write_tables(
+    folder: str | Path, name: str, table: dict[str, Row], paper: dict[str, float], note: str = ""
+) -> list[Path]:
+    """Write <name>.csv and .json (fractions) and <name>.md (percent, with the paper's row, and a note below).
+
+    Returns:
+        Their paths.
+    """
     folder, first = Path(folder), FIRST_COLUMN.get(name, "class")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -80,7 +94,7 @@ def write_tables(folder: str | Path, name: str, table: dict[str, Row], paper: di
     contents = {
         f"{name}.csv": buffer.getvalue(),
         f"{name}.json": json.dumps(table, indent=2, ensure_ascii=False) + "\n",
-        f"{name}.md": markdown_table(with_paper(table, paper), first),
+        f"{name}.md": markdown_table(with_paper(table, paper), first) + (f"\n{note}\n" if note else ""),
     }
     for file, content in contents.items():
         write_text(folder / file, content)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics import Ranking
+from evaluation.metrics import Ranking, flat_pixels
 from evaluation.normal_scores import NormalScores, normalised, pooled, raw
 from utils.config import shortened
 from utils.errors import UsageError
@@ -110,17 +110,18 @@ def thresholds_of(
 
     Args:
         scores, labels: (N,) image scores, and whether the images are defective.
-        maps: (N,H,W) anomaly maps.
+        maps: (N,H,W) anomaly maps, or (N,) maps (H,W) of any sizes.
         image, pixel: their rankings (see score.ScoredImages.rankings).
         target_fpr: share of normal images, and of their pixels, that may be flagged; None maximises F1.
     """
-    low, high = heat_range(maps)
+    low, high = heat_range(flat_pixels(maps))
     if target_fpr is None:
         chosen = Thresholds(best_f1(image, scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
         return _consistent(chosen)
     rule = f"at most {100 * target_fpr:g}% of the normal images, and of their pixels, flagged on the evaluation set"
     image_threshold = for_target_fpr(scores[~labels], target_fpr)
-    return _consistent(Thresholds(image_threshold, for_target_fpr(maps[~labels], target_fpr), rule, low, high))
+    pixel_threshold = for_target_fpr(flat_pixels(maps[~labels]), target_fpr)
+    return _consistent(Thresholds(image_threshold, pixel_threshold, rule, low, high))
 
 
 def from_normal(normal: NormalScores, target_fpr: float, low: float, high: float) -> Thresholds:

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, jaccard_score, roc_auc_score
 
-from evaluation.metrics import Ranking, anomaly_metrics, image_scores, pixel_ranking, pro
-from evaluation.tables import COLUMNS, MEAN, markdown_table, text_table, with_mean, write_tables
+from evaluation.metrics import Ranking, anomaly_metrics, image_scores, overlap_at, pixel_ranking, pro
+from evaluation.tables import COLUMNS, MEAN, SHOWN, markdown_table, text_table, with_mean, write_tables
 
 
 def slow_pro(scores, masks, limit=0.3):
@@ -62,12 +62,31 @@ def test_rankings_agree_with_scikit_learn(scores_and_rng):
         assert ranking.auroc() is None
         assert ranking.average_precision() is None
         assert ranking.best_f1() == (None, None)
+        assert ranking.best_iou() is None
         return
     assert ranking.auroc() == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
     assert ranking.average_precision() == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
     f1, threshold = ranking.best_f1()
     assert f1 == pytest.approx(f1_score(labels, scores >= threshold), abs=1e-9)
     assert f1 == pytest.approx(max(f1_score(labels, scores >= t) for t in set(scores)), abs=1e-9)
+    assert ranking.best_iou() == pytest.approx(max(jaccard_score(labels, scores >= t) for t in set(scores)), abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(-0.1, 1.1))
+def test_overlap_at_a_threshold_pools_the_pixels_of_all_images(seed, threshold):
+    rng = np.random.default_rng(seed)
+    shapes = [tuple(rng.integers(1, 9, 2)) for _ in range(4)]
+    masks = [rng.random(shape) < rng.choice([0, 0.4, 1]) for shape in shapes]
+    maps = [(rng.integers(0, 5, shape) / 4).astype(np.float32) for shape in shapes]
+    truth = np.concatenate([mask.ravel() for mask in masks])
+    flagged = np.concatenate([values.ravel() for values in maps]) >= threshold
+    got = overlap_at(maps, masks, threshold)
+    if truth.all() or not truth.any():
+        assert got == (None, None)
+    else:
+        assert got == pytest.approx((f1_score(truth, flagged), jaccard_score(truth, flagged)))
+    assert overlap_at(maps, masks, None) == (None, None)
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,6 +99,7 @@ def test_pro_agrees_with_its_definition(seed, limit):
         assert pro(scores, masks, limit) is None
     else:
         assert pro(scores, masks, limit) == pytest.approx(slow_pro(scores, masks, limit), abs=1e-9)
+        assert anomaly_metrics(scores, masks)["pro_005"] == pro(scores, masks, 0.05)
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,7 +110,9 @@ def test_continuous_scores_agree_with_scikit_learn_too(seed):
     masks[0] = True
     masks[1] = False
     scores = rng.normal(size=masks.shape).astype(np.float32) + masks
-    metrics = anomaly_metrics(scores, masks)
+    metrics = anomaly_metrics(scores, masks, pixel_threshold=0.5)
+    # Tables write repr(), which differs for numpy's numbers.
+    assert {type(value) for value in metrics.values()} == {float}
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), scores.ravel()), abs=1e-6)
     assert metrics["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), scores.ravel()), abs=1e-6)
 
@@ -123,8 +145,8 @@ def test_scores_that_are_not_numbers_are_refused():
 def test_perfect_and_inverted_maps():
     masks = np.zeros((4, 32, 32), bool)
     masks[2:, 8:26, 8:26] = True
-    perfect = anomaly_metrics(masks.astype(np.float32), masks)
-    for name in ("image_auroc", "pixel_auroc", "pro", "pixel_ap", "pixel_f1"):
+    perfect = anomaly_metrics(masks.astype(np.float32), masks, pixel_threshold=0.5)
+    for name in COLUMNS:
         assert perfect[name] == pytest.approx(1.0), name
     # An AUROC below one half is not replaced by 1 - AUROC.
     inverted = anomaly_metrics(1 - masks.astype(np.float32), masks)
@@ -143,7 +165,7 @@ def test_without_masks_pixel_metrics_are_absent():
     scores = np.random.default_rng(0).random((4, 20, 20)).astype(np.float32)
     metrics = anomaly_metrics(scores, None, labels=np.array([0, 0, 1, 1]))
     assert metrics["image_auroc"] is not None
-    assert all(metrics[name] is None for name in ("pixel_auroc", "pixel_ap", "pixel_f1", "pro"))
+    assert all(metrics[name] is None for name in COLUMNS if not name.startswith("image"))
     with pytest.raises(ValueError, match="labels"):
         anomaly_metrics(scores, None)
 
@@ -164,8 +186,14 @@ def test_tables_leave_undefined_values_out(tmp_path):
     assert names == ["metrics.csv", "metrics.json", "metrics.md"]
     assert (tmp_path / "metrics.md").read_text().splitlines()[-1].startswith("| paper (mean) | 99.65 | n/a |")
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert lines[0].startswith("class,image_auroc,")
+    assert lines[0] == ",".join(["class", *COLUMNS])
     assert lines[2].split(",")[1:4] == ["0.9", "0.5", ""]
+
+
+def test_a_line_of_the_table_fits_the_terminal():
+    row = dict.fromkeys(COLUMNS, 1.0)
+    assert set(SHOWN) < set(COLUMNS)
+    assert max(len(line) for line in text_table({"metal_nut": row}).splitlines()) <= 120
 
 
 @pytest.mark.parametrize("window", [(1, 1), (3, 5), (16, 16), (20, 9), (64, 64)])

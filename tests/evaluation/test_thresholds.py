@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.lists import Sample
-from evaluation.metrics import Ranking, image_scores
+from evaluation.metrics import Ranking, image_scores, overlap_at
 from evaluation.results import evaluate_class
 from evaluation.score import ScoredImages
 from evaluation.thresholds import (
@@ -120,7 +120,10 @@ def test_each_defect_type_is_compared_with_the_good_images():
     assert set(result.by_defect_type) == {"crack", "hole"}
     assert result.counts == {"crack": 2, "hole": 1}
     alone = evaluate_class("x", images.subset(np.array([0, 1, 2, 5])))
-    assert result.by_defect_type["hole"] == alone.metrics
+    # The threshold that is deployed is the class's.
+    deployed = overlap_at(images.maps[[0, 1, 2, 5]], images.masks[[0, 1, 2, 5]], result.thresholds.pixel)
+    expected = dict(zip(("pixel_f1_deployed", "pixel_iou_deployed"), deployed, strict=True))
+    assert result.by_defect_type["hole"] == alone.metrics | expected
     assert set(result.curves) == {"roc", "pr", "pixel_roc", "pixel_pr", "pro"}
     for name, (x, y) in result.curves.items():
         assert len(x) == len(y) <= 310, name
