@@ -13,9 +13,10 @@ from utils.settings import SETTINGS
 KEYS = [(f"{file}.{key}", setting) for file, section in SETTINGS.items() for key, setting in rows(section)]
 PUBLIC = [
     "datasets.anomaly", "datasets.foreground", "datasets.images", "datasets.lists", "datasets.loaders",
-    "datasets.local_anomalies", "datasets.perlin", "evaluation.metrics", "evaluation.thresholds", "evaluation.tiling",
-    "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs", "models.sdas.diffusion",
-    "models.structures", "models.subspace", "utils.optim",
+    "datasets.local_anomalies", "datasets.perlin", "evaluation.metrics",
+    "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
+    "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
+    "models.sdas.diffusion", "models.structures", "models.subspace", "utils.optim",
     "models.sdas.unet",
 ]  # fmt: skip
 

@@ -134,7 +134,8 @@ def test_each_selection_has_its_checkpoint_and_no_content_is_stored_twice(config
     assert training.figures == {"best_metric": 0.6, "best_synthetic": 0.7, "stale_validations": 1}
     assert not training.out_of_patience
     train_realnet.keep_best(training, {"test": 0.9, "synthetic": 0.1}, "synthetic", tmp_path)
-    assert training.out_of_patience and training.is_over
+    assert training.out_of_patience
+    assert training.is_over
 
 
 def test_the_newest_checkpoint_may_be_the_best(configured, tmp_path):
