@@ -4,17 +4,21 @@
     torchrun --nproc_per_node=2 evaluation_realnet.py --dataset MVTec-AD --class_name all
     python evaluation_realnet.py --dataset MVTec-AD --class_name all --target-fpr 0.01
     python evaluation_realnet.py --dataset MVTec-AD --class_name all --full-size
+    python evaluation_realnet.py --dataset MyParts --class_name bolts --tile 512 --overlap 64
     python evaluation_realnet.py --dataset MVTec-AD --class_name bottle --checkpoint FILE
 
 Settings: experiments/<dataset>/realnet.yaml. Loads realnet_checkpoints/<class>/ckpt_best.pth.tar and writes its
-thresholds beside it (ckpt_best.thresholds.json, for predict.py). Writes realnet_results/report.html,
-metrics.{csv,json,md} and metrics_by_defect.{csv,json,md}, and [image | ground truth | anomaly map] pictures to
-realnet_vis/<class>/<defect type>/. The figures do not depend on the number of ranks.
+thresholds beside it (ckpt_best.thresholds.json, for predict.py): those of the good images that training held out, or
+else the best F1 on the test list. Writes realnet_results/report.html, metrics.{csv,json,md}, metrics_by_defect and
+metrics_by_selection, which compares the checkpoint that is best on the test list with the one that was chosen without
+it, and [image | ground truth | anomaly map] pictures to realnet_vis/<class>/<defect type>/. The figures do not depend
+on the number of ranks. --tile only adds thresholds for predict.py --tile.
 """
 
 import argparse
 import shlex
-from contextlib import nullcontext
+from collections.abc import Collection
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,12 +32,15 @@ from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet
 from evaluation.html_report import write_report
-from evaluation.metrics import PRO_LIMIT
+from evaluation.metrics import PRO_LIMIT, flat_pixels
+from evaluation.normal_scores import TARGET_FPR
 from evaluation.results import ClassResult, draw_images, evaluate_class
 from evaluation.score import ScoredImages, at_own_sizes, pooling_window, predict_maps
+from evaluation.selections import SELECTION_NOTE, other_selections, selection_rows
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
-from evaluation.thresholds import read_thresholds, sidecar, thresholds_of, write_thresholds
-from evaluation.trained_model import load_trained, overruled_settings
+from evaluation.thresholds import Thresholds, heat_range, read_thresholds, sidecar, thresholds_of, write_thresholds
+from evaluation.trained_model import TrainedModel, load_trained, overruled_settings
+from evaluation.training_curve import read_validations
 from utils import cli, distributed
 from utils.checkpoint import BEST, has_finite_weights
 from utils.config import collect_errors, load_config
@@ -44,11 +51,14 @@ from utils.log import log, set_up_logging
 from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, stop_requests
 
+HELD_OUT_RULE, BEST_RULE = RULES = ("held-out", "best-f1")
+
 
 @dataclass(frozen=True)
 class Options:
     """What the command line asks for beyond the settings."""
 
+    rule: str | None
     target_fpr: float | None
     pro_limit: float
     gallery: int
@@ -67,7 +77,12 @@ def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--class_name", help="one class, several separated by commas, or all")
     parser.add_argument("--checkpoint", help="checkpoint file instead of the class's ckpt_best.pth.tar")
-    parser.add_argument("--target-fpr", type=float, help="choose thresholds by this share of false alarms, not by F1")
+    rule_help = "thresholds from held-out good images (default, if the checkpoint has some) or the best F1 on the list"
+    parser.add_argument("--threshold-rule", choices=RULES, help=rule_help)
+    fpr_help = (
+        "share of false alarms that thresholds are chosen by (held-out: 0.01; without held-out images, not by F1)"
+    )
+    parser.add_argument("--target-fpr", type=float, help=fpr_help)
     parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="highest false positive rate in PRO (0.3)")
     parser.add_argument("--full-size", action="store_true", help="pixel metrics at the images' own sizes")
     parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
@@ -117,11 +132,15 @@ def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
         raise UsageError("--checkpoint: evaluates one class; name it with --class_name")
     if args.target_fpr is not None and not 0 <= args.target_fpr < 1:
         raise UsageError(f"--target-fpr {args.target_fpr}: has to lie in 0 .. 1, e.g. 0.01 for 1 %")
+    if args.target_fpr is not None and args.threshold_rule == BEST_RULE:
+        raise UsageError(f"--threshold-rule {BEST_RULE} has no rate of false alarms; leave --target-fpr out")
     if not 0 < args.pro_limit <= 1:
         raise UsageError(f"--pro-limit {args.pro_limit}: has to lie above 0 and up to 1")
     other = args.checkpoint is not None
     gallery = max(0, args.gallery)
-    return Options(args.target_fpr, args.pro_limit, gallery, not args.no_pictures, other, args.full_size)
+    return Options(
+        args.threshold_rule, args.target_fpr, args.pro_limit, gallery, not args.no_pictures, other, args.full_size
+    )
 
 
 def evaluable_classes(
@@ -158,63 +177,123 @@ def evaluate(
     stop: StopRequest,
 ) -> list[ClassResult]:
     """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
-    torch.manual_seed(config.random_seed)
-    trained = load_trained(checkpoint, config)
-    for line in overruled_settings(trained.config, config):
-        log.info("%s: uses the checkpoint's %s", class_name, line)
-    test_set = RealNetTestSet(test_set.images, preprocessing_of(trained.config.dataset))
-    batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
-    loader = make_loader(test_set, batches, config.dataset.workers, run)
     shown = range(len(test_set)) if options.pictures or options.gallery else ()
-    window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
-    scored = predict_maps(model, test_set, loader, run, window, show=shown, stop=stop)
+    trained, scored, measured = score_checkpoint(checkpoint, config, test_set, run, options, shown, stop)
+    others = {}
+    if not options.other_checkpoint:
+        for selection, file in other_selections(checkpoint, trained.config.evaluator.select).items():
+            _, _, other = score_checkpoint(file, config, test_set, run, options, (), stop)
+            others[selection] = other
     if scored is None:
         return []
-    if not scored.finite or not has_finite_weights(model):
-        raise RunError(f"{checkpoint}: its weights or anomaly maps are not finite; train it again with a lower lr")
+    for line in overruled_settings(trained.config, config):
+        log.info("%s: uses the checkpoint's %s", class_name, line)
     log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(test_set))
     log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
-    measured = at_own_sizes(scored, test_set, run, stop) if options.full_size else scored
+    own = held_out_thresholds(trained, checkpoint, options)
     names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
     results = []
     for name in sorted(set(names.tolist())):
-        result = evaluate_class(name, measured.subset(names == name), options.target_fpr, options.pro_limit)
+        thresholds = None if own is None else own.classes.get(name, own)
+        chosen = names == name
+        result = evaluate_class(name, measured.subset(chosen), options.target_fpr, options.pro_limit, thresholds)
+        for selection, other in others.items():
+            metrics = evaluate_class(name, other.subset(chosen), pro_limit=options.pro_limit).metrics
+            result.others[selection] = metrics
+        result.selection = trained.config.evaluator.select
+        result.training = read_validations(out / config.saver.log_dir / class_name / "train_realnet.jsonl")
         log_undefined_metrics(result)
         folder = out / config.saver.vis_dir / name if options.pictures else None
         # On rank 0 alone, which is the only one here.
         with folder_lock(folder) if folder else nullcontext():
-            draw_images(result, scored.subset(names == name), options.gallery, folder, run, stop)
+            draw_images(result, scored.subset(chosen), options.gallery, folder, run, stop)
         results.append(result)
-    chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
-    save_thresholds(checkpoint, measured, results, options, trained.fingerprint, chosen_on)
+    if own is None:
+        chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
+        own = thresholds_on_list(measured, results, options, trained.fingerprint, chosen_on)
+    else:
+        low, high = heat_range(flat_pixels(measured.maps))
+        classes = {result.name: result.thresholds for result in results} if own.classes else {}
+        own = replace(own, low=low, high=high, classes={**own.classes, **classes})
+    save_thresholds(checkpoint, own, options)
     return results
 
 
-def save_thresholds(
+def score_checkpoint(
     checkpoint: Path,
-    scored: ScoredImages,
-    results: list[ClassResult],
+    config: EasyDict,
+    test_set: RealNetTestSet,
+    run: Run,
     options: Options,
-    fingerprint: str,
-    chosen_on: str,
-) -> None:
-    """Write the sidecar: thresholds for all images, and for each class if the model serves several classes.
+    shown: Collection[int],
+    stop: StopRequest,
+) -> tuple[TrainedModel, ScoredImages | None, ScoredImages | None]:
+    """The model, its maps, and its maps at the size for pixel metrics; on other ranks than 0, None for both.
 
-    An evaluation of a checkpoint on another list does not replace the thresholds from the model's own test list.
+    Args:
+        shown: indices of the images to keep for pictures.
+
+    Raises:
+        RunError: weights or maps are not finite.
     """
-    before = read_thresholds(checkpoint) if options.other_checkpoint and sidecar(checkpoint).is_file() else None
-    if before and before.fingerprint == fingerprint and before.chosen_on not in ("", chosen_on):
-        text = "%s was chosen on %s and is kept; delete it to have the thresholds of %s"
-        log.warning(text, sidecar(checkpoint), before.chosen_on, chosen_on)
-        return
+    torch.manual_seed(config.random_seed)
+    trained = load_trained(checkpoint, config)
+    test_set = RealNetTestSet(test_set.images, preprocessing_of(trained.config.dataset))
+    batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
+    loader = make_loader(test_set, batches, config.dataset.workers, run)
+    window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
+    scored = predict_maps(model, test_set, loader, run, window, show=shown, stop=stop)
+    if scored is None:
+        return trained, None, None
+    if not scored.finite or not has_finite_weights(model):
+        raise RunError(f"{checkpoint}: its weights or anomaly maps are not finite; train it again with a lower lr")
+    return trained, scored, at_own_sizes(scored, test_set, run, stop) if options.full_size else scored
+
+
+def held_out_thresholds(trained: TrainedModel, checkpoint: Path, options: Options) -> Thresholds | None:
+    """The thresholds that held-out good images give; None if there are none, or if the list shall give them.
+
+    Raises:
+        UsageError: they are asked for, but the checkpoint has none.
+    """
+    if options.rule == HELD_OUT_RULE and trained.held_out is None:
+        raise UsageError(
+            f"--threshold-rule {HELD_OUT_RULE}: {checkpoint} has no held-out good images; train it with "
+            "dataset.train.validation_fraction, e.g. 0.2"
+        )
+    return None if options.rule == BEST_RULE else trained.own_thresholds(options.target_fpr or TARGET_FPR)
+
+
+def thresholds_on_list(
+    scored: ScoredImages, results: list[ClassResult], options: Options, fingerprint: str, chosen_on: str
+) -> Thresholds:
+    """The thresholds from the evaluated list: for all images, and for each class if the model serves several."""
     thresholds = results[0].thresholds
     if len(results) > 1:
         # The thresholds for all images are for new images of unknown class.
         rankings = scored.rankings()
         thresholds = thresholds_of(scored.scores, scored.maps, scored.labels, *rankings, options.target_fpr)
         thresholds = replace(thresholds, classes={result.name: result.thresholds for result in results})
-    path = write_thresholds(checkpoint, replace(thresholds, fingerprint=fingerprint, chosen_on=chosen_on))
-    log.info("thresholds in %s", path)
+    return replace(thresholds, fingerprint=fingerprint, chosen_on=chosen_on)
+
+
+def save_thresholds(checkpoint: Path, thresholds: Thresholds, options: Options) -> None:
+    """Write the sidecar.
+
+    An evaluation of a checkpoint on another list does not replace the thresholds from the model's own test list.
+    """
+    before = None
+    with suppress(UsageError):  # a broken file is replaced
+        before = read_thresholds(checkpoint)
+    same_model = before is not None and before.fingerprint == thresholds.fingerprint
+    if same_model and options.other_checkpoint and before.chosen_on not in ("", thresholds.chosen_on):
+        text = "%s was chosen on %s and is kept; delete it to have the thresholds of %s"
+        log.warning(text, sidecar(checkpoint), before.chosen_on, thresholds.chosen_on)
+        return
+    if same_model:
+        thresholds = replace(thresholds, tiled=before.tiled)
+    path = write_thresholds(checkpoint, thresholds)
+    log.info("thresholds in %s: %s", path, thresholds.rule)
 
 
 def log_undefined_metrics(result: ClassResult) -> None:
@@ -223,6 +302,18 @@ def log_undefined_metrics(result: ClassResult) -> None:
         log.info("%s: no %s test image, so no image metrics: they need both", result.name, lacking)
     if result.labels.any() and result.metrics["pixel_auroc"] is None:
         log.info("%s: no masks of defects, so no pixel metrics", result.name)
+
+
+def log_verdict(result: ClassResult) -> None:
+    """Print the counts and intervals of a class, and what is doubtful about them."""
+    verdict, threshold = result.verdict, result.thresholds
+    log.info("%s: %s", result.name, verdict.counts())
+    if threshold.image is not None:
+        log.info("  threshold %.4g: %s", threshold.image, threshold.rule)
+    if verdict.intervals():
+        log.info("  %s (bootstrap over images)", verdict.intervals())
+    for doubt in verdict.doubts:
+        log.warning("  warning: %s is %s", result.name, doubt)
 
 
 # ---- tables and report -----------------------------------------------------------------------------------------------
@@ -240,14 +331,21 @@ def report(config: EasyDict, results: list[ClassResult], options: Options, datas
     if by_defect:
         log.info("\n%s", text_table(by_defect, "defect"))
         paths += write_tables(folder, "metrics_by_defect", by_defect, {}, options.size_note)
+    by_selection = {name: row for result in results for name, row in selection_rows(result).items()}
+    if by_selection:
+        log.info("\n%s", text_table(by_selection, "selection"))
+        paths += write_tables(folder, "metrics_by_selection", by_selection, {}, SELECTION_NOTE)
+    for result in results:
+        log_verdict(result)
     notes = [
         f"{sum(len(result.scores) for result in results)} test images. PRO up to a false positive rate of "
         f"{options.pro_limit:g}. An image is called anomalous if its score reaches the image threshold.",
         options.size_note,
-        "The thresholds were chosen on these images, so verdicts on new images will be less accurate.",
     ]
+    if any(result.thresholds.normal is None for result in results):
+        notes.append("The thresholds were chosen on these images, so verdicts on new images will be less accurate.")
     path = folder / "report.html"
-    write_report(path, f"RealNet on {dataset}", notes, with_paper(table, paper), results)
+    write_report(path, f"RealNet on {dataset}", notes, with_paper(table, paper), results, by_selection)
     for file in [*paths, path]:
         log.info("%s", file)
 

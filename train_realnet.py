@@ -34,8 +34,9 @@ from datasets.build import (
 from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import GoodImages, RealNetTrainSet
+from evaluation.selections import LAST, SYNTHETIC, TEST
 from evaluation.thresholds import sidecar
-from evaluation.validation import DIVERGED, LAST, SHEET_IMAGES, SYNTHETIC, TEST, validate_held_out, validate_test
+from evaluation.validation import DIVERGED, SHEET_IMAGES, validate_held_out, validate_test
 from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.realnet import RealNet

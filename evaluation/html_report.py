@@ -11,6 +11,7 @@ import numpy as np
 from evaluation.plots import Plot, curve_plot, ticks, x_at, y_at
 from evaluation.results import ClassResult
 from evaluation.tables import HEADINGS, MEAN, PAPER, Row, cells
+from evaluation.training_curve import Curve
 from utils.files import write_text
 
 TEMPLATES, TEMPLATE = Path(__file__).parent, "html_report.template.html"
@@ -19,7 +20,12 @@ BINS = 30
 
 
 def write_report(
-    path: str | Path, title: str, notes: Sequence[str], table: dict[str, Row], results: Sequence[ClassResult]
+    path: str | Path,
+    title: str,
+    notes: Sequence[str],
+    table: dict[str, Row],
+    results: Sequence[ClassResult],
+    by_selection: dict[str, Row] | None = None,
 ) -> None:
     """Write the report.
 
@@ -28,6 +34,7 @@ def write_report(
         notes: lines below the heading.
         table: rows of the summary.
         results: results of each class.
+        by_selection: rows that compare how checkpoints were chosen.
     """
     cards = [(result.name, item) for result in results for item in result.gallery]
     cards.sort(key=lambda card: -card[1].error)
@@ -37,6 +44,7 @@ def write_report(
         notes=notes,
         columns=HEADINGS,
         summary=[(cells(name, row), name in (MEAN, PAPER)) for name, row in table.items()],
+        selections=[(cells(name, row), name.endswith(": gap")) for name, row in (by_selection or {}).items()],
         sections=[_section(result) for result in results],
         cards=cards,
         defect_types=sorted({item.defect_type for _, item in cards}),
@@ -87,8 +95,11 @@ def _section(result: ClassResult) -> dict:
         ),
         _histogram(result),
     ]
+    plots += _training_plots(result.training)
     return {
         "name": result.name,
+        "verdict": [text for text in (result.verdict.counts(), result.verdict.intervals()) if text],
+        "doubts": [f"{result.name} is {doubt}" for doubt in result.verdict.doubts],
         "thresholds": f"{', '.join(texts)} ({thresholds.rule})"
         if texts
         else "no thresholds: good and defective images are needed",
@@ -98,6 +109,20 @@ def _section(result: ClassResult) -> dict:
             for defect_type, row in result.by_defect_type.items()
         ],
     }
+
+
+def _training_plots(training: dict[str, Curve]) -> list[Plot]:
+    """The validations' metrics over the training steps: of the test list, and of held-out images."""
+    plots = []
+    for title, prefix in (("Training: test list", ""), ("Training: synthetic", "synthetic_")):
+        named = {name: f"{prefix}{metric}" for name, metric in (("image", "image_auroc"), ("pixel", "pixel_auroc"))}
+        curves = {name: np.array(training[key], float).T for name, key in named.items() if key in training}
+        if curves:
+            last, low = (max(x[-1] for x, _ in curves.values()), min(y.min() for _, y in curves.values()))
+            points = {name: (x, y) for name, (x, y) in curves.items()}
+            ranges = (0, max(1, last)), (min(0.5, low), 1)
+            plots.append(curve_plot(title, points, "training step", "AUROC", *ranges))
+    return plots
 
 
 def _histogram(result: ClassResult) -> Plot:

@@ -137,7 +137,7 @@ def raw(score: float, threshold: float, scale: float) -> float:
 
 def log_odds(scores: np.ndarray) -> np.ndarray:
     """log(s / (1 - s)), finite also at 0 and 1."""
-    inside = np.clip(scores, 1e-12, 1 - 1e-12)
+    inside = np.clip(np.asarray(scores, np.float64), 1e-12, 1 - 1e-12)
     return np.log(inside) - np.log1p(-inside)
 
 

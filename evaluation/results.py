@@ -1,6 +1,6 @@
 """The evaluation of one class: metrics, curves, thresholds, and images for the report's gallery."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -10,7 +10,9 @@ from evaluation.inputs import ResultNames
 from evaluation.metrics import PRO_LIMIT, Ranking, summarize, summarize_maps
 from evaluation.score import ScoredImages
 from evaluation.tables import Row
-from evaluation.thresholds import Thresholds, thresholds_of
+from evaluation.thresholds import Thresholds, heat_range, thresholds_of
+from evaluation.training_curve import Curve
+from evaluation.verdict import Verdict, verdict_of
 from utils.distributed import Run
 from utils.errors import RunError
 from utils.files import remove_parts
@@ -59,6 +61,10 @@ class ClassResult:
         thresholds: for verdicts.
         scores, labels: (N,) image scores and labels.
         curves: points (x, y) of the defined curves, by name: roc and pr of images, pixel_roc, pixel_pr and pro.
+        verdict: counts, intervals and doubts.
+        selection: how the evaluated checkpoint was selected, a value of evaluator.select.
+        others: metrics of checkpoints that were selected otherwise, by selection.
+        training: the curves of the training's validations, by metric.
         gallery: images to show.
     """
 
@@ -70,6 +76,10 @@ class ClassResult:
     scores: np.ndarray
     labels: np.ndarray
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    verdict: Verdict
+    selection: str = "test"
+    others: dict[str, Row] = field(default_factory=dict)
+    training: dict[str, Curve] = field(default_factory=dict)
     gallery: list[GalleryItem] = field(default_factory=list)
 
     def errors(self) -> np.ndarray:
@@ -87,12 +97,17 @@ class ClassResult:
 
 
 def evaluate_class(
-    name: str, scored: ScoredImages, target_fpr: float | None = None, pro_limit: float = PRO_LIMIT
+    name: str,
+    scored: ScoredImages,
+    target_fpr: float | None = None,
+    pro_limit: float = PRO_LIMIT,
+    thresholds: Thresholds | None = None,
 ) -> ClassResult:
-    """Compute the metrics of a class, overall and per defect type, its curves and its thresholds.
+    """Compute the metrics of a class, overall and per defect type, its curves, its thresholds and its verdicts.
 
     Args:
         target_fpr: see thresholds_of.
+        thresholds: those of held-out good images; None chooses them on these images.
         pro_limit: false positive rate up to which PRO is integrated.
 
     Raises:
@@ -103,20 +118,28 @@ def evaluate_class(
             raise RunError(f"{sample.filename}: its anomaly map is not finite; train {name} again with a lower lr")
     image, pixel = scored.rankings()
     labels, defect_types = scored.labels, scored.defect_types
-    thresholds = thresholds_of(scored.scores, scored.maps, labels, image, pixel, target_fpr)
+    if thresholds is None:
+        thresholds = thresholds_of(scored.scores, scored.maps, labels, image, pixel, target_fpr)
+    else:
+        low, high = heat_range(scored.maps)
+        thresholds = replace(thresholds, low=low, high=high)
+    verdict = verdict_of(
+        scored.scores, labels, thresholds.image, list(scored.maps), list(scored.masks), scored.mask_known
+    )
     by_defect_type = {}
     for defect in sorted(set(defect_types[labels])):
         chosen = scored.subset(~labels | (defect_types == defect))
         by_defect_type[defect] = _metrics(chosen, *chosen.rankings(), thresholds.pixel, pro_limit)
     return ClassResult(
         name,
-        _metrics(scored, image, pixel, thresholds.pixel, pro_limit),
+        _metrics(scored, image, pixel, thresholds.pixel, pro_limit) | verdict.row(),
         by_defect_type,
         {defect: int(np.sum(defect_types == defect)) for defect in by_defect_type},
         thresholds,
         scored.scores,
         labels,
         _curves(image, pixel),
+        verdict,
     )
 
 

@@ -23,6 +23,9 @@ COLUMNS = {
     "pixel_iou_deployed": "IoU",
     "pixel_iou_max": "best IoU",
 }
+# Of verdict.Verdict.row: numbers of images, and ends of 95% intervals.
+VERDICTS = ("good_images", "good_flagged", "defective_images", "defects_missed")
+INTERVALS = ("image_auroc_low", "image_auroc_high", "pixel_auroc_low", "pixel_auroc_high")
 # What fits into a line; CSV and JSON hold all columns.
 SHOWN = tuple(name for name in COLUMNS if name not in ("pixel_iou_deployed", "pixel_iou_max"))
 HEADINGS = [COLUMNS[name] for name in SHOWN]
@@ -88,9 +91,11 @@ def write_tables(
     folder, first = Path(folder), FIRST_COLUMN.get(name, "class")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([first, *COLUMNS])
+    columns = [name for name in (*COLUMNS, *VERDICTS, *INTERVALS) if any(name in row for row in table.values())]
+    writer.writerow([first, *columns])
     for key, row in table.items():
-        writer.writerow([csv_cell(key), *("" if row[metric] is None else repr(row[metric]) for metric in COLUMNS)])
+        values = (row.get(name) for name in columns)
+        writer.writerow([csv_cell(key), *("" if value is None else repr(value) for value in values)])
     contents = {
         f"{name}.csv": buffer.getvalue(),
         f"{name}.json": json.dumps(table, indent=2, ensure_ascii=False) + "\n",

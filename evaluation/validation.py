@@ -17,7 +17,6 @@ from utils.signals import StopRequest
 from utils.training import Training, log_json
 
 SHEET_IMAGES = 8
-TEST, SYNTHETIC, LAST = "test", "synthetic", "last"  # values of evaluator.select
 DIVERGED = float("-inf")  # the metric of a network whose anomaly maps are not finite
 
 
