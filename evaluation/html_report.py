@@ -2,21 +2,19 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import jinja2
 import numpy as np
 
+from evaluation.plots import Plot, curve_plot, ticks, x_at, y_at
 from evaluation.results import ClassResult
 from evaluation.tables import COLUMNS, MEAN, PAPER, Row, cells
 from utils.files import write_text
 
-TEMPLATE = Path(__file__).with_name("html_report.template.html")
+TEMPLATES, TEMPLATE = Path(__file__).parent, "html_report.template.html"
 GOOD, DEFECTIVE = "#2563eb", "#dc2626"
-COLOURS = ("#2563eb", "#d97706", "#059669")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 300, 230, 42, 34, 26, 12
 BINS = 30
 
 
@@ -33,12 +31,8 @@ def write_report(
     """
     cards = [(result.name, item) for result in results for item in result.gallery]
     cards.sort(key=lambda card: -card[1].error)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["jpeg"] = _jpeg
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(
+    text = page(
+        TEMPLATE,
         title=title,
         notes=notes,
         columns=list(COLUMNS.values()),
@@ -46,10 +40,21 @@ def write_report(
         sections=[_section(result) for result in results],
         cards=cards,
         defect_types=sorted({item.defect_type for _, item in cards}),
-        width=WIDTH,
-        height=HEIGHT,
     )
     write_text(path, text)
+
+
+def page(template: str, **values: object) -> str:
+    """An HTML page from a template of this folder; the names in it cannot become markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["jpeg"] = _jpeg
+    return environment.get_template(template).render(**values)
 
 
 def _jpeg(image: np.ndarray) -> str:
@@ -67,14 +72,14 @@ def _section(result: ClassResult) -> dict:
     curves = result.curves
     rates = ("false positive rate", "true positive rate")
     plots = [
-        _plot("Images: ROC", {"ROC": curves.get("roc")}, *rates),
-        _plot(
+        curve_plot("Images: ROC", {"ROC": curves.get("roc")}, *rates),
+        curve_plot(
             "Pixels: ROC and PRO",
             {"ROC": curves.get("pixel_roc"), "PRO": curves.get("pro")},
             rates[0],
             f"{rates[1]}, overlap",
         ),
-        _plot(
+        curve_plot(
             "Precision and recall",
             {"images": curves.get("pr"), "pixels": curves.get("pixel_pr")},
             "recall",
@@ -95,61 +100,6 @@ def _section(result: ClassResult) -> dict:
     }
 
 
-# ---- plots -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Plot:
-    """A drawing in SVG coordinates.
-
-    Args:
-        legend: (name, colour), right of the title.
-        x_ticks: (x, anchor, label), below the plot.
-        y_ticks: (y, label), on the left, each with a grid line.
-        lines: (points, colour).
-        bars: (x, y, width, height, colour).
-        marker: x of a dashed vertical line.
-    """
-
-    title: str
-    x_label: str
-    y_label: str
-    legend: list[tuple[str, str]]
-    x_ticks: list[tuple[float, str, str]]
-    y_ticks: list[tuple[float, str]]
-    lines: list[tuple[str, str]] = field(default_factory=list)
-    bars: list[tuple[float, float, str, str, str]] = field(default_factory=list)
-    marker: float | None = None
-
-    # Edges and middle of the axes.
-    left, right, middle = LEFT, WIDTH - RIGHT, (LEFT + WIDTH - RIGHT) / 2
-    top, bottom, centre = TOP, HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2
-
-
-def _x(fraction: float) -> float:
-    return round(LEFT + fraction * (WIDTH - LEFT - RIGHT), 1)
-
-
-def _y(fraction: float) -> float:
-    return round(HEIGHT - BOTTOM - fraction * (HEIGHT - BOTTOM - TOP), 1)
-
-
-def _ticks(low: float, high: float, top: float) -> tuple[list[tuple[float, str, str]], list[tuple[float, str]]]:
-    """Ticks at both ends and in the middle of each axis."""
-    anchors = ((0, "start"), (0.5, "middle"), (1, "end"))
-    x_ticks = [(_x(f), anchor, f"{low + f * (high - low):.3g}") for f, anchor in anchors]
-    return x_ticks, [(_y(f), f"{f * top:.3g}") for f, _ in anchors]
-
-
-def _plot(title: str, curves: dict[str, tuple[np.ndarray, np.ndarray] | None], x_label: str, y_label: str) -> Plot:
-    """A plot of curves in the unit square; undefined curves (None) are left out."""
-    defined = {name: points for name, points in curves.items() if points is not None}
-    lines = []
-    for (x, y), colour in zip(defined.values(), COLOURS, strict=False):
-        lines.append((" ".join(f"{_x(a)},{_y(b)}" for a, b in zip(x, y, strict=True)), colour))
-    return Plot(title, x_label, y_label, list(zip(defined, COLOURS, strict=False)), *_ticks(0, 1, 1), lines)
-
-
 def _histogram(result: ClassResult) -> Plot:
     """A histogram of the scores of good and defective images, with the threshold."""
     low, high = float(result.scores.min()), float(result.scores.max())
@@ -157,13 +107,13 @@ def _histogram(result: ClassResult) -> Plot:
     groups = (("good", result.scores[~result.labels], GOOD), ("defective", result.scores[result.labels], DEFECTIVE))
     counts = [np.histogram(scores, BINS, (low, high))[0] for _, scores, _ in groups]
     top = max(1, *(int(count.max()) for count in counts))
-    bars, bar_width = [], f"{_x(1 / BINS) - _x(0):.1f}"
+    bars, bar_width = [], f"{x_at(1 / BINS) - x_at(0):.1f}"
     for (_, _, colour), count in zip(groups, counts, strict=True):
         for k, n in enumerate(count):
             if n:
-                y = _y(n / top)
-                bars.append((_x(k / BINS), y, bar_width, f"{_y(0) - y:.1f}", colour))
+                y = y_at(n / top)
+                bars.append((x_at(k / BINS), y, bar_width, f"{y_at(0) - y:.1f}", colour))
     threshold = result.thresholds.image
-    marker = None if threshold is None else _x(min(max((threshold - low) / (high - low), 0), 1))
+    marker = None if threshold is None else x_at(min(max((threshold - low) / (high - low), 0), 1))
     legend = [(name, colour) for name, _, colour in groups]
-    return Plot("Image scores", "image score", "images", legend, *_ticks(low, high, top), bars=bars, marker=marker)
+    return Plot("Image scores", "image score", "images", legend, *ticks((low, high), (0, top)), bars=bars, marker=marker)
