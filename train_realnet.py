@@ -42,7 +42,7 @@ from utils.pictures import contact_sheet, heat_overlay, spread, write_image
 from utils.precision import autocast
 from utils.run_record import identity_of
 from utils.signals import StopRequest, stop_requests
-from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
+from utils.training import Saver, Training, log_json, report_step, set_up_training, trainer_checks, training_folders
 
 CALIBRATION_BATCHES = 8
 SHEET_IMAGES = 8
@@ -309,6 +309,7 @@ def validate(
     log.info("epoch %d  %s", epoch, text or "validation: the test list lacks good or defective images")
     for name, value in metrics.items():
         board.add_scalar(f"validation/{name}", value, epoch)
+    log_json(training, {"epoch": epoch, "step": training.progress.step, "validation": metrics})
     board.add_image("validation/heat_maps", heat_map_sheet(scored, shown), epoch)
     return key_metric(metrics, training.config.evaluator.key_metric)
 

@@ -44,7 +44,11 @@ def cells(name: str, row: Row) -> list[str]:
 
 def text_table(table: dict[str, Row], first: str = "class") -> str:
     """A table with aligned columns, in percent; `first` is the heading of the first column."""
-    lines = [[first, *COLUMNS.values()], *(cells(name, row) for name, row in table.items())]
+    return aligned([[first, *COLUMNS.values()], *(cells(name, row) for name, row in table.items())])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells with aligned columns: the first one to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rendered = [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
@@ -55,9 +59,13 @@ def text_table(table: dict[str, Row], first: str = "class") -> str:
 
 def markdown_table(table: dict[str, Row], first: str = "class") -> str:
     """A Markdown table, in percent."""
-    header = [first, *COLUMNS.values()]
-    lines: list[Sequence[str]] = [header, ["---", *["---:"] * len(COLUMNS)]]
-    lines += [cells(markdown_cell(name), row) for name, row in table.items()]
+    return markdown([[first, *COLUMNS.values()], *(cells(name, row) for name, row in table.items())])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of lines of cells; the first line is the header, the first cells are names."""
+    header, *rows = lines
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *([markdown_cell(row[0]), *row[1:]] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

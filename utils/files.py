@@ -101,7 +101,7 @@ def remove_parts(folder: str | Path, nested: bool = False) -> None:
 
 def write_checksums(path: Path, *others: Path) -> None:
     """Write <path>.sha256, in the format of sha256sum, for a file and others in its folder that belong to it."""
-    lines = [f"{_sha256(file)}  {file.name}\n" for file in (path, *others)]
+    lines = [f"{sha256(file)}  {file.name}\n" for file in (path, *others)]
     write_text(path.with_name(f"{path.name}{CHECKSUMS}"), "".join(lines))
 
 
@@ -119,11 +119,12 @@ def verify_checksums(path: Path) -> None:
         file = path.with_name(name) if name and Path(name).name == name else None
         if file is None or not file.is_file():
             raise UsageError(f"{sums}: names {shown(name)[:80]!r}, which is not beside it; export the model again")
-        if _sha256(file) != wanted:
+        if sha256(file) != wanted:
             raise UsageError(f"{file} does not match {sums}: it is damaged, or was replaced; export it again")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 checksum of a file, as sha256sum prints it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -123,6 +123,14 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     log.addHandler(terminal)
 
 
+def log_to_file(path: Path) -> None:
+    """Log to a file as well, behind what it holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _LogFile(path, encoding="utf-8")
+    file.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+
+
 def set_up_logging(run: Run, log_dir: str | Path, name: str, keep_pictures: int) -> Board:
     """Start logging to the terminal, to `log_dir`/<name>.log and to tensorboard; silent on other ranks than 0.
 
@@ -132,10 +140,7 @@ def set_up_logging(run: Run, log_dir: str | Path, name: str, keep_pictures: int)
     log_to_terminal(logging.INFO if run.is_main else logging.ERROR)
     if not run.is_main:
         return Board()
-    Path(log_dir).mkdir(parents=True, exist_ok=True)
-    file = _LogFile(Path(log_dir) / f"{name}.log", encoding="utf-8")
-    file.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(file)
+    log_to_file(Path(log_dir) / f"{name}.log")
     return TensorBoard(Path(log_dir) / name, keep_pictures)
 
 

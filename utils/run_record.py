@@ -38,7 +38,7 @@ def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
-        "commit": _commit(),
+        "commit": code_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -76,7 +76,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     """The commit of the code, with + if files have changed since; None if it is not in a git checkout."""
     if not (REPOSITORY / ".git").exists():
         return None

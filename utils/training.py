@@ -94,7 +94,7 @@ class Training:
         epoch_loss: the mean loss of the epoch, if checkpoints save it.
         train_list, test_list: number of images and a hash of their names (see lists.ImageList.summary).
         steps_per_epoch: optimiser steps of a whole epoch, for the remaining time.
-        json_log: file that gets a line of JSON per report.
+        json_log: file that gets a line of JSON per report, and per validation of a detector.
         meter: what was measured since the last report.
         class_name: the class that is trained on, if it is one.
     """
@@ -427,15 +427,20 @@ def report_step(training: Training, board: Board) -> None:
     }
     for name, value in scalars.items():
         board.add_scalar(f"train/{name}", value, progress.step)
-    if training.json_log is not None:
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        line = {"epoch": progress.epoch + 1, "step": progress.step, "eta_seconds": eta.total_seconds(), **finite}
-        try:
-            append_text(training.json_log, json.dumps(line) + "\n")
-        except RunError as error:
-            # The disk is full, say: a save will end the run if it has to end.
-            log.warning("warning: %s; the run goes on without this file", error)
-            training.json_log = None
+    finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+    log_json(training, {"epoch": progress.epoch + 1, "step": progress.step, "eta_seconds": eta.total_seconds(), **finite})
+
+
+def log_json(training: Training, line: dict[str, Any]) -> None:
+    """Append a line to the JSON log of this training, if it has one."""
+    if training.json_log is None:
+        return
+    try:
+        append_text(training.json_log, json.dumps(line) + "\n")
+    except RunError as error:
+        # The disk is full, say: a save will end the run if it has to end.
+        log.warning("warning: %s; the run goes on without this file", error)
+        training.json_log = None
 
 
 def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:

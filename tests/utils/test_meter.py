@@ -61,9 +61,13 @@ def test_a_run_writes_down_what_it_is(workspace):
     for part in ("images/s", "data ", "eta 0:00:0"):
         assert part in steps[0]
     lines = [json.loads(line) for line in (folder / "train_realnet.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4]
-    assert lines[-1]["eta_seconds"] == 0
-    assert {"loss", "images_per_second", "data_share", "learning_rate", "peak_memory_GiB"} <= set(lines[0])
+    steps = [line for line in lines if "validation" not in line]
+    assert [line["step"] for line in steps] == [2, 4]
+    assert steps[-1]["eta_seconds"] == 0
+    assert {"loss", "images_per_second", "data_share", "learning_rate", "peak_memory_GiB"} <= set(steps[0])
+    validations = [line for line in lines if "validation" in line]
+    assert [(line["epoch"], line["step"]) for line in validations] == [(1, 2), (2, 4)]
+    assert all(0 <= line["validation"]["image_auroc"] <= 1 for line in validations)
 
 
 LEFT = [(280, "280 steps are left, about 0:09:20", False), (10**5, "100000 steps are left", True)]
