@@ -116,4 +116,5 @@ def _histogram(result: ClassResult) -> Plot:
     threshold = result.thresholds.image
     marker = None if threshold is None else x_at(min(max((threshold - low) / (high - low), 0), 1))
     legend = [(name, colour) for name, _, colour in groups]
-    return Plot("Image scores", "image score", "images", legend, *ticks((low, high), (0, top)), bars=bars, marker=marker)
+    axes = ticks((low, high), (0, top))
+    return Plot("Image scores", "image score", "images", legend, *axes, bars=bars, marker=marker)

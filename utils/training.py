@@ -428,7 +428,8 @@ def report_step(training: Training, board: Board) -> None:
     for name, value in scalars.items():
         board.add_scalar(f"train/{name}", value, progress.step)
     finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-    log_json(training, {"epoch": progress.epoch + 1, "step": progress.step, "eta_seconds": eta.total_seconds(), **finite})
+    line = {"epoch": progress.epoch + 1, "step": progress.step, "eta_seconds": eta.total_seconds(), **finite}
+    log_json(training, line)
 
 
 def log_json(training: Training, line: dict[str, Any]) -> None:
