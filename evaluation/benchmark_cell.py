@@ -110,6 +110,8 @@ def script(file: str, cell: Cell, *options: str, results: str = "") -> list[str]
 
 def is_free(folder: Path, say: bool) -> bool:
     """Whether no training runs in a folder: one may have outlived a benchmark that was killed."""
+    if not folder.is_dir():
+        return True
     try:
         with folder_lock(folder):
             return True

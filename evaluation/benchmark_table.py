@@ -97,9 +97,9 @@ class Benchmark:
 
     @property
     def metrics(self) -> list[str]:
-        """All metrics, in the order of the evaluation."""
-        rows = (row for cell in self.cells for rows in cell["metrics"].values() for row in rows.values())
-        return list(dict.fromkeys(metric for row in rows for metric in row))
+        """All metrics of the cells, in the order of the evaluation's tables."""
+        rows = [row for cell in self.cells for rows in cell["metrics"].values() for row in rows.values()]
+        return [metric for metric in COLUMNS if any(metric in row for row in rows)]
 
     def lines(self) -> list[Line]:
         """A line per variant and class, and after those of a variant their mean."""
@@ -160,7 +160,7 @@ def cell_name(variant: str, class_name: str) -> str:
 
 def _device(cell: Cell) -> str:
     cost = cell["cost"]
-    return f"{cost['device']}, {cost['threads']} threads" if cost["device"] == "cpu" else cost["device"]
+    return f"{cost['device']}, threads: {cost['threads']}" if cost["device"] == "cpu" else cost["device"]
 
 
 def _distinct(texts: Any) -> str:
@@ -171,10 +171,10 @@ def _values(cell: Cell, class_name: str) -> dict[str, float | None]:
     """One cell's figures for one class."""
     values: dict[str, float | None] = {}
     test, other = (cell["metrics"][choice][class_name] for choice in ("test", "no_test"))
-    for metric in test:
-        values[f"{metric}_test"], values[f"{metric}_no_test"] = test[metric], other.get(metric)
-        both = test[metric] is not None and other.get(metric) is not None
-        values[f"{metric}_gap"] = test[metric] - other[metric] if both else None
+    for metric in COLUMNS:
+        pair = test.get(metric), other.get(metric)
+        values[f"{metric}_test"], values[f"{metric}_no_test"] = pair
+        values[f"{metric}_gap"] = None if None in pair else pair[0] - pair[1]
     return {**values, **{key: cell["cost"].get(key) for key in COSTS}}
 
 

@@ -31,7 +31,7 @@ class Job:
     Args:
         name: for messages.
         commands: yields the next command once the one before has ended well, or None to be asked again a little later.
-            What it raises as UsageError or RunError fails the job.
+            What it raises as UsageError, RunError or OSError fails the job.
         log: file that gets what the processes print.
     """
 
@@ -121,22 +121,22 @@ class _Place:
         except (UsageError, RunError) as error:
             self.problem = str(error)
             return True
+        except OSError as error:
+            self.problem = f"{error.filename or self.job.log}: {error.strerror or error}"
+            return True
         return False
 
     def _start(self, command: Sequence[str]) -> None:
-        try:
-            self.job.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.job.log, "ab", buffering=0) as log:
-                log.write(f"{PROMPT}{shlex.join(command)}\n".encode("utf-8", "backslashreplace"))
-                self.process = subprocess.Popen(
-                    command,
-                    env={**os.environ, **self.variables},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-        except OSError as error:
-            raise RunError(f"{error.filename or self.job.log}: {error.strerror or error}") from error
+        self.job.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.job.log, "ab", buffering=0) as log_file:
+            log_file.write(f"{PROMPT}{shlex.join(command)}\n".encode("utf-8", "backslashreplace"))
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **self.variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+            )
 
 
 def _end(places: Sequence[_Place], signals: list[int]) -> None:
