@@ -13,6 +13,7 @@ import torch
 
 from evaluation.benchmark_table import cell_name
 from evaluation.tables import MEAN
+from evaluation.training_curve import read_validations
 from utils.checkpoint import BEST, LAST, NEXT, PREVIOUS, files_of_run
 from utils.config import changed_settings
 from utils.errors import UsageError
@@ -144,8 +145,6 @@ def result_of(cell: Cell, checkpoints: dict[str, str]) -> dict[str, Any]:
         table = read_json(cell.folder / FOLDERS["results_dir"] / choice / "metrics.json")
         metrics[choice] = {class_name: row for class_name, row in table.items() if class_name != MEAN}
     peaks = [line["peak_memory_GiB"] for line in lines if line.get("peak_memory_GiB")]
-    # A resumed training may have validated twice after the same step.
-    validation = {line["step"]: line["validation"] for line in lines if "validation" in line}
     return {
         "variant": cell.variant,
         "class": cell.class_name,
@@ -160,7 +159,7 @@ def result_of(cell: Cell, checkpoints: dict[str, str]) -> dict[str, Any]:
             "training_seconds": read_json(cell.folder / TRAINED)["seconds"],
             "peak_memory_GiB": max(peaks) if peaks else None,
         },
-        "validation": sorted(validation.items()),
+        "validation": read_validations(log_file),
         **cell.made_with,
     }
 

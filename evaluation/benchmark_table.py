@@ -301,17 +301,14 @@ def validation_plots(benchmark: Benchmark) -> list[Plot]:
     several = len({variant for variant, _ in groups}) > 1
     for (variant, class_name), cells in groups.items():
         title = cell_name(variant, class_name) if several else class_name
-        metrics = dict.fromkeys(metric for cell in cells for _, values in cell["validation"] for metric in values)
-        for metric in metrics:
-            points = {
-                cell["seed"]: [(step, values[metric]) for step, values in cell["validation"] if metric in values]
-                for cell in cells
-            }
-            curves = {str(seed): tuple(np.array(pairs).T) for seed, pairs in points.items() if pairs}
+        for metric in dict.fromkeys(metric for cell in cells for metric in cell["validation"]):
+            points = {str(cell["seed"]): cell["validation"].get(metric) for cell in cells}
+            curves = {seed: tuple(np.array(pairs, float).T) for seed, pairs in points.items() if pairs}
             last = max(xs[-1] for xs, _ in curves.values())
             # Down to the next tenth below the lowest value.
             low = max(0.0, math.ceil(10 * min(ys.min() for _, ys in curves.values())) / 10 - 0.1)
-            heading = f"{title}: {COLUMNS.get(metric, metric)}"
+            shown = metric.removeprefix("synthetic_")
+            heading = f"{title}: {'' if shown == metric else 'synthetic '}{COLUMNS.get(shown, shown)}"
             plots.append(curve_plot(heading, curves, "training step", "validation", (0, last), (low, 1)))
     return plots
 

@@ -200,8 +200,9 @@ def test_one_real_cell(workspace, tmp_path):
     done = workspace.run("benchmark.py", *options)
     assert "ckpt_last.pth.tar (the last of the training)" in done.stdout
     result = json.loads((tmp_path / "out/default/dots/seed_1/result.json").read_text())
-    assert [step for step, _ in result["validation"]] == [2, 4]
-    best = max(sum(values.values()) / 2 for _, values in result["validation"])
+    image, pixel = (result["validation"][f"{name}_auroc"] for name in ("image", "pixel"))
+    assert [step for step, _ in image] == [2, 4]
+    best = max((a + b) / 2 for (_, a), (_, b) in zip(image, pixel, strict=True))
     row = result["metrics"]["test"]["dots"]
     # The pixel metrics of validations and evaluations are the same figures.
     assert (row["image_auroc"] + row["pixel_auroc"]) / 2 == pytest.approx(best)
@@ -245,7 +246,7 @@ def test_wrong_use_is_refused_before_anything_runs(more, says, bench, tmp_path):
 def test_a_model_for_all_classes_gives_a_line_per_class():
     row = {"image_auroc": 0.9}
     cost = {"backbone": "resnet18", "weights_sha256": None, "input_size": [64, 64], "device": "cpu", "threads": 1}
-    cell = {"variant": "default", "class": "uni", "seed": 1, "commit": None, "cost": cost, "validation": []}
+    cell = {"variant": "default", "class": "uni", "seed": 1, "commit": None, "cost": cost, "validation": {}}
     cell |= {"checkpoints": {"test": "ckpt_best.pth.tar", "no_test": "ckpt_last.pth.tar"}}
     cell |= {"metrics": {choice: {"dots": row, "lines": {"image_auroc": 0.8}} for choice in ("test", "no_test")}}
     lines = Benchmark("title", [cell], [], {}).lines()
