@@ -16,8 +16,7 @@ PUBLIC = [
     "datasets.local_anomalies", "datasets.perlin", "evaluation.metrics",
     "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
     "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
-    "models.sdas.diffusion", "models.structures", "models.subspace", "utils.optim",
-    "models.sdas.unet",
+    "models.sdas.diffusion", "models.sdas.unet", "models.structures", "models.subspace", "utils.optim",
 ]  # fmt: skip
 
 
