@@ -31,14 +31,24 @@ from datasets.catalog import find
 from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet
+from evaluation.detector import Detector, Tiles, tiles_of
 from evaluation.html_report import write_report
-from evaluation.metrics import PRO_LIMIT, flat_pixels
+from evaluation.metrics import PRO_LIMIT
 from evaluation.normal_scores import TARGET_FPR
 from evaluation.results import ClassResult, draw_images, evaluate_class
-from evaluation.score import ScoredImages, at_own_sizes, pooling_window, predict_maps
+from evaluation.score import ScoredImages, at_input_size, at_own_sizes, pooling_window, predict_maps
 from evaluation.selections import SELECTION_NOTE, other_selections, selection_rows
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
-from evaluation.thresholds import Thresholds, heat_range, read_thresholds, sidecar, thresholds_of, write_thresholds
+from evaluation.thresholds import (
+    Thresholds,
+    heat_range,
+    of_normals,
+    read_thresholds,
+    sidecar,
+    thresholds_of,
+    write_thresholds,
+)
+from evaluation.tiled_scores import normals_in_tiles, score_in_tiles
 from evaluation.trained_model import TrainedModel, load_trained, overruled_settings
 from evaluation.training_curve import read_validations
 from utils import cli, distributed
@@ -65,10 +75,13 @@ class Options:
     pictures: bool
     other_checkpoint: bool
     full_size: bool
+    tiles: Tiles | None
 
     @property
     def size_note(self) -> str:
         """At which size the pixel metrics are taken."""
+        if self.tiles:
+            return f"Images were scored in tiles of {self.tiles.name}; pixel metrics are at the images' own sizes."
         where = "the images' own sizes (--full-size)" if self.full_size else "the model's input size"
         return f"Pixel metrics compare maps and masks at {where}."
 
@@ -84,6 +97,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--target-fpr", type=float, help=fpr_help)
     parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="highest false positive rate in PRO (0.3)")
+    parser.add_argument("--tile", type=int, help="score in square tiles with this side, as predict.py --tile does")
+    parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles share (64, at most tile / 4)")
     parser.add_argument("--full-size", action="store_true", help="pixel metrics at the images' own sizes")
     parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
     parser.add_argument("--no-pictures", action="store_true", help="do not write a picture of each test image")
@@ -95,7 +110,7 @@ def main() -> None:
     path = cli.config_path(args, "realnet")
     config = load_config(path, args.set, "realnet")
     classes = check(config, path, args.class_name)
-    options = check_options(args, classes)
+    options = check_options(args, classes, config.dataset.batch_size)
     out = cli.experiment_dir(args)
     with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet", config.saver.keep_pictures).close()
@@ -127,7 +142,7 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     return classes
 
 
-def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
+def check_options(args: argparse.Namespace, classes: list[str], batch_size: int) -> Options:
     if args.checkpoint and len(classes) > 1:
         raise UsageError("--checkpoint: evaluates one class; name it with --class_name")
     if args.target_fpr is not None and not 0 <= args.target_fpr < 1:
@@ -137,9 +152,15 @@ def check_options(args: argparse.Namespace, classes: list[str]) -> Options:
     if not 0 < args.pro_limit <= 1:
         raise UsageError(f"--pro-limit {args.pro_limit}: has to lie above 0 and up to 1")
     other = args.checkpoint is not None
-    gallery = max(0, args.gallery)
     return Options(
-        args.threshold_rule, args.target_fpr, args.pro_limit, gallery, not args.no_pictures, other, args.full_size
+        args.threshold_rule,
+        args.target_fpr,
+        args.pro_limit,
+        max(0, args.gallery),
+        not args.no_pictures,
+        other,
+        args.full_size,
+        tiles_of(args.tile, args.overlap, batch_size),
     )
 
 
@@ -180,17 +201,17 @@ def evaluate(
     shown = range(len(test_set)) if options.pictures or options.gallery else ()
     trained, scored, measured = score_checkpoint(checkpoint, config, test_set, run, options, shown, stop)
     others = {}
-    if not options.other_checkpoint:
+    if not (options.other_checkpoint or options.tiles):
         for selection, file in other_selections(checkpoint, trained.config.evaluator.select).items():
-            _, _, other = score_checkpoint(file, config, test_set, run, options, (), stop)
-            others[selection] = other
+            _, _, others[selection] = score_checkpoint(file, config, test_set, run, options, (), stop)
+    own = held_out_thresholds(trained, checkpoint, run, options, stop)
     if scored is None:
         return []
     for line in overruled_settings(trained.config, config):
         log.info("%s: uses the checkpoint's %s", class_name, line)
     log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(test_set))
-    log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
-    own = held_out_thresholds(trained, checkpoint, options)
+    if scored.images_per_second:
+        log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
     names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
     results = []
     for name in sorted(set(names.tolist())):
@@ -212,9 +233,12 @@ def evaluate(
         chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
         own = thresholds_on_list(measured, results, options, trained.fingerprint, chosen_on)
     else:
-        low, high = heat_range(flat_pixels(measured.maps))
+        low, high = heat_range(measured.maps)
         classes = {result.name: result.thresholds for result in results} if own.classes else {}
         own = replace(own, low=low, high=high, classes={**own.classes, **classes})
+    if options.tiles:
+        whole = trained.thresholds(checkpoint) or Thresholds(None, None, "none for whole images")
+        own = replace(whole.with_tiled(options.tiles.name, own), fingerprint=trained.fingerprint)
     save_thresholds(checkpoint, own, options)
     return results
 
@@ -239,6 +263,10 @@ def score_checkpoint(
     torch.manual_seed(config.random_seed)
     trained = load_trained(checkpoint, config)
     test_set = RealNetTestSet(test_set.images, preprocessing_of(trained.config.dataset))
+    if options.tiles:
+        detector = Detector.of(trained, None, run.device)
+        measured = score_in_tiles(detector, test_set, options.tiles, run, shown, stop)
+        return trained, None if measured is None else at_input_size(measured, test_set), measured
     batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
     loader = make_loader(test_set, batches, config.dataset.workers, run)
     window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
@@ -250,8 +278,12 @@ def score_checkpoint(
     return trained, scored, at_own_sizes(scored, test_set, run, stop) if options.full_size else scored
 
 
-def held_out_thresholds(trained: TrainedModel, checkpoint: Path, options: Options) -> Thresholds | None:
+def held_out_thresholds(
+    trained: TrainedModel, checkpoint: Path, run: Run, options: Options, stop: StopRequest
+) -> Thresholds | None:
     """The thresholds that held-out good images give; None if there are none, or if the list shall give them.
+
+    On other ranks than 0, always None.
 
     Raises:
         UsageError: they are asked for, but the checkpoint has none.
@@ -261,7 +293,21 @@ def held_out_thresholds(trained: TrainedModel, checkpoint: Path, options: Option
             f"--threshold-rule {HELD_OUT_RULE}: {checkpoint} has no held-out good images; train it with "
             "dataset.train.validation_fraction, e.g. 0.2"
         )
-    return None if options.rule == BEST_RULE else trained.own_thresholds(options.target_fpr or TARGET_FPR)
+    if options.rule == BEST_RULE or trained.held_out is None:
+        return None
+    target, held_out = options.target_fpr or TARGET_FPR, trained.held_out
+    if options.tiles is None:
+        return trained.own_thresholds(target) if run.is_main else None
+    detector, folder = (
+        Detector.of(trained, None, run.device),
+        Path(trained.config.dataset.image_reader.kwargs.image_dir),
+    )
+    normals = {}
+    for name, files in held_out.files.items():
+        paths = [folder / file for file in files]
+        preprocessing = preprocessing_of(trained.config.dataset)
+        normals[name] = normals_in_tiles(detector, preprocessing, paths, options.tiles, run, stop)
+    return of_normals(normals, target, held_out.low, held_out.high, trained.fingerprint) if run.is_main else None
 
 
 def thresholds_on_list(
@@ -291,7 +337,7 @@ def save_thresholds(checkpoint: Path, thresholds: Thresholds, options: Options) 
         log.warning(text, sidecar(checkpoint), before.chosen_on, thresholds.chosen_on)
         return
     if same_model:
-        thresholds = replace(thresholds, tiled=before.tiled)
+        thresholds = thresholds.keeping_tiles(before)
     path = write_thresholds(checkpoint, thresholds)
     log.info("thresholds in %s: %s", path, thresholds.rule)
 

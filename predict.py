@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from datasets.build import preprocessing_of
 from datasets.images import MEGAPIXELS, allow_megapixels, count_pages, pixels_of
-from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path
+from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path, tiles_of
 from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, find_inputs
 from evaluation.prediction_files import TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
@@ -42,7 +42,6 @@ from utils.log import log, log_to_terminal
 from utils.names import shown
 from utils.prefetch import PIXELS_AHEAD, groups, prefetch
 
-OVERLAP = 64  # pixels, or a quarter of a small tile
 FEW_IMAGES = 20  # whose scores are printed too
 
 
@@ -88,16 +87,16 @@ def main() -> None:
     as_one_process()
     args = parse_args()
     check_arguments(args)
+    batch = args.batch_size or (1 if args.input == "-" else 8)
+    tiles = tiles_of(args.tile, args.overlap, batch)
     log_to_terminal()
     signal.signal(signal.SIGTERM, interrupt)
     detector = Detector.load(args.checkpoint, args.config, args.device)
-    detector = detector.with_thresholds(choose_thresholds(detector.thresholds, args))
+    detector = detector.with_thresholds(choose_thresholds(detector.thresholds, tiles, args))
     preprocessing = preprocessing_of(detector.config.dataset)
     reader = detector.config.dataset.image_reader.kwargs
     allow_megapixels(args.max_megapixels or reader.max_megapixels)
     inputs = find_inputs(args.input, reader.image_dir, sys.stdin, args.output, reader.follow_links)
-    batch = args.batch_size or (1 if args.input == "-" else 8)
-    tiles = Tiles(args.tile, overlap_of(args), batch) if args.tile else None
 
     def read(source: Input) -> ReadInput:
         try:
@@ -109,7 +108,7 @@ def main() -> None:
             return ReadInput(source, None, f"{source.path}: {type(error).__name__}: {error}")
 
     options = {"overwrite": args.overwrite, "resume": args.resume, "drawn": not args.no_pictures}
-    run = run_of(args, detector.thresholds)
+    run = run_of(args, tiles, detector.thresholds)
     with folder_lock(args.output), Results(args.output, detector.thresholds, run, **options) as results:
         left = (source for source in inputs.images if source.name not in results.done)
         # Paths on stdin may arrive one by one. Reading ahead would delay the results of earlier ones.
@@ -155,10 +154,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--max-megapixels {args.max_megapixels:g}: has to be a number above 0")
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: at least 1")
-    if args.tile is not None and args.tile < 16:
-        raise UsageError(f"--tile {args.tile}: at least 16 pixels")
-    if args.tile is not None and not 0 <= overlap_of(args) < args.tile:
-        raise UsageError(f"--overlap {args.overlap}: has to lie in 0 .. {args.tile - 1}, below --tile")
     existing = [path for path in (args.output / TABLE, args.output / SCORES) if path.exists()]
     foreign = [path for path in (args.output / HEAT_MAPS, args.output / MASKS) if path.exists() and not existing]
     if foreign:
@@ -168,11 +163,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"{existing[0]} already exists; {advice}")
 
 
-def overlap_of(args: argparse.Namespace) -> int:
-    return min(OVERLAP, args.tile // 4) if args.overlap is None else args.overlap
-
-
-def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) -> Thresholds:
+def choose_thresholds(evaluated: Thresholds | None, tiles: Tiles | None, args: argparse.Namespace) -> Thresholds:
     """The thresholds of the model, overridden by those of the command line; without a scale if scores stay raw."""
     thresholds = evaluated
     if thresholds is None:
@@ -184,8 +175,8 @@ def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) ->
         thresholds = thresholds.at(args.target_fpr)
     if args.class_name:
         thresholds = thresholds.of_class(args.class_name)
-    if args.tile:
-        thresholds = tiled_thresholds(thresholds, args)
+    if tiles:
+        thresholds = tiled_thresholds(thresholds, tiles, args)
     if args.raw_scores or args.threshold is not None:
         thresholds = replace(thresholds, scale=None)
     changes = {"image": args.threshold, "pixel": args.pixel_threshold}
@@ -195,19 +186,19 @@ def choose_thresholds(evaluated: Thresholds | None, args: argparse.Namespace) ->
     return thresholds
 
 
-def tiled_thresholds(thresholds: Thresholds, args: argparse.Namespace) -> Thresholds:
+def tiled_thresholds(thresholds: Thresholds, tiles: Tiles, args: argparse.Namespace) -> Thresholds:
     """The thresholds for these tiles; if there are none, those for whole images, with a warning."""
-    tiled = thresholds.tiled.get(f"{args.tile}/{overlap_of(args)}")
+    tiled = thresholds.tiled.get(tiles.name)
     if tiled is not None:
         return tiled
     if args.threshold is None and thresholds.image is not None:
         text = "warning: the threshold %.6g was chosen on whole images, and tiles score differently; choose one for "
         advice = "tiles with evaluation_realnet.py --tile %d --overlap %d, or pass --threshold (docs/benchmarks.md)"
-        log.warning(text + advice, thresholds.image, args.tile, overlap_of(args))
+        log.warning(text + advice, thresholds.image, tiles.size, tiles.overlap)
     return thresholds
 
 
-def run_of(args: argparse.Namespace, thresholds: Thresholds) -> dict[str, Any]:
+def run_of(args: argparse.Namespace, tiles: Tiles | None, thresholds: Thresholds) -> dict[str, Any]:
     """What decides the lines of the results: --continue refuses to go on with something else."""
     model = checkpoint_path(args.checkpoint)
     return {
@@ -215,7 +206,7 @@ def run_of(args: argparse.Namespace, thresholds: Thresholds) -> dict[str, Any]:
         "checkpoint_time": datetime.fromtimestamp(model.stat().st_mtime).isoformat(timespec="seconds"),
         "input": args.input if args.input == "-" else str(Path(args.input).resolve()),
         "tile": args.tile,
-        "overlap": overlap_of(args) if args.tile else None,
+        "overlap": tiles.overlap if tiles else None,
         "threshold": rounded(thresholds.image),
         "pixel_threshold": rounded(thresholds.pixel),
         "raw_scores": thresholds.scale is None,

@@ -20,7 +20,7 @@ from evaluation.metrics import image_scores
 from evaluation.score import pooling_window
 from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
 from evaluation.tiling import resize_map, tiled_map
-from evaluation.trained_model import load_trained
+from evaluation.trained_model import TrainedModel, load_trained
 from utils import distributed
 from utils.checkpoint import BEST, has_finite_weights
 from utils.config import checked, load_config
@@ -68,6 +68,30 @@ class Tiles:
     overlap: int
     batch: int
 
+    @property
+    def name(self) -> str:
+        """The key of their thresholds, "<size>/<overlap>"."""
+        return f"{self.size}/{self.overlap}"
+
+
+OVERLAP = 64  # pixels that neighbouring tiles share by default, or a quarter of a small tile
+
+
+def tiles_of(size: int | None, overlap: int | None, batch: int) -> Tiles | None:
+    """The tiles that --tile and --overlap ask for; None without --tile.
+
+    Raises:
+        UsageError: the sizes do not fit.
+    """
+    if size is None:
+        return None
+    if size < 16:
+        raise UsageError(f"--tile {size}: at least 16 pixels")
+    shared = min(OVERLAP, size // 4) if overlap is None else overlap
+    if not 0 <= shared < size:
+        raise UsageError(f"--overlap {overlap}: has to lie in 0 .. {size - 1}, below --tile")
+    return Tiles(size, shared, batch)
+
 
 @dataclass(frozen=True)
 class Detector:
@@ -110,7 +134,11 @@ class Detector:
         else:
             trained = load_trained(path, None if config is None else load_config(config, script="realnet"), config)
             thresholds = trained.thresholds(path)
-        target = distributed.pick_device(device)
+        return cls.of(trained, thresholds, distributed.pick_device(device))
+
+    @classmethod
+    def of(cls, trained: TrainedModel, thresholds: Thresholds | None, target: torch.device) -> "Detector":
+        """The detector of a trained model, on a device."""
         model, sound = trained.network.to(target), has_finite_weights(trained.network)
 
         @torch.inference_mode()

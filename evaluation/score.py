@@ -157,6 +157,14 @@ def at_own_sizes(scored: ScoredImages, test_set: RealNetTestSet, run: Run, stop:
     return replace(scored, maps=maps, masks=masks)
 
 
+def at_input_size(scored: ScoredImages, test_set: RealNetTestSet) -> ScoredImages:
+    """The same images with maps and masks at the model's input size, for pictures."""
+    size = test_set.preprocessing.size
+    maps = np.stack([resize_map(values, size) for values in scored.maps])
+    masks = np.stack([test_set.mask(index).astype(bool) for index in range(len(scored))])
+    return replace(scored, maps=maps, masks=masks)
+
+
 def pooling_window(evaluator: dict[str, Any]) -> tuple[int, int]:
     """The (height, width) of the image score's pooling window, from a realnet.yaml's `evaluator` section."""
     for entry in evaluator["metrics"].get("auc") or []:

@@ -19,6 +19,7 @@ log = logging.getLogger("realnet")
 
 BEST_F1 = "best F1 on the evaluation set"
 HELD_OUT = "held-out good images"
+PIXEL_SHARE = 0.1  # of the rate of false alarms: the share of good images' pixels that may be flagged
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,22 @@ class Thresholds:
         chosen = from_normal(self.normal, target_fpr, self.low, self.high)
         return replace(self, image=chosen.image, pixel=chosen.pixel, rule=chosen.rule, classes=classes, tiled=tiled)
 
+    def with_tiled(self, name: str, tiled: "Thresholds") -> "Thresholds":
+        """The same with thresholds for tiles, also for each class; `name` is that of the tiles."""
+        classes = {
+            key: replace(own, tiled={**own.tiled, name: tiled.classes[key]}) if key in tiled.classes else own
+            for key, own in self.classes.items()
+        }
+        return replace(self, classes=classes, tiled={**self.tiled, name: replace(tiled, classes={})})
+
+    def keeping_tiles(self, before: "Thresholds") -> "Thresholds":
+        """The same with the thresholds for tiles that earlier ones of the same model have, where it has none."""
+        classes = {
+            name: own.keeping_tiles(before.classes[name]) if name in before.classes else own
+            for name, own in self.classes.items()
+        }
+        return replace(self, classes=classes, tiled={**before.tiled, **self.tiled})
+
     def of_class(self, name: str) -> "Thresholds":
         """The thresholds of one class.
 
@@ -114,7 +131,7 @@ def thresholds_of(
         image, pixel: their rankings (see score.ScoredImages.rankings).
         target_fpr: share of normal images, and of their pixels, that may be flagged; None maximises F1.
     """
-    low, high = heat_range(flat_pixels(maps))
+    low, high = heat_range(maps)
     if target_fpr is None:
         chosen = Thresholds(best_f1(image, scores), pixel.best_f1()[1] if pixel else None, BEST_F1, low, high)
         return _consistent(chosen)
@@ -125,7 +142,10 @@ def thresholds_of(
 
 
 def from_normal(normal: NormalScores, target_fpr: float, low: float, high: float) -> Thresholds:
-    """Thresholds that new good images, and their pixels, reach with at most this probability.
+    """Thresholds that new good images reach with at most this probability, and their pixels with a tenth of it.
+
+    A tenth, because defects cover little: with 1% of the pixels of good images flagged, most of a mask would be wrong.
+    At the default of 1%, it is about what the mean and three deviations of a normal distribution give (0.13%).
 
     Args:
         normal: scores of good images that the model was not trained on.
@@ -135,7 +155,7 @@ def from_normal(normal: NormalScores, target_fpr: float, low: float, high: float
     rule = f"at most {100 * target_fpr:g}% of good images flagged, by {count} {HELD_OUT}"
     if target_fpr < lowest:
         rule += f" (an estimate: {count} images can promise {100 * lowest:.2g}% at best)"
-    image, pixel = normal.image_threshold(target_fpr), normal.pixel_threshold(target_fpr)
+    image, pixel = normal.image_threshold(target_fpr), normal.pixel_threshold(PIXEL_SHARE * target_fpr)
     return _consistent(Thresholds(image, pixel, rule, low, high, normal=normal, scale=normal.scale))
 
 
@@ -163,7 +183,8 @@ def _consistent(thresholds: Thresholds) -> Thresholds:
 
 def heat_range(maps: np.ndarray) -> tuple[float, float]:
     """The colour range of heat maps: the median of all maps is blue, their maximum red."""
-    low, high = float(np.median(maps)), float(maps.max())
+    values = flat_pixels(maps)
+    low, high = float(np.median(values)), float(values.max())
     return low, max(high, low + 1e-6)
 
 
