@@ -199,6 +199,9 @@ def train_class(
                 saver.save()
                 if select == LAST:
                     link_newest(training, checkpoints)
+    if metrics and training.out_of_patience:
+        text = "%s: ends after step %d: %d validations without a better checkpoint (trainer.patience)"
+        log.info(text, class_name, progress.step, config.trainer.patience)
     if DIVERGED in metrics.values():
         raise RunError(
             f"{class_name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "
