@@ -54,11 +54,20 @@ from utils.pictures import contact_sheet, spread, write_image
 from utils.precision import autocast
 from utils.run_record import identity_of
 from utils.signals import StopRequest, stop_requests
-from utils.training import STALE, Saver, Training, report_step, set_up_training, trainer_checks, training_folders
+from utils.training import (
+    BEST_SYNTHETIC,
+    STALE,
+    Saver,
+    Training,
+    report_step,
+    set_up_training,
+    trainer_checks,
+    training_folders,
+)
 
 CALIBRATION_BATCHES = 8
 NORMAL_IMAGES = 48  # good training images that evaluator.score is measured on
-FIGURES = {TEST: "best_metric", SYNTHETIC: "best_synthetic"}  # the best metrics so far, by selection
+FIGURES = {TEST: "best_metric", SYNTHETIC: BEST_SYNTHETIC}  # the best metrics so far, by selection
 
 
 def parse_args() -> argparse.Namespace:

@@ -40,7 +40,9 @@ from utils.signals import StopRequest, signal_name
 log = logging.getLogger("realnet")
 
 
+BEST_SYNTHETIC = "best_synthetic"  # the figure of held-out images
 STALE = "stale_validations"  # the figure that trainer.patience limits
+OPTIONAL = (BEST_SYNTHETIC, STALE)  # figures that an earlier run with other settings may not have
 
 
 @dataclass
@@ -144,7 +146,7 @@ class Training:
     def out_of_patience(self) -> bool:
         """Whether too many validations in a row have brought no better checkpoint."""
         patience = self.config.trainer.get("patience")
-        return patience is not None and self.figures[STALE] >= patience
+        return patience is not None and self.figures.get(STALE, 0) >= patience
 
     @property
     def deployed(self) -> nn.Module:
@@ -218,6 +220,7 @@ class Training:
                 part.load_state_dict(state)
         if self.progress.step and self.stepper.lacks_state:
             raise ValueError("the optimiser's state is empty")
+        content = {**{name: value for name, value in self.first_figures.items() if name in OPTIONAL}, **content}
         for name in self.figures:
             if not isinstance(content[name], (int, float)) or math.isnan(content[name]):
                 raise ValueError(f"{name} is {shortened(content[name])}, not a number")
@@ -291,6 +294,9 @@ class Training:
         if self.figures and any(change.startswith("test list:") for change in changes):
             self.figures = dict(self.first_figures)
             log.info("  the best figures so far are of other test images and begin anew")
+        elif BEST_SYNTHETIC in self.figures and any(change.startswith("training list:") for change in changes):
+            self.figures[BEST_SYNTHETIC] = self.first_figures[BEST_SYNTHETIC]
+            log.info("  the best figure so far is of other held-out images and begins anew")
         cuts = ("dataset.batch_size:", "trainer.accumulate:", "ranks:", "training list:", "random_seed:")
         if self.progress.step_in_epoch and any(change.startswith(cuts) for change in changes):
             self.progress.step_in_epoch = 0

@@ -138,6 +138,12 @@ def test_a_resumed_run_holds_out_and_selects_the_same(call, tmp_path):
         assert all(torch.equal(after["state_dict"][key], value) for key, value in before["state_dict"].items())
 
 
+def test_patience_can_be_set_when_a_run_is_resumed(call, tmp_path):
+    call(train_realnet.main, "trainer.max_epoch=1")
+    call(train_realnet.main, "trainer.max_epoch=2", "trainer.patience=5", "--resume")
+    assert load_checkpoint(tmp_path / "checkpoints/dots" / LAST)["stale_validations"] <= 1
+
+
 def test_the_last_checkpoint_may_be_the_one_that_is_used(call, tmp_path):
     call(train_realnet.main, "dataset.train.validation_fraction=0.5", "evaluator.select=last")
     folder = tmp_path / "checkpoints/dots"
