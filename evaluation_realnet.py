@@ -37,7 +37,7 @@ from evaluation.metrics import PRO_LIMIT
 from evaluation.normal_scores import TARGET_FPR
 from evaluation.results import ClassResult, draw_images, evaluate_class
 from evaluation.score import ScoredImages, at_input_size, at_own_sizes, pooling_window, predict_maps
-from evaluation.selections import SELECTION_NOTE, other_selections, selection_rows
+from evaluation.selections import SELECTION_NOTE, other_selections, selection_of, selection_rows
 from evaluation.tables import text_table, with_mean, with_paper, write_tables
 from evaluation.thresholds import (
     Thresholds,
@@ -200,11 +200,15 @@ def evaluate(
     """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
     shown = range(len(test_set)) if options.pictures or options.gallery else ()
     trained, scored, measured = score_checkpoint(checkpoint, config, test_set, run, options, shown, stop)
-    others = {}
+    selected, others = selection_of(trained), {}
     if not (options.other_checkpoint or options.tiles):
-        for selection, file in other_selections(checkpoint, trained.config.evaluator.select).items():
-            _, _, others[selection] = score_checkpoint(file, config, test_set, run, options, (), stop)
-    own = held_out_thresholds(trained, checkpoint, run, options, stop)
+        for selection, file in other_selections(checkpoint, selected).items():
+            if file.samefile(checkpoint):
+                others[selection] = measured
+            else:
+                _, _, others[selection] = score_checkpoint(file, config, test_set, run, options, (), stop)
+    image_dir = Path(config.dataset.image_reader.kwargs.image_dir)
+    own = held_out_thresholds(trained, checkpoint, image_dir, run, options, stop)
     if scored is None:
         return []
     for line in overruled_settings(trained.config, config):
@@ -221,8 +225,9 @@ def evaluate(
         for selection, other in others.items():
             metrics = evaluate_class(name, other.subset(chosen), pro_limit=options.pro_limit).metrics
             result.others[selection] = metrics
-        result.selection = trained.config.evaluator.select
-        result.training = read_validations(out / config.saver.log_dir / class_name / "train_realnet.jsonl")
+        result.selection = selected
+        if not options.other_checkpoint:
+            result.training = read_validations(out / config.saver.log_dir / class_name / "train_realnet.jsonl")
         log_undefined_metrics(result)
         folder = out / config.saver.vis_dir / name if options.pictures else None
         # On rank 0 alone, which is the only one here.
@@ -279,11 +284,14 @@ def score_checkpoint(
 
 
 def held_out_thresholds(
-    trained: TrainedModel, checkpoint: Path, run: Run, options: Options, stop: StopRequest
+    trained: TrainedModel, checkpoint: Path, image_dir: Path, run: Run, options: Options, stop: StopRequest
 ) -> Thresholds | None:
     """The thresholds that held-out good images give; None if there are none, or if the list shall give them.
 
     On other ranks than 0, always None.
+
+    Args:
+        image_dir: the folder of the held-out images, for tiles.
 
     Raises:
         UsageError: they are asked for, but the checkpoint has none.
@@ -298,14 +306,10 @@ def held_out_thresholds(
     target, held_out = options.target_fpr or TARGET_FPR, trained.held_out
     if options.tiles is None:
         return trained.own_thresholds(target) if run.is_main else None
-    detector, folder = (
-        Detector.of(trained, None, run.device),
-        Path(trained.config.dataset.image_reader.kwargs.image_dir),
-    )
+    detector, preprocessing = Detector.of(trained, None, run.device), preprocessing_of(trained.config.dataset)
     normals = {}
     for name, files in held_out.files.items():
-        paths = [folder / file for file in files]
-        preprocessing = preprocessing_of(trained.config.dataset)
+        paths = [image_dir / file for file in files]
         normals[name] = normals_in_tiles(detector, preprocessing, paths, options.tiles, run, stop)
     return of_normals(normals, target, held_out.low, held_out.high, trained.fingerprint) if run.is_main else None
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from evaluation.results import ClassResult
 from evaluation.tables import COLUMNS, Row
+from evaluation.trained_model import TrainedModel
 from utils.checkpoint import LAST as NEWEST
 
 TEST, SYNTHETIC, LAST = "test", "synthetic", "last"  # values of evaluator.select
@@ -30,10 +31,16 @@ def selection_rows(result: ClassResult) -> dict[str, Row]:
     return {**named, f"{result.name}: gap": gap}
 
 
+def selection_of(trained: TrainedModel) -> str:
+    """What ckpt_best was selected by: evaluator.select, or the last if too few good images could be held out."""
+    select = trained.config.evaluator.select
+    return LAST if select == SYNTHETIC and trained.held_out is None else select
+
+
 def other_selections(checkpoint: Path, select: str) -> dict[str, Path]:
-    """What ckpt_best is compared with: the best on the test list, or what was chosen without it; {} if that is it."""
+    """What ckpt_best is compared with: the best on the test list, or what was chosen without it; {} without either."""
     folder = checkpoint.parent
     names = [TEST] if select != TEST else [SYNTHETIC, LAST]
     files = {name: folder / (NEWEST if name == LAST else f"ckpt_best_{name}.pth.tar") for name in names}
-    found = [name for name, file in files.items() if file.is_file()][:1]
-    return {name: files[name] for name in found if not files[name].samefile(checkpoint)}
+    found = [name for name, file in files.items() if file.is_file()]
+    return {name: files[name] for name in found[:1]}
