@@ -18,6 +18,7 @@ import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from models import timm_backbones
 from utils import distributed
 from utils.checkpoint import load_checkpoint, state_dict_of, tensor_problem
 from utils.config import did_you_mean, shortened
@@ -37,6 +38,7 @@ TIMM_FILES = {
 LAYERS = {
     "efficientnet_b4": {f"layer{i}": f"features.{stage}" for i, stage in enumerate((1, 2, 3, 5, 7), start=1)},
 }
+UNLOADED = ("random", "checkpoint")  # values of weights that name no file
 UNIT_SCALE = ("resnet", "wide_resnet", "resnext")
 
 
@@ -47,7 +49,8 @@ class Backbone(nn.Module):
     patch of an image of their own size.
 
     Args:
-        backbone: torchvision's name, e.g. wide_resnet50_2 or squeezenet1_1.
+        backbone: torchvision's name, e.g. wide_resnet50_2 or squeezenet1_1; or timm/<name> of a transformer, e.g.
+            timm/vit_small_patch14_dinov2.lvd142m (see timm_backbones).
         outlayers: names of the layers to tap, e.g. ["layer1", "layer2"] or ["features.4"].
         weights: "auto" (pretrain/, then torchvision's download), a file, "random" (calibrate before use), or
             "checkpoint" (left as they are, since a RealNet checkpoint will fill them).
@@ -82,9 +85,36 @@ class Backbone(nn.Module):
         self.name = backbone
         self.standardize = not backbone.startswith(UNIT_SCALE) if standardize is None else standardize
         self.needs_calibration = weights == "random"
+        self.layouts: dict[str, str | None] = {}
+        if backbone.startswith(timm_backbones.PREFIX):
+            self._tap_timm(backbone.removeprefix(timm_backbones.PREFIX), outlayers, weights)
+        else:
+            self._tap_torchvision(backbone, outlayers, weights)
+        self.requires_grad_(False)
+        self.eval()
+        self.channels, self.strides = self._probe()
+        self.mean, self.std = nn.Module(), nn.Module()
+        if self.standardize:
+            for layer, channels in self.channels.items():
+                self.mean.register_buffer(key(layer), torch.zeros(channels))
+                self.std.register_buffer(key(layer), torch.ones(()))
+
+    def _tap_timm(self, name: str, outlayers: Sequence[str], weights: str) -> None:
+        path = None
+        if weights == "auto":
+            path = distributed.on_main(lambda: timm_backbones.find_or_download(name, Path(PRETRAIN_DIR)))
+        elif weights not in UNLOADED:
+            path = Path(weights)
+        state = None if path is None else timm_backbones.read_weights(path)
+        self.feature_extractor = timm_backbones.TimmTokens(name, outlayers, state)
+        self.own_size = self.feature_extractor.own_size
+        if path is not None:
+            log.info("%s: loaded the weights of %s", path, self.name)
+
+    def _tap_torchvision(self, backbone: str, outlayers: Sequence[str], weights: str) -> None:
         network = _build_network(backbone)
         side = getattr(network, "image_size", None)
-        self.own_size, self.layouts = (side, side) if isinstance(side, int) else None, {}
+        self.own_size = (side, side) if isinstance(side, int) else None
         try:
             layers = LAYERS.get(backbone, {})
             nodes = {layers.get(name, name): name for name in outlayers}
@@ -96,16 +126,8 @@ class Backbone(nn.Module):
             short = [name for name in names if name.count(".") <= 1]
             hint = did_you_mean(wrong, names) or f"; it has {', '.join(short)}"
             raise UsageError(f"structure: idx {shortened(wrong)} is no layer of {backbone}{hint}") from None
-        self.requires_grad_(False)
-        if weights not in ("random", "checkpoint"):
+        if weights not in UNLOADED:
             self._load(find_weights(backbone) if weights == "auto" else Path(weights))
-        self.eval()
-        self.channels, self.strides = self._probe()
-        self.mean, self.std = nn.Module(), nn.Module()
-        if self.standardize:
-            for layer, channels in self.channels.items():
-                self.mean.register_buffer(key(layer), torch.zeros(channels))
-                self.std.register_buffer(key(layer), torch.ones(()))
 
     def _load(self, path: Path) -> None:
         state = state_dict_of(load_checkpoint(path))

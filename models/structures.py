@@ -51,6 +51,9 @@ STRUCTURES = {
     ),
     "convnext_tiny": (Tap("features.1", 64, 4), Tap("features.3", 128, 8), Tap("features.5", 256, 16)),
     "swin_t": (Tap("features.1", 64, 4), Tap("features.3", 128, 8), Tap("features.5", 256, 16)),
+    "timm/vit_small_patch14_dinov2.lvd142m": (Tap("blocks.3", 128, 16), Tap("blocks.7", 128, 16)),
+    "timm/vit_base_patch14_dinov2.lvd142m": (Tap("blocks.3", 128, 16), Tap("blocks.7", 128, 16)),
+    "timm/vit_small_patch16_dinov3.lvd1689m": (Tap("blocks.3", 128, 16), Tap("blocks.7", 128, 16)),
     "vit_b_16": (Tap("encoder.layers.encoder_layer_3", 128, 16), Tap("encoder.layers.encoder_layer_7", 128, 16)),
 }
 

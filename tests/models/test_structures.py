@@ -1,5 +1,7 @@
 """The structures that prepare_data.py --backbone writes."""
 
+import sys
+
 import pytest
 import torch
 
@@ -9,11 +11,13 @@ from models.losses import DETECTOR_LOSSES, build_criterion
 from models.structures import STRUCTURES, structure_of
 from tests.conftest import REPOSITORY
 from utils.config import load_config
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 
 
 @pytest.mark.parametrize("backbone", STRUCTURES)
 def test_a_detector_with_this_backbone_trains_a_step(backbone):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm", reason="an optional extra: pip install -r requirements-backbones.txt")
     config = load_config(REPOSITORY / "experiments/presets/quick.yaml", script="realnet")
     config.structure = structure_of(backbone)
     config.net[0].kwargs = {"backbone": backbone, "weights": "random"}
@@ -56,6 +60,72 @@ def test_tokens_become_maps_where_they_lie():
         outside[max(0, rows.start - 2) : rows.stop + 2, max(0, columns.start - 2) : columns.stop + 2] = 0
         assert change[rows, columns].mean() > 3 * outside.mean()
         assert change[rows, columns].min() > outside.median()
+
+
+SMALL = "vit_small_patch14_dinov2.lvd142m"
+
+
+def test_weights_of_timm_are_read_from_a_file_at_another_size(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm", reason="an optional extra: pip install -r requirements-backbones.txt")
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    # The published weights are for 37x37 patches.
+    published = timm.create_model(SMALL, img_size=518, num_classes=0).state_dict()
+    (tmp_path / "pretrain").mkdir()
+    save_file(published, tmp_path / "pretrain" / f"{SMALL}.safetensors")
+    torch.save(published, tmp_path / "weights.pth")
+    monkeypatch.chdir(tmp_path)
+    images = torch.rand(1, 3, 224, 224)
+    maps = []
+    for weights in ("auto", str(tmp_path / "weights.pth")):
+        backbone = Backbone(f"timm/{SMALL}", ["blocks.7", "blocks.1"], weights, standardize=False)
+        maps.append(backbone.maps(images))
+        assert backbone.channels == {"blocks.7": 384, "blocks.1": 384}
+    assert maps[0]["blocks.7"].shape == (1, 384, 16, 16)
+    assert torch.equal(maps[0]["blocks.1"], maps[1]["blocks.1"])
+    # Blocks come in the order of their names, whatever order timm returns them in.
+    assert not torch.equal(maps[0]["blocks.1"], maps[0]["blocks.7"])
+    kept = backbone.feature_extractor.network.blocks[1].mlp.fc1.weight
+    assert torch.equal(kept, published["blocks.1.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "message"),
+    [
+        ("vit_small_patch14_dinov9", "blocks.1", "timm has no 'vit_small_patch14_dinov9'"),
+        (
+            SMALL,
+            "blocks.12",
+            "idx blocks.12 is no layer of vit_small_patch14_dinov2.lvd142m, which has blocks.0 to blocks.11",
+        ),
+        (SMALL, "layer1", "idx 'layer1': layers of timm's transformers are blocks.<number>"),
+        ("resnet18", "blocks.1", "timm's resnet18 "),
+    ],
+)
+def test_what_timm_cannot_give_is_one_error(name, layer, message):
+    pytest.importorskip("timm", reason="an optional extra: pip install -r requirements-backbones.txt")
+    with pytest.raises(UsageError) as error:
+        Backbone(f"timm/{name}", [layer], "random")
+    assert message in str(error.value)
+
+
+def test_without_timm_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RunError, match=r"needs the package timm: pip install -r requirements-backbones.txt"):
+        Backbone(f"timm/{SMALL}", ["blocks.1"], "random")
+
+
+def test_weights_of_timm_that_cannot_be_downloaded_are_named(tmp_path, monkeypatch):
+    pytest.importorskip("timm", reason="an optional extra: pip install -r requirements-backbones.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError) as error:
+        Backbone(f"timm/{SMALL}", ["blocks.1"])
+    text = str(error.value)
+    assert text.startswith(f"pretrain/{SMALL}.safetensors is missing and cannot be downloaded")
+    assert f"Fetch model.safetensors of https://huggingface.co/timm/{SMALL} and save it there" in text
 
 
 def test_an_unknown_backbone_is_refused_with_the_nearest():
