@@ -204,9 +204,10 @@ def evaluate(
     if not (options.other_checkpoint or options.tiles):
         for selection, file in other_selections(checkpoint, selected).items():
             if file.samefile(checkpoint):
-                others[selection] = measured
+                others[selection] = trained, measured
             else:
-                _, _, others[selection] = score_checkpoint(file, config, test_set, run, options, (), stop)
+                model, _, maps = score_checkpoint(file, config, test_set, run, options, (), stop)
+                others[selection] = model, maps
     image_dir = Path(config.dataset.image_reader.kwargs.image_dir)
     own = held_out_thresholds(trained, checkpoint, image_dir, run, options, stop)
     if scored is None:
@@ -222,9 +223,11 @@ def evaluate(
         thresholds = None if own is None else own.classes.get(name, own)
         chosen = names == name
         result = evaluate_class(name, measured.subset(chosen), options.target_fpr, options.pro_limit, thresholds)
-        for selection, other in others.items():
-            metrics = evaluate_class(name, other.subset(chosen), pro_limit=options.pro_limit).metrics
-            result.others[selection] = metrics
+        for selection, (model, maps) in others.items():
+            theirs = held_out_thresholds(model, checkpoint, image_dir, run, options, stop)
+            theirs = None if theirs is None else theirs.classes.get(name, theirs)
+            other = evaluate_class(name, maps.subset(chosen), options.target_fpr, options.pro_limit, theirs)
+            result.others[selection] = other.metrics
         result.selection = selected
         if not options.other_checkpoint:
             result.training = read_validations(out / config.saver.log_dir / class_name / "train_realnet.jsonl")
