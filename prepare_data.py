@@ -21,18 +21,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 
 from datasets.catalog import CATALOG, TEXTURES
 from datasets.images import MEGAPIXELS, allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
+from datasets.splits import Fingerprint, split_good
 from models.structures import NORMALIZATIONS, STRUCTURES, structure_of
 from preparation import findings, placing, settings_files
 from preparation.archives import SUFFIXES
 from preparation.classes import UNSPLIT, DatasetOnDisk
-from preparation.duplicates import report_leaks, split_good
+from preparation.duplicates import report_leaks
 from preparation.inspection import inspect, report_bits
 from preparation.layouts import Chosen, recognize, report_masks
 from preparation.names import TEST, TRAIN
@@ -244,7 +244,7 @@ def log_stale_lists(dataset: str, classes: set[str]) -> None:
 def divide(
     data: DatasetOnDisk,
     readable: list[Sample],
-    fingerprints: dict[str, np.ndarray],
+    fingerprints: dict[str, Fingerprint],
     fraction: float | None,
     seed: int,
 ) -> tuple[list[Sample], list[Sample]]:

@@ -22,6 +22,7 @@ MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, CHECK, LEAK = (
 )
 KINDS = (MISSING, SURPLUS, UNREADABLE, NO_MASK, AMBIGUOUS, CHECK, LEAK)
 SHOWN = 10  # findings of each kind printed on the terminal
+SHOWN_LEAKS = 3  # There may be as many as test images.
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,20 @@ class Finding:
 
 
 def report(findings: list[Finding], path: Path) -> bool:
-    """Print the first findings of each kind and write all of them to `path`; return whether any file is unreadable."""
+    """Print the first findings of each kind and write all of them to `path`; return whether any file is unreadable.
+
+    Both are in the order of KINDS, so that leaks, of which there may be many, come last.
+    """
+    findings = sorted(findings, key=lambda finding: KINDS.index(finding.kind))
     write_text(path, "".join(f"{finding.kind}: {finding}\n" for finding in findings))
     counts = Counter(finding.kind for finding in findings)
     for kind in KINDS:
         of_kind = [finding for finding in findings if finding.kind == kind]
-        for finding in of_kind[:SHOWN]:
+        shown = SHOWN_LEAKS if kind == LEAK else SHOWN
+        for finding in of_kind[:shown]:
             print(f"{kind}: {finding}", file=sys.stderr if kind == UNREADABLE else sys.stdout)
-        if len(of_kind) > SHOWN:
-            print(f"{kind}: and {len(of_kind) - SHOWN} more, see {path}")
+        if len(of_kind) > shown:
+            print(f"{kind}: and {len(of_kind) - shown} more, see {path}")
     total = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
     log.info("findings: %s", f"{total} ({path})" if total else "none")
     return counts[UNREADABLE] > 0

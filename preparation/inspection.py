@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from datasets.images import count_pages, open_image, pixels_of, read_image, read_mask, same_aspect_ratio
 from datasets.lists import Sample
-from preparation.duplicates import fingerprint
+from datasets.splits import Fingerprint, fingerprint
 from preparation.findings import CHECK, NO_MASK, UNREADABLE, Finding
 from utils.distributed import usable_cores
 from utils.errors import UsageError
@@ -25,12 +25,12 @@ class ImageInfo:
 
     Args:
         size: (height, width) of the upright image.
-        fingerprint: (255,) float32, see duplicates.fingerprint.
+        fingerprint: to find near-duplicates by.
         largest: the largest value of a 16-bit image; None for others.
     """
 
     size: tuple[int, int]
-    fingerprint: np.ndarray
+    fingerprint: Fingerprint
     largest: int | None = None
 
 

@@ -1,4 +1,4 @@
-"""What prepare_data.py finds in images and masks, how it splits near-duplicates, and the settings that it writes."""
+"""What prepare_data.py finds in images and masks, and the settings that it writes."""
 
 import os
 import shlex
@@ -12,10 +12,8 @@ from PIL import Image, ImageFilter
 
 import prepare_data
 from datasets.catalog import CATALOG
-from datasets.lists import Sample
 from models import check_realnet
 from preparation import settings_files
-from preparation.duplicates import split_good
 from tests.conftest import REPOSITORY
 from tests.in_process import run
 from tests.layout_trees import image_file, mvtec_class
@@ -135,25 +133,6 @@ def test_a_single_training_image_is_found(tmp_path, prepare):
 def test_no_more_threads_than_allowed_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
     assert usable_cores() == 3
-
-
-# ---- the split of near-duplicates ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("groups", "tested"), [([4, 3, 4], 3), ([2, 2], 2), ([3], 1), ([1], 0), ([1, 1, 1, 1, 1], 1)])
-def test_both_sides_of_a_split_get_images_where_possible(groups, tested):
-    rng = np.random.default_rng(0)
-    samples, fingerprints = [], {}
-    for g, count in enumerate(groups):
-        signs = rng.choice([-1, 1], 255).astype(np.float32) / np.sqrt(255).astype(np.float32)
-        for i in range(count):
-            samples.append(Sample(f"{g}/{i}.png", 0, "parts"))
-            fingerprints[samples[-1].filename] = signs
-    for seed in range(5):
-        train, test = split_good(samples, fingerprints, 0.1, seed)
-        assert (len(train), len(test)) == (len(samples) - tested, tested)
-        if len(groups) > 1:
-            assert not {s.filename[0] for s in train} & {s.filename[0] for s in test}
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
