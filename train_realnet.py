@@ -6,9 +6,10 @@
     python -m torch.distributed.launch --nproc_per_node=1 train_realnet.py --dataset MVTec-AD --class_name bottle
 
 Settings: experiments/<dataset>/realnet.yaml. Writes, per class, to realnet_checkpoints/<class>/: ckpt_last.pth.tar to
-resume from; ckpt_best_test, the best on the test list, and ckpt_best_synthetic, the best on held-out good images with
-synthetic anomalies (dataset.train.validation_fraction); and ckpt_best, which is the one that evaluator.select names.
-Also realnet_log/<class>/, and a sheet of training samples to realnet_vis/<class>/.
+resume from, and ckpt_best.pth.tar, which evaluator.select chooses. With held-out good images
+(dataset.train.validation_fraction), ckpt_best_test is the best on the test list, and ckpt_best_synthetic the best on
+these images with synthetic anomalies. Also realnet_log/<class>/, and a sheet of training samples to
+realnet_vis/<class>/.
 """
 
 import argparse
@@ -382,7 +383,7 @@ def validate(
 def keep_best(training: Training, metrics: dict[str, float], select: str, folder: Path) -> None:
     """Write ckpt_best_<selection> where the metric is at least as good as the best so far, and ckpt_best for `select`.
 
-    Files of the same content are one file with several names.
+    Files of the same content are one file with several names. If `select` is all there is, ckpt_best is the only one.
     """
     figures, before, better = training.figures, training.figures.get(FIGURES.get(select)), []
     for name, metric in metrics.items():
@@ -391,7 +392,7 @@ def keep_best(training: Training, metrics: dict[str, float], select: str, folder
         figures[FIGURES[name]] = max(metric, figures[FIGURES[name]])
     if STALE in figures:
         figures[STALE] = 0 if metrics[select] > before else figures[STALE] + 1
-    paths = [folder / f"ckpt_best_{name}.pth.tar" for name in better]
+    paths = [folder / f"ckpt_best_{name}.pth.tar" for name in better if set(metrics) != {select}]
     if select in better:
         paths.append(folder / BEST)
     if not training.run.is_main or not paths:

@@ -188,6 +188,10 @@ def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset
             del config.dataset["foreground"], benchmark.dataset["foreground"]
             # Not the paper's: grey images get grey anomalies.
             assert [settings.dataset.train.pop("match_grey") for settings in (config, benchmark)] == [True, False]
+            # Nor that good images are held out.
+            fractions = [settings.dataset.train.pop("validation_fraction") for settings in (config, benchmark)]
+            assert fractions == [0.2, 0]
+            assert [settings.evaluator.pop("select") for settings in (config, benchmark)] == ["synthetic", "test"]
         assert config == benchmark, name
 
 

@@ -17,6 +17,7 @@ import train_classifier
 import train_diffusion
 import train_realnet
 import utils.optim
+from evaluation import validation
 from tests.conftest import settings
 from tests.in_process import run
 from utils.checkpoint import load_checkpoint, load_for_resume, refuse_earlier_run, save_checkpoint, save_numbered
@@ -394,7 +395,7 @@ def test_a_validation_that_a_signal_ended_is_made_up_for(command, workspace, mon
         raise Stopped(15)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_realnet, "predict_maps", stopped)
+        patched.setattr(validation, "predict_maps", stopped)
         out, _ = command(train_realnet, *DOTS, *folders("stopped"), *two_epochs, code=143)
         assert "SIGTERM: saved after step 2, in the validation; the same command with --resume continues" in out
     out, _ = command(train_realnet, *DOTS, *folders("stopped"), *two_epochs, "--resume")
