@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from datasets.catalog import CATALOG, TEXTURES
+from datasets.folders import list_images
 from datasets.images import MEGAPIXELS, allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
 from datasets.splits import Fingerprint, split_good
@@ -49,6 +50,8 @@ from utils.pictures import write_image
 
 OFFICIAL = (*CATALOG, *TEXTURES)
 TEST_FRACTION = 0.2
+TEXTURES_DIR = "data/DTD/images"  # as in the presets
+WITH_TEXTURES = "{normal: 0.5, dtd: 0.2, cutpaste: 0.1, self: 0.1, noise: 0.1}"  # anomaly types
 
 
 def parse_args() -> argparse.Namespace:
@@ -178,8 +181,8 @@ def prepare_textures(args: argparse.Namespace) -> bool:
         placing.place(args.root, root, target, [sample.filename for sample in readable], args.copy, args.overwrite)
     log.info("%s: %d textures in %d folders", args.dataset, len(readable), len({Path(n).parts[0] for n in names}))
     bad = findings.report(differences + unreadable, findings_file(args.dataset))
-    log.info("Next: train_realnet.py takes anomalies from them with")
-    log.info('  --set "dataset.train.anomaly_types={normal: 0.5, dtd: 0.5}"')
+    log.info("Next: the settings of data sets that are prepared from now on take anomalies from them; others with")
+    log.info('  --set "dataset.train.anomaly_types=%s"', WITH_TEXTURES)
     return bad
 
 
@@ -289,7 +292,8 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     reader |= {"follow_links": True} if args.follow_links else {}
     preset, why = chosen_preset(args.preset)
     networks = settings_files.Networks(preset, args.backbone, args.weights, args.normalization)
-    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader, networks)
+    textures = bool(list_images(TEXTURES_DIR))
+    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader, networks, textures)
     for name, text in texts.items():
         if not (folder / name).is_file():
             write_text(folder / name, text)
@@ -300,6 +304,9 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
         log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
     if "realnet.yaml" not in kept:
         log.info("  realnet.yaml: preset %s%s; --preset and --backbone choose others", preset, why)
+        if not textures and preset != "paper":
+            text = "  training anomalies are made of the good images; textures in %s would add a kind (data/README.md)"
+            log.info(text, TEXTURES_DIR)
     diffusion = settings_files.diffusion_size(size)
     if diffusion != size:
         text = "  the diffusion model draws %dx%d, because its sides have to be multiples of %d"
@@ -370,20 +377,18 @@ def print_next(args: argparse.Namespace) -> None:
     train = f"train_realnet.py --dataset {name} --class_name {chosen}"
     evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
     types = anomaly_types_of(Path("experiments") / name / "realnet.yaml")
-    shares = {"dtd": "dtd: 0.5", "cutpaste": "cutpaste: 0.25, noise: 0.25", "sdas": "sdas: 0.5"}
-    with_textures, with_good_images, with_diffusion = (
-        "" if types.get(kind) else f' --set "dataset.train.anomaly_types={{normal: 0.5, {share}}}"'
-        for kind, share in shares.items()
+    shares = {"cutpaste": settings_files.WITHOUT_TEXTURES, "dtd": WITH_TEXTURES, "sdas": "{normal: 0.5, sdas: 0.5}"}
+    quick, with_textures, with_diffusion = (
+        "" if types.get(kind) else f' --set "dataset.train.anomaly_types={share}"' for kind, share in shares.items()
     )
     classifier = f"train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"
     diffusion = [f"train_diffusion.py --dataset {name}", *[classifier] * (len(classes) > 1)]
     blocks = {
         "Next:": [f"prepare_data.py --dataset {name} --preview    # what training will see"] * (not args.preview),
-        "The quick way, with textures as anomalies (DTD, or any folder of images as dataset.train.dtd_dir):": [
-            f"{train}{with_textures}",
-            evaluate,
-        ],
-        "Or with anomalies made of the good images themselves:": [f"{train}{with_good_images}", evaluate],
+        "The quick way:": [f"{train}{quick}", evaluate],
+        "Or with textures too (DTD, or any folder of images as dataset.train.dtd_dir):": (
+            [f"{train}{with_textures}", evaluate] if with_textures else []
+        ),
         "Or with the anomalies of a diffusion model:": [
             *diffusion,
             f"sample.py --dataset {name}",
@@ -393,7 +398,7 @@ def print_next(args: argparse.Namespace) -> None:
     }
     lines = [""]
     for heading, commands in blocks.items():
-        lines += [heading, *(f"  python {command}" for command in commands)]
+        lines += [heading, *(f"  python {command}" for command in commands)] if commands else []
     log.info("%s", "\n".join(lines))
 
 

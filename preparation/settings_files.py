@@ -95,15 +95,21 @@ class Networks:
     normalization: str = "imagenet"
 
 
+WITHOUT_TEXTURES = "{normal: 0.5, cutpaste: 0.17, self: 0.16, noise: 0.17}"  # anomaly types
+
+
 def preset_names() -> list[str]:
     """The presets that there are."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def realnet_text(dataset: str, size: Sequence[int], foreground: str, networks: Networks, reading: str = "") -> str:
+def realnet_text(
+    dataset: str, size: Sequence[int], foreground: str, networks: Networks, reading: str = "", textures: bool = True
+) -> str:
     """The text of realnet.yaml.
 
     Args:
+        textures: whether there are textures for the anomaly type dtd; else other types take its place.
         reading: further keys of dataset.image_reader.kwargs, as YAML, each after a comma.
 
     Raises:
@@ -138,7 +144,12 @@ def realnet_text(dataset: str, size: Sequence[int], foreground: str, networks: N
         values |= {r"weights: auto\}": f"weights: {quoted}}}"}
     for pattern, value in values.items():
         text = _replaced(path, pattern, value, text)
-    return text
+    return text if textures else _without_textures(text)
+
+
+def _without_textures(text: str) -> str:
+    """The text of a realnet.yaml with other anomaly types in place of dtd, if it has that one."""
+    return re.sub(r"anomaly_types: \{[^}\n]*dtd:[^}\n]*\}", f"anomaly_types: {WITHOUT_TEXTURES}", text)
 
 
 def settings_texts(
@@ -148,6 +159,7 @@ def settings_texts(
     foreground: str,
     reader: dict[str, Any] | None = None,
     networks: Networks | None = None,
+    textures: bool = True,
 ) -> dict[str, str]:
     """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
@@ -157,12 +169,13 @@ def settings_texts(
         foreground: value of dataset.foreground, as YAML.
         reader: further keys of dataset.image_reader.kwargs.
         networks: what realnet.yaml says of the networks.
+        textures: whether there are textures for the anomaly type dtd.
 
     Raises:
         RunError: a template was changed so that a value has no place in it.
     """
     reading = "".join(f", {key}: {value}" for key, value in (reader or {}).items())
-    texts = {"realnet.yaml": realnet_text(dataset, size, foreground, networks or Networks(), reading)}
+    texts = {"realnet.yaml": realnet_text(dataset, size, foreground, networks or Networks(), reading, textures)}
     for name, keys in FILES.items():
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
@@ -186,7 +199,7 @@ def settings_texts(
         left = re.search("@[A-Z]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")
-        texts[name] = text
+        texts[name] = text if textures else _without_textures(text)
     return texts
 
 

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image, ImageFilter
 
 import prepare_data
+from datasets.build import check_realnet_data
 from datasets.catalog import CATALOG
 from models import check_realnet
 from preparation import settings_files
@@ -275,10 +276,30 @@ def test_the_printed_commands_quote_class_names(tmp_path, prepare):
     mvtec_class(tmp_path / "shots/metal nut $HOME")
     commands = [shlex.split(line) for line in prepare().splitlines() if line.startswith("  python train_realnet.py")]
     command = ["python", "train_realnet.py", "--dataset", "parts", "--class_name", "metal nut $HOME"]
-    own = ["--set", "dataset.train.anomaly_types={normal: 0.5, cutpaste: 0.25, noise: 0.25}"]
+    textures = ["--set", "dataset.train.anomaly_types={normal: 0.5, dtd: 0.2, cutpaste: 0.1, self: 0.1, noise: 0.1}"]
     diffusion = ["--set", "dataset.train.anomaly_types={normal: 0.5, sdas: 0.5}"]
-    assert commands == [command, [*command, *own], [*command, *diffusion]]
+    assert commands == [command, [*command, *textures], [*command, *diffusion]]
     assert yaml.safe_load((tmp_path / "experiments/parts/realnet.yaml").read_text())["dataset"]["foreground"] == "none"
+
+
+@pytest.mark.parametrize("textures", [False, True])
+def test_own_data_train_without_a_folder_of_textures_and_with_one(textures, tmp_path, prepare):
+    mvtec_class(tmp_path / "shots/bolts")
+    mvtec_class(tmp_path / "shots/nuts")
+    if textures:
+        image_file(tmp_path / "data/DTD/images/banded/banded_0001.jpg", "texture")
+    out = prepare()
+    assert (
+        "training anomalies are made of the good images; textures in data/DTD/images would add a kind" in out
+    ) != textures
+    assert ("Or with textures too" in out) != textures
+    for name in ("realnet.yaml", "realnet_unified.yaml"):
+        train = yaml.safe_load((tmp_path / "experiments/parts" / name).read_text())["dataset"]["train"]
+        assert ("dtd" in train["anomaly_types"]) == textures
+        assert sum(train["anomaly_types"].values()) == pytest.approx(1)
+    # As it stands, the file trains: what the types need is there.
+    config = load_config(tmp_path / "experiments/parts/realnet.yaml", script="realnet")
+    check_realnet_data(config.dataset, "bolts")
 
 
 @pytest.mark.parametrize(
