@@ -21,7 +21,11 @@ LIBRARIES = {
     "filelock",
 }  # fmt: skip
 # Optional libraries: a script may import them, but must run without them.
-EXTRAS = {"export.py": {"onnx", "onnxruntime", "onnxscript"}, "evaluation/detector.py": {"onnxruntime"}}
+EXTRAS = {
+    "export.py": {"onnx", "onnxruntime", "onnxscript"},
+    "evaluation/detector.py": {"onnxruntime"},
+    "models/timm_backbones.py": {"timm", "safetensors", "huggingface_hub"},
+}
 SOURCES = [*ROOT.glob("*.py"), *(path for package in sorted(PACKAGES) for path in (ROOT / package).rglob("*.py"))]
 
 
