@@ -81,6 +81,14 @@ class Thresholds:
         chosen = from_normal(self.normal, target_fpr, self.low, self.high)
         return replace(self, image=chosen.image, pixel=chosen.pixel, rule=chosen.rule, classes=classes, tiled=tiled)
 
+    def knowing(self, own: "Thresholds") -> "Thresholds":
+        """The same with the scores of held-out images that other thresholds of the model have, for other rates."""
+        classes = {
+            name: part.knowing(own.classes[name]) if name in own.classes else part
+            for name, part in self.classes.items()
+        }
+        return replace(self, normal=self.normal or own.normal, classes=classes)
+
     def with_tiled(self, name: str, tiled: "Thresholds") -> "Thresholds":
         """The same with thresholds for tiles, also for each class; `name` is that of the tiles."""
         classes = {

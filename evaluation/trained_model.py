@@ -94,8 +94,10 @@ class TrainedModel:
 
     def thresholds(self, path: Path, target_fpr: float = TARGET_FPR) -> Thresholds | None:
         """The thresholds in the file beside the model at `path`, else those that held-out good images give, if any."""
-        beside = matching_thresholds(path, self.fingerprint)
-        return self.own_thresholds(target_fpr) if beside is None else beside
+        beside, own = matching_thresholds(path, self.fingerprint), self.own_thresholds(target_fpr)
+        if beside is None or own is None:
+            return own if beside is None else beside
+        return beside.knowing(own)
 
     def own_thresholds(self, target_fpr: float = TARGET_FPR) -> Thresholds | None:
         """The thresholds that held-out good images give; None if there are none."""

@@ -92,6 +92,10 @@ def test_a_detector_is_chosen_and_judged_without_the_test_list(call, workspace, 
 
     call(evaluation_realnet.main, "--threshold-rule", "best-f1")
     assert json.loads((folder / "ckpt_best.thresholds.json").read_text())["rule"] == "best F1 on the evaluation set"
+    # The checkpoint still knows its held-out images.
+    text, chosen = predicted("--target-fpr", "0.4")
+    assert "at most 40% of good images flagged, by 4 held-out good images" in text
+    assert chosen[0]["threshold"] == pytest.approx(lenient[0]["threshold"])
 
 
 def test_tiles_have_a_threshold_of_their_own(call, workspace, tmp_path, monkeypatch, capsys):
