@@ -201,15 +201,14 @@ def evaluate(
     shown = range(len(test_set)) if options.pictures or options.gallery else ()
     trained, scored, measured = score_checkpoint(checkpoint, config, test_set, run, options, shown, stop)
     selected, others = selection_of(trained), {}
-    if not (options.other_checkpoint or options.tiles):
-        for selection, file in other_selections(checkpoint, selected).items():
-            if file.samefile(checkpoint):
-                others[selection] = trained, measured
-            else:
-                model, _, maps = score_checkpoint(file, config, test_set, run, options, (), stop)
-                others[selection] = model, maps
     image_dir = Path(config.dataset.image_reader.kwargs.image_dir)
     own = held_out_thresholds(trained, checkpoint, image_dir, run, options, stop)
+    if not (options.other_checkpoint or options.tiles):
+        for selection, file in other_selections(checkpoint, selected).items():
+            model, maps = trained, measured
+            if not file.samefile(checkpoint):
+                model, _, maps = score_checkpoint(file, config, test_set, run, options, (), stop)
+            others[selection] = maps, held_out_thresholds(model, file, image_dir, run, options, stop)
     if scored is None:
         return []
     for line in overruled_settings(trained.config, config):
@@ -223,8 +222,7 @@ def evaluate(
         thresholds = None if own is None else own.classes.get(name, own)
         chosen = names == name
         result = evaluate_class(name, measured.subset(chosen), options.target_fpr, options.pro_limit, thresholds)
-        for selection, (model, maps) in others.items():
-            theirs = held_out_thresholds(model, checkpoint, image_dir, run, options, stop)
+        for selection, (maps, theirs) in others.items():
             theirs = None if theirs is None else theirs.classes.get(name, theirs)
             other = evaluate_class(name, maps.subset(chosen), options.target_fpr, options.pro_limit, theirs)
             result.others[selection] = other.metrics

@@ -35,7 +35,7 @@ from datasets.build import (
 from datasets.lists import UNIFIED, listed_classes
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import GoodImages, RealNetTrainSet
-from evaluation.selections import LAST, SYNTHETIC, TEST
+from evaluation.selections import FILES, LAST, SYNTHETIC, TEST
 from evaluation.thresholds import sidecar
 from evaluation.validation import DIVERGED, SHEET_IMAGES, validate_held_out, validate_test
 from models import build_realnet, check_realnet
@@ -364,10 +364,7 @@ def measure_normal(training: Training, train_set: RealNetTrainSet, stop: StopReq
     network.train(was_training)
 
 
-def validate(
-    training: Training,
-    validations: dict[str, Callable[[], Any]],
-) -> dict[str, float]:
+def validate(training: Training, validations: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Metrics of the network as it is, by value of evaluator.select; the same on all ranks."""
     metrics, held_out = {}, None
     for name, run_validation in validations.items():
@@ -392,7 +389,7 @@ def keep_best(training: Training, metrics: dict[str, float], select: str, folder
         figures[FIGURES[name]] = max(metric, figures[FIGURES[name]])
     if STALE in figures:
         figures[STALE] = 0 if metrics[select] > before else figures[STALE] + 1
-    paths = [folder / f"ckpt_best_{name}.pth.tar" for name in better if set(metrics) != {select}]
+    paths = [folder / FILES[name] for name in better if set(metrics) != {select}]
     if select in better:
         paths.append(folder / BEST)
     if not training.run.is_main or not paths:

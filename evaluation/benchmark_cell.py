@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from evaluation.benchmark_table import cell_name
+from evaluation.selections import FILES, LAST, SYNTHETIC, TEST
 from evaluation.tables import MEAN
 from evaluation.training_curve import read_validations
-from utils.checkpoint import BEST, LAST, NEXT, PREVIOUS, files_of_run
+from utils.checkpoint import BEST, NEXT, PREVIOUS, files_of_run
 from utils.config import changed_settings
 from utils.errors import UsageError
 from utils.files import write_text
@@ -23,7 +24,7 @@ from utils.log import log
 from utils.run_record import REPOSITORY, code_commit
 
 # For each way to choose a checkpoint, the files in question: the first one that the training has written.
-CHOSEN = {"test": ("ckpt_best_test.pth.tar", BEST), "no_test": ("ckpt_best_synthetic.pth.tar", LAST)}
+CHOSEN = {"test": (FILES[TEST], BEST), "no_test": (FILES[SYNTHETIC], FILES[LAST])}
 # Files of a cell, in the order in which they are written.
 SETTINGS, ATTEMPT, TRAINED, COST, RESULT = "cell.json", "attempt.json", "trained.json", "cost.json", "result.json"
 FOLDERS = {"checkpoints_dir": "checkpoints", "log_dir": "log", "vis_dir": "vis", "results_dir": "results"}
@@ -124,13 +125,13 @@ def is_free(folder: Path, say: bool) -> bool:
 
 def earlier(checkpoints: Path) -> str:
     """What the training does with checkpoints of an earlier attempt; the very first saves may have been cut short."""
-    can_resume = any((checkpoints / file).is_file() for file in (NEXT, LAST, PREVIOUS))
+    can_resume = any((checkpoints / file).is_file() for file in (NEXT, FILES[LAST], PREVIOUS))
     return "--resume" if can_resume or not files_of_run(checkpoints) else "--overwrite"
 
 
 def seconds_before(cell: Cell) -> float:
     """The training time of attempts that were cut short, up to what they have saved last."""
-    attempt, saved = read_json(cell.folder / ATTEMPT), cell.checkpoints / LAST
+    attempt, saved = read_json(cell.folder / ATTEMPT), cell.checkpoints / FILES[LAST]
     if attempt is None or not saved.is_file():
         return 0.0
     return attempt["before"] + max(0.0, saved.stat().st_mtime - attempt["started"])

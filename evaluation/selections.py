@@ -8,6 +8,7 @@ from evaluation.trained_model import TrainedModel
 from utils.checkpoint import LAST as NEWEST
 
 TEST, SYNTHETIC, LAST = "test", "synthetic", "last"  # values of evaluator.select
+FILES = {TEST: "ckpt_best_test.pth.tar", SYNTHETIC: "ckpt_best_synthetic.pth.tar", LAST: NEWEST}
 SELECTION_NOTE = (
     "The first row is the paper's protocol: of all validations, the best on the test list. New images have no such "
     "list, so the second row is what to expect. The gap is the first row less the second."
@@ -39,8 +40,6 @@ def selection_of(trained: TrainedModel) -> str:
 
 def other_selections(checkpoint: Path, select: str) -> dict[str, Path]:
     """What ckpt_best is compared with: the best on the test list, or what was chosen without it; {} without either."""
-    folder = checkpoint.parent
     names = [TEST] if select != TEST else [SYNTHETIC, LAST]
-    files = {name: folder / (NEWEST if name == LAST else f"ckpt_best_{name}.pth.tar") for name in names}
-    found = [name for name, file in files.items() if file.is_file()]
-    return {name: files[name] for name in found[:1]}
+    found = [name for name in names if (checkpoint.parent / FILES[name]).is_file()]
+    return {name: checkpoint.parent / FILES[name] for name in found[:1]}

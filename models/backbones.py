@@ -101,10 +101,8 @@ class Backbone(nn.Module):
 
     def _tap_timm(self, name: str, outlayers: Sequence[str], weights: str) -> None:
         path = None
-        if weights == "auto":
-            path = distributed.on_main(lambda: timm_backbones.find_or_download(name, Path(PRETRAIN_DIR)))
-        elif weights not in UNLOADED:
-            path = Path(weights)
+        if weights not in UNLOADED:
+            path = find_weights(self.name) if weights == "auto" else Path(weights)
         state = None if path is None else timm_backbones.read_weights(path)
         self.feature_extractor = timm_backbones.TimmTokens(name, outlayers, state)
         self.own_size = self.feature_extractor.own_size
@@ -289,6 +287,9 @@ def _build_network(name: str) -> nn.Module:
 def find_weights(name: str) -> Path:
     """Find a network's weights file in pretrain/, under timm's or torchvision's name, or download it to there.
 
+    Args:
+        name: as for Backbone.
+
     Rank 0 looks and downloads; all ranks get its answer.
 
     Raises:
@@ -305,6 +306,8 @@ def _at_hand() -> str:
 
 
 def _find_or_download(name: str) -> Path:
+    if name.startswith(timm_backbones.PREFIX):
+        return timm_backbones.find_or_download(name.removeprefix(timm_backbones.PREFIX), Path(PRETRAIN_DIR))
     choices = list(torchvision.models.get_model_weights(name))
     # Published results were measured with the first generation of ImageNet weights.
     first = choices[0]

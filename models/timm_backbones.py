@@ -1,6 +1,7 @@
 """Vision transformers of timm as backbones, DINOv2 and DINOv3 above all: an optional extra."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from utils.checkpoint import load_checkpoint, state_dict_of
 from utils.config import did_you_mean, shortened
 from utils.errors import RunError, UsageError
+from utils.files import write_atomic
 
 PREFIX = "timm/"  # of net.backbone.kwargs.backbone
 TOKENS = 16  # per side
@@ -135,8 +137,7 @@ def find_or_download(name: str, folder: Path) -> Path:
         from huggingface_hub import hf_hub_download
 
         downloaded = hf_hub_download(config.hf_hub_id, "model.safetensors")
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(Path(downloaded).read_bytes())
+        write_atomic(path, lambda part: shutil.copyfile(downloaded, part))
     # Of the network, of the hub, of the disk: a dozen types.
     except Exception as error:
         reason = " ".join(str(error).split())[:120]

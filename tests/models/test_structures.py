@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from evaluation.cost import backbone_weights
 from models import build_realnet
 from models.backbones import Backbone
 from models.losses import DETECTOR_LOSSES, build_criterion
@@ -88,6 +89,15 @@ def test_weights_of_timm_are_read_from_a_file_at_another_size(tmp_path, monkeypa
     assert not torch.equal(maps[0]["blocks.1"], maps[0]["blocks.7"])
     kept = backbone.feature_extractor.network.blocks[1].mlp.fc1.weight
     assert torch.equal(kept, published["blocks.1.mlp.fc1.weight"])
+
+
+def test_the_weights_of_timm_s_networks_are_found_as_others_are(tmp_path, monkeypatch):
+    pytest.importorskip("timm", reason="an optional extra: pip install -r requirements-backbones.txt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / f"pretrain/{SMALL}.safetensors").write_bytes(b"weights")
+    net = [{"name": "backbone", "kwargs": {"backbone": f"timm/{SMALL}"}}]
+    assert backbone_weights(net)["weights"] == f"pretrain/{SMALL}.safetensors"
 
 
 @pytest.mark.parametrize(
