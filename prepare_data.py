@@ -28,6 +28,7 @@ from datasets.catalog import CATALOG, TEXTURES
 from datasets.folders import list_images
 from datasets.images import MEGAPIXELS, allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
+from datasets.parts import parts_of
 from datasets.splits import Fingerprint, split_good
 from models.structures import NORMALIZATIONS, STRUCTURES, structure_of
 from preparation import findings, placing, settings_files
@@ -78,6 +79,8 @@ def parse_args() -> argparse.Namespace:
     own.add_argument(
         "--test-fraction", type=float, help=f"share of good images to test on, if not split (default {TEST_FRACTION})"
     )
+    parts_help = "which images show the same part: a CSV file (file, part), or a pattern for file names, e.g. part\\d+"
+    own.add_argument("--parts", metavar="FILE|PATTERN", help=parts_help)
     own.add_argument("--seed", type=int, default=0, help="seed of that split (default 0)")
     own.add_argument(
         "--input-size",
@@ -135,11 +138,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--set: overrides settings of the preview; pass --preview, too, or edit the YAML files")
     if args.preview and name in TEXTURES:
         raise UsageError(f"--preview: {name} has no lists to preview")
-    changed = args.preset != "auto" or args.backbone or args.weights or args.normalization != "imagenet"
+    changed = args.parts or args.preset != "auto" or args.backbone or args.weights or args.normalization != "imagenet"
     if not own and (
         args.test_fraction is not None or args.input_size or args.foreground != "none" or args.good or changed
     ):
-        options = "--test-fraction, --input-size, --foreground, --good, --preset and the backbone's options"
+        options = "--test-fraction, --input-size, --foreground, --good, --parts, --preset and the backbone's options"
         raise UsageError(f"{options}: not for {name}, which has its own settings")
     if args.test_fraction is not None and not 0 <= args.test_fraction < 1:
         raise UsageError(f"--test-fraction {args.test_fraction}: has to lie in 0 .. 1")
@@ -200,11 +203,12 @@ def prepare(args: argparse.Namespace) -> bool:
                 log.info("each folder was taken as a class of good parts; if one holds defects, see --good, --defects")
         infos, readable, unreadable = inspect(data.root, data.all())
         fingerprints = {name: info.fingerprint for name, info in infos.items()}
-        train, test = divide(data, readable, fingerprints, args.test_fraction, args.seed)
+        parts = parts_of(args.parts, [sample.filename for sample in readable], "--parts")
+        train, test = divide(data, readable, fingerprints, parts, args.test_fraction, args.seed)
         if not train:
             raise UsageError(f"{args.root}: no readable image of a good part to train on")
         problems = data.findings + unreadable + report_masks(test) + report_bits(readable, infos)
-        problems += report_too_few(train) + report_leaks(train, test, fingerprints)
+        problems += report_too_few(train) + report_leaks(train, test, fingerprints, parts)
         lists = list_texts(folder_of_lists(args.dataset), train, test)
         check_existing(lists, args.overwrite)
         names = [name for sample in train + test for name in (sample.filename, sample.maskname) if name]
@@ -248,6 +252,7 @@ def divide(
     data: DatasetOnDisk,
     readable: list[Sample],
     fingerprints: dict[str, Fingerprint],
+    parts: dict[str, str],
     fraction: float | None,
     seed: int,
 ) -> tuple[list[Sample], list[Sample]]:
@@ -265,7 +270,7 @@ def divide(
     share = TEST_FRACTION if fraction is None else fraction
     for name in sorted({sample.clsname for sample in unsplit}):
         good = [sample for sample in unsplit if sample.clsname == name and sample.label == 0]
-        good_train, good_test = split_good(good, fingerprints, share, seed) if good else ([], [])
+        good_train, good_test = split_good(good, fingerprints, share, seed, parts=parts) if good else ([], [])
         train += good_train
         test += good_test + [sample for sample in unsplit if sample.clsname == name and sample.label]
     return train, test
@@ -293,7 +298,8 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     preset, why = chosen_preset(args.preset)
     networks = settings_files.Networks(preset, args.backbone, args.weights, args.normalization)
     textures = bool(list_images(TEXTURES_DIR))
-    texts = settings_files.settings_texts(args.dataset, classes, size, args.foreground, reader, networks, textures)
+    told = settings_files.Told(args.foreground, args.parts, reader, textures)
+    texts = settings_files.settings_texts(args.dataset, classes, size, told, networks)
     for name, text in texts.items():
         if not (folder / name).is_file():
             write_text(folder / name, text)

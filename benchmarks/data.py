@@ -27,7 +27,7 @@ from datasets.catalog import ForegroundRule
 from datasets.images import Augmentation, Preprocessing, read_image
 from datasets.lists import ImageList, Sample
 from datasets.local_anomalies import LOCAL
-from datasets.realnet import RealNetTrainSet
+from datasets.realnet import CachedImages, RealNetTrainSet
 from datasets.synthesis import Synthesis
 from preparation.demo import CLASSES, TEXTURES
 
@@ -71,7 +71,8 @@ def make_set(
 ) -> RealNetTrainSet:
     synthesis = Synthesis({anomaly_type: 1.0}, sdas_dir=str(folder / "sdas"), dtd_dir=str(folder / "dtd"))
     rules = {"photograph": ForegroundRule(**FOREGROUND)}
-    return RealNetTrainSet(ImageList(samples, folder), rules, preprocessing, synthesis, Augmentation(), 0, cache_mb)
+    cached = CachedImages(ImageList(samples, folder), rules, preprocessing, cache_mb)
+    return RealNetTrainSet(cached, synthesis, Augmentation(), 0)
 
 
 def seconds(task: Callable[[int], object], start: int) -> float:

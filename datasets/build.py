@@ -11,7 +11,8 @@ from datasets.foreground import rule_for
 from datasets.images import Augmentation, Preprocessing, allow_megapixels
 from datasets.lists import ImageList, Sample, class_names, read_list
 from datasets.local_anomalies import LOCAL
-from datasets.realnet import RealNetTestSet, RealNetTrainSet
+from datasets.parts import parts_of
+from datasets.realnet import CachedImages, RealNetTestSet, RealNetTrainSet
 from datasets.sdas import SDASDataset
 from datasets.splits import fingerprint, split_good
 from datasets.synthesis import WITHOUT_FOLDER, Synthesis
@@ -112,7 +113,8 @@ def build_realnet_train_set(
     images = ImageList([sample for sample in images.samples if sample.filename not in held_out], images.image_dir)
     preprocessing, synthesis = preprocessing_of(config), _synthesis(train)
     rules = foreground_rules(config, images, preprocessing)
-    return RealNetTrainSet(images, rules, preprocessing, synthesis, _augmentation(train), seed, config.cache_mb)
+    cached = CachedImages(images, rules, preprocessing, config.cache_mb)
+    return RealNetTrainSet(cached, synthesis, _augmentation(train), seed)
 
 
 def _training_images(config: dict, class_name: str) -> ImageList:
@@ -129,7 +131,8 @@ def choose_held_out(
 ) -> list[str]:
     """Choose the good images that are not trained on, by file name: dataset.train.validation_fraction of each class.
 
-    At least 8, but at most half of them; near-duplicates stay on one side.
+    At least 8, but at most half of them; near-duplicates and the images of one part (dataset.train.parts) stay on one
+    side.
 
     Args:
         progress: wraps the images that are read, to show how far it is.
@@ -138,6 +141,7 @@ def choose_held_out(
     images = _training_images(config, class_name)
     if not fraction:
         return []
+    parts = parts_of(config.train.parts, [sample.filename for sample in images.samples])
     preprocessing = preprocessing_of(config)
     prints = {
         sample.filename: fingerprint(preprocessing.read(images.path(index)))
@@ -147,7 +151,11 @@ def choose_held_out(
     for name in class_names(images.samples):
         good = [sample for sample in images.samples if sample.clsname == name]
         if len(good) > 1:
-            chosen += split_good(good, prints, fraction, seed, FEWEST_HELD_OUT)[1]
+            rest, held_out = split_good(good, prints, fraction, seed, FEWEST_HELD_OUT, parts)
+            chosen += held_out
+            if parts:
+                left, out = (len({parts.get(s.filename, s.filename) for s in side}) for side in (rest, held_out))
+                log.info("%s: %d parts to train on, %d held out", name, left, out)
     return [sample.filename for sample in chosen]
 
 
@@ -159,7 +167,9 @@ def build_held_out_set(
     images = ImageList([sample for sample in images.samples if sample.filename in held_out], images.image_dir)
     trained = [name for name, share in train_set.synthesis.anomaly_types.items() if share > 0 and name != "normal"]
     types = list(dict.fromkeys([*trained, *LOCAL]))
-    return HeldOutSet(images, train_set.rules, train_set.preprocessing, train_set.synthesis, types, train_set.seed)
+    room = config.cache_mb - train_set.cached.megabytes
+    cached = CachedImages(images, train_set.rules, train_set.preprocessing, room)
+    return HeldOutSet(cached, train_set.synthesis, types, train_set.seed)
 
 
 def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
@@ -191,6 +201,8 @@ def check_realnet_data(config: dict, class_name: str) -> None:
     _listed(config, config.test.meta_file.replace("{}", class_name), may_be_empty=True)
     classes = class_names(samples)
     _synthesis(train).open(classes)
+    if train.validation_fraction:
+        parts_of(train.parts, [sample.filename for sample in samples])
     if config.foreground != "auto":
         for name in classes:
             rule_for(config.foreground, config.type, name, list)

@@ -15,19 +15,14 @@ from datasets.synthesis import Synthesis
 from utils.errors import UsageError
 
 
-class RealNetTrainSet(Dataset):
-    """Normal images with synthetic anomalies. Keys are (epoch, index); a sample depends on (seed, epoch, index) only.
+class CachedImages:
+    """Good images, resized, with their foregrounds; what fits is decoded once.
 
     Args:
         images: list of good images.
         rules: the foreground rule of each class; None if the whole image is foreground.
-        preprocessing, synthesis, augmentation: see their classes.
-        seed: seeds every random draw.
-        cache_mb: memory for resized images and their foregrounds, in MiB.
-
-    Yields:
-        image, gt_image: (3,H,W) float32, anomalous and normal; mask: (1,H,W) float32 in {0, 1};
-        changed: bool, whether the two images differ.
+        preprocessing: see its class.
+        cache_mb: memory for the images and their foregrounds, in MiB, which loader workers share.
     """
 
     def __init__(
@@ -35,18 +30,60 @@ class RealNetTrainSet(Dataset):
         images: ImageList,
         rules: dict[str, ForegroundRule | None],
         preprocessing: Preprocessing,
-        synthesis: Synthesis,
-        augmentation: Augmentation,
-        seed: int,
         cache_mb: int = 0,
     ) -> None:
         self.images, self.rules, self.preprocessing = images, rules, preprocessing
+        # The foreground is cached with the image, as a fourth channel.
+        self.cache = SharedCache(len(images), (*preprocessing.size, 4), max(0, cache_mb))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def megabytes(self) -> int:
+        """Memory of the cache in MiB, rounded up."""
+        return -(-self.cache.items.numel() >> 20)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The resized image (H,W,3) uint8 and its foreground (H,W) uint8 in {0, 1}."""
+        cached = self.cache.get(index)
+        if cached is not None:
+            return cached[..., :3], cached[..., 3]
+        image = self.preprocessing.read(self.images.path(index))
+        foreground = apply_rule(image, self.rules[self.images.samples[index].clsname])
+        if self.cache.has_room(index):
+            self.cache.put(index, np.dstack([image, foreground]))
+        return image, foreground
+
+
+class RealNetTrainSet(Dataset):
+    """Normal images with synthetic anomalies. Keys are (epoch, index); a sample depends on (seed, epoch, index) only.
+
+    Args:
+        cached: the good images.
+        synthesis, augmentation: see their classes.
+        seed: seeds every random draw.
+
+    Yields:
+        image, gt_image: (3,H,W) float32, anomalous and normal; mask: (1,H,W) float32 in {0, 1};
+        changed: bool, whether the two images differ.
+    """
+
+    def __init__(self, cached: CachedImages, synthesis: Synthesis, augmentation: Augmentation, seed: int) -> None:
+        self.cached, self.preprocessing = cached, cached.preprocessing
         self.synthesis, self.augmentation, self.seed = synthesis, augmentation, seed
         self.types: dict[str, float] | None = None  # in place of those of the synthesis
-        # The foreground mask is cached with the image, as a fourth channel.
-        self.cache = SharedCache(len(images), (*preprocessing.size, 4), cache_mb)
-        self._of_class = {name: images.of_class(name) for name in rules}
-        synthesis.open(list(rules), tell=True)
+        self._of_class = {name: cached.images.of_class(name) for name in cached.rules}
+        synthesis.open(list(cached.rules), tell=True)
+
+    @property
+    def images(self) -> ImageList:
+        return self.cached.images
+
+    @property
+    def rules(self) -> dict[str, ForegroundRule | None]:
+        """The foreground rule of each class."""
+        return self.cached.rules
 
     @property
     def samples(self) -> list[Sample]:
@@ -68,14 +105,7 @@ class RealNetTrainSet(Dataset):
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The resized image (H,W,3) uint8 and its foreground (H,W) uint8 in {0, 1}."""
-        cached = self.cache.get(index)
-        if cached is not None:
-            return cached[..., :3], cached[..., 3]
-        image = self.preprocessing.read(self.images.path(index))
-        foreground = apply_rule(image, self.rules[self.samples[index].clsname])
-        if self.cache.has_room(index):
-            self.cache.put(index, np.dstack([image, foreground]))
-        return image, foreground
+        return self.cached.read(index)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | bool]:
         epoch, index = key

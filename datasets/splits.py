@@ -1,10 +1,11 @@
-"""Finds near-duplicate images, and splits good images so that near-duplicates stay on one side.
+"""Finds near-duplicate images, and splits good images so that near-duplicates and views of a part stay on one side.
 
 Two images are near-duplicates if they come from one photograph: saved again, scaled, brightened, made noisier, or
 shifted a little. Different parts that lie the same way are not. docs/robustness.md has what was measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import cv2
@@ -141,9 +142,25 @@ def _distance(first: Fingerprint, second: Fingerprint) -> float:
     return max(1 - best, 0.0)
 
 
-def duplicate_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
-    """Groups of near-duplicates as sorted lists of indices, ordered by their first members."""
-    parent = list(range(len(fingerprints)))
+def duplicate_groups(fingerprints: Sequence[Fingerprint], parts: Sequence[str | None] | None = None) -> list[list[int]]:
+    """Groups of near-duplicates as sorted lists of indices, ordered by their first members.
+
+    Args:
+        parts: the part that each image shows, or None; images of one part are in one group.
+    """
+    parts = parts or [None] * len(fingerprints)
+    return _joined(len(fingerprints), [*near_duplicates(fingerprints), *_same_part(parts)])
+
+
+def _same_part(parts: Sequence[str | None]) -> list[tuple[int, int]]:
+    """Each image that shows a named part, paired with the first that shows it."""
+    first: dict[str, int] = {}
+    return [(first.setdefault(part, i), i) for i, part in enumerate(parts) if part is not None]
+
+
+def _joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The groups of 0 .. count - 1 that pairs connect."""
+    parent = list(range(count))
 
     def root_of(i: int) -> int:
         while parent[i] != i:
@@ -151,24 +168,30 @@ def duplicate_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
             i = parent[i]
         return i
 
-    for i, j in near_duplicates(fingerprints):
+    for i, j in pairs:
         low, high = sorted((root_of(i), root_of(j)))
         parent[high] = low
     groups: dict[int, list[int]] = {}
-    for i in range(len(fingerprints)):
+    for i in range(count):
         groups.setdefault(root_of(i), []).append(i)
     return list(groups.values())
 
 
 def split_good(
-    samples: Sequence[Sample], fingerprints: dict[str, Fingerprint], fraction: float, seed: int, at_least: int = 1
+    samples: Sequence[Sample],
+    fingerprints: Mapping[str, Fingerprint],
+    fraction: float,
+    seed: int,
+    at_least: int = 1,
+    parts: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Sample], list[Sample]]:
-    """Split the good images of one class in two; near-duplicates stay on one side if possible.
+    """Split the good images of one class in two; images of one part, and near-duplicates, stay on one side if possible.
 
     Args:
         fingerprints: by file name.
         fraction: share of images to hold out, 0 .. 1; unless it is 0, the aim is at least one image on each side.
         at_least: the smallest number of images to hold out, unless that is more than half of them.
+        parts: the part that an image shows, by file name, as far as it is known.
 
     Returns:
         The rest, to train on; the images held out. Both in the order of the samples.
@@ -178,10 +201,11 @@ def split_good(
     if fraction > 0:
         wanted = max(round(fraction * len(samples)), min(at_least, len(samples) // 2), 1)
         wanted = min(wanted, len(samples) - 1)
-    groups = duplicate_groups([fingerprints[sample.filename] for sample in samples])
+    shown = [parts.get(sample.filename) for sample in samples]
+    groups = duplicate_groups([fingerprints[sample.filename] for sample in samples], shown)
     if max(map(len, groups)) > len(samples) / 2:
-        # Most images look the same, so grouping them is no use; the preparation's findings list the pairs.
-        groups = [[i] for i in range(len(samples))]
+        # Most images look the same, so grouping by that is no use; the preparation's findings list the pairs.
+        groups = _joined(len(samples), _same_part(shown))
     held_out: set[int] = set()
     for g in rng.permutation(len(groups)):
         if len(held_out) + len(groups[g]) <= wanted:

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.catalog import ForegroundRule
-from datasets.foreground import apply_rule
-from datasets.images import Preprocessing
-from datasets.lists import ImageList, Sample
+from datasets.lists import Sample
+from datasets.realnet import CachedImages
 from datasets.synthesis import Synthesis
 
 FOLDER = "synthetic"  # of the names of images with an anomaly: synthetic/<type>/<file name>
@@ -24,9 +22,8 @@ class HeldOutSet(Dataset):
     An anomaly depends on the seed and on its place in the set only, so that validations of a run compare.
 
     Args:
-        images: list of good images.
-        rules: the foreground rule of each class; None if the whole image is foreground.
-        preprocessing, synthesis: see their classes.
+        cached: the good images.
+        synthesis: see its class.
         types: the anomaly types that take turns, also such as training does not draw.
         seed: of the random draws.
 
@@ -34,17 +31,10 @@ class HeldOutSet(Dataset):
         image: (3,H,W) float32; mask: (H,W) uint8 in {0, 1}; index.
     """
 
-    def __init__(
-        self,
-        images: ImageList,
-        rules: dict[str, ForegroundRule | None],
-        preprocessing: Preprocessing,
-        synthesis: Synthesis,
-        types: Sequence[str],
-        seed: int,
-    ) -> None:
-        self.images, self.rules, self.preprocessing = images, rules, preprocessing
+    def __init__(self, cached: CachedImages, synthesis: Synthesis, types: Sequence[str], seed: int) -> None:
+        self.cached, self.images, self.preprocessing = cached, cached.images, cached.preprocessing
         self.synthesis, self.seed = synthesis, seed
+        images = self.images
         rounds = -(-FEWEST_ANOMALIES // max(1, len(images)))
         drawn = [
             (index, types[(turn + index) % len(types)], turn) for turn in range(rounds) for index in range(len(images))
@@ -63,11 +53,10 @@ class HeldOutSet(Dataset):
 
     def read(self, index: int) -> np.ndarray:
         """A held-out image (H,W,3) uint8, resized."""
-        return self.preprocessing.read(self.images.path(index))
+        return self.cached.read(index)[0]
 
     def _anomaly(self, index: int, kind: str, turn: int) -> tuple[np.ndarray | None, np.ndarray]:
-        image, clsname = self.read(index), self.images.samples[index].clsname
-        foreground = apply_rule(image, self.rules[clsname])
+        (image, foreground), clsname = self.cached.read(index), self.images.samples[index].clsname
         others = self.images.of_class(clsname)
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng([self.seed, STREAM, index, turn, attempt])

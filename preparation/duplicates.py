@@ -1,6 +1,7 @@
 """Reports test images that are nearly the same as a training image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from datasets.lists import Sample
 from datasets.splits import Fingerprint, near_duplicates
@@ -8,9 +9,16 @@ from preparation.findings import LEAK, Finding
 
 
 def report_leaks(
-    train: Iterable[Sample], test: Iterable[Sample], fingerprints: dict[str, Fingerprint]
+    train: Iterable[Sample],
+    test: Iterable[Sample],
+    fingerprints: Mapping[str, Fingerprint],
+    parts: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Finding]:
-    """Findings for test images that are nearly the same as a training image of their class."""
+    """Findings for test images that are nearly the same as a training image of their class, or show the same part.
+
+    Args:
+        parts: the part that an image shows, by file name, as far as it is known.
+    """
     train, test = list(train), list(test)
     findings = []
     for name in sorted({sample.clsname for sample in train}):
@@ -24,4 +32,9 @@ def report_leaks(
             more = f" and {len(similar) - 1} more" if len(similar) > 1 else ""
             text = f"is nearly the same as the training image {train_files[similar[0]]}{more}"
             findings.append(Finding(LEAK, test_files[j], text))
+        trained = {parts[file]: file for file in reversed(train_files) if file in parts}
+        for j, file in enumerate(test_files):
+            if j not in similar_to and parts.get(file) in trained:
+                text = f"shows the same part ({parts[file]}) as the training image {trained[parts[file]]}"
+                findings.append(Finding(LEAK, file, text))
     return findings

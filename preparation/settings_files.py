@@ -5,8 +5,8 @@ called parts.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +103,30 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def realnet_text(
-    dataset: str, size: Sequence[int], foreground: str, networks: Networks, reading: str = "", textures: bool = True
-) -> str:
-    """The text of realnet.yaml.
+@dataclass(frozen=True)
+class Told:
+    """What the settings say of the images.
 
     Args:
+        foreground: value of dataset.foreground, as YAML.
+        parts: value of dataset.train.parts.
+        reader: further keys of dataset.image_reader.kwargs.
         textures: whether there are textures for the anomaly type dtd; else other types take its place.
-        reading: further keys of dataset.image_reader.kwargs, as YAML, each after a comma.
+    """
+
+    foreground: str = "none"
+    parts: str | None = None
+    reader: Mapping[str, Any] = field(default_factory=dict)
+    textures: bool = True
+
+    @property
+    def reading(self) -> str:
+        """The reader's keys as YAML, each after a comma."""
+        return "".join(f", {key}: {value}" for key, value in self.reader.items())
+
+
+def realnet_text(dataset: str, size: Sequence[int], told: Told, networks: Networks) -> str:
+    """The text of realnet.yaml.
 
     Raises:
         RunError: the preset was changed so that a value has no place in it.
@@ -127,8 +143,8 @@ def realnet_text(
         r"^  input_size: [^\n]*": f"  input_size: [{size[0]}, {size[1]}]",
         # In proportion to the input: 16 at 256.
         r"avgpool_size: \[16, 16\]": f"avgpool_size: [{max(1, round(size[0] / 16))}, {max(1, round(size[1] / 16))}]",
-        r"^  foreground: none$": f"  foreground: {foreground}  # {FOREGROUND_HINT}",
-        r"color_mode: RGB": f"color_mode: RGB{reading}",
+        r"^  foreground: none$": f"  foreground: {told.foreground}  # {FOREGROUND_HINT}",
+        r"color_mode: RGB": f"color_mode: RGB{told.reading}",
         r"^  pixel_mean: [^\n]*": f"  pixel_mean: {list(mean)}",
         r"^  pixel_std: [^\n]*": f"  pixel_std: {list(std)}",
     }
@@ -140,11 +156,21 @@ def realnet_text(
         values |= {r"^structure:\n(  - [^\n]*\n)+": "structure:\n" + "".join(f"  - {line}" for line in lines)}
         values |= {r"backbone: \w+, weights": f"backbone: {networks.backbone}, weights"}
     if networks.weights:
-        quoted = yaml.safe_dump(networks.weights, default_style='"', width=10**6).strip()
-        values |= {r"weights: auto\}": f"weights: {quoted}}}"}
+        values |= {r"weights: auto\}": f"weights: {_quoted(networks.weights)}}}"}
     for pattern, value in values.items():
         text = _replaced(path, pattern, value, text)
-    return text if textures else _without_textures(text)
+    return _as_told(path, text, told)
+
+
+def _as_told(path: Path, text: str, told: Told) -> str:
+    """The text of a realnet.yaml with its parts, and without dtd if there are no textures."""
+    if told.parts is not None:
+        text = _replaced(path, "^    parts: null", f"    parts: {_quoted(told.parts)}", text)
+    return text if told.textures else _without_textures(text)
+
+
+def _quoted(value: str) -> str:
+    return yaml.safe_dump(value, default_style='"', width=10**6).strip()
 
 
 def _without_textures(text: str) -> str:
@@ -156,26 +182,22 @@ def settings_texts(
     dataset: str,
     classes: int,
     size: Sequence[int],
-    foreground: str,
-    reader: dict[str, Any] | None = None,
+    told: Told | None = None,
     networks: Networks | None = None,
-    textures: bool = True,
 ) -> dict[str, str]:
     """Texts of a data set's YAML files by file name, with its number of classes, paths and sizes.
 
     Args:
         classes: number of classes. One class needs neither a classifier nor a model for all classes.
         size: input size of RealNet.
-        foreground: value of dataset.foreground, as YAML.
-        reader: further keys of dataset.image_reader.kwargs.
+        told: what the settings say of the images.
         networks: what realnet.yaml says of the networks.
-        textures: whether there are textures for the anomaly type dtd.
 
     Raises:
         RunError: a template was changed so that a value has no place in it.
     """
-    reading = "".join(f", {key}: {value}" for key, value in (reader or {}).items())
-    texts = {"realnet.yaml": realnet_text(dataset, size, foreground, networks or Networks(), reading, textures)}
+    told = told or Told()
+    texts = {"realnet.yaml": realnet_text(dataset, size, told, networks or Networks())}
     for name, keys in FILES.items():
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
@@ -195,11 +217,11 @@ def settings_texts(
             section = r"^classifier:.*?(?=^TestSampler)"
             text = _replaced(path, section, "classifier: null  # one class\n", text)
         if name != "sample.yaml":
-            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{reading}", text)
+            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{told.reading}", text)
         left = re.search("@[A-Z]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")
-        texts[name] = text if textures else _without_textures(text)
+        texts[name] = _as_told(path, text, told) if name.startswith("realnet") else text
     return texts
 
 

@@ -351,6 +351,10 @@ _HELD_OUT_HELP = (
     "Share of the good images (at least 8, at most half) that is not trained on: thresholds and "
     "evaluator.select: synthetic need it."
 )
+_PARTS_HELP = (
+    "Which images show the same part: a CSV file (file, part) or a regular expression for file names, e.g. part\\d+. A "
+    "part's images are held out together or not at all."
+)
 _SELECT_HELP = (
     "Which checkpoint becomes ckpt_best: the best on the test list (the paper's protocol), the best on held-out good "
     "images with synthetic anomalies, or the last."
@@ -371,6 +375,7 @@ _REALNET = Section(
                         **_AUGMENT,
                         "jitter": Setting("float", _JITTER_HELP, 0.0, low=0, below=1),
                         "validation_fraction": Setting("float", _HELD_OUT_HELP, 0.0, low=0, high=0.5),
+                        "parts": Setting("str?", _PARTS_HELP, None),
                     }
                 ),
                 "test": Section(

@@ -15,7 +15,7 @@ from datasets.foreground import apply_rule, auto_rule, foreground_mask, rule_for
 from datasets.images import Augmentation, Preprocessing, list_images
 from datasets.lists import ImageList, read_list
 from datasets.perlin import perlin_mask, perlin_noise
-from datasets.realnet import RealNetTrainSet
+from datasets.realnet import CachedImages, RealNetTrainSet
 from datasets.synthesis import Synthesis
 from tests.conftest import settings
 from utils.config import checked
@@ -214,7 +214,7 @@ def train_set(tiny_data, types, cache_mb=4, augmentation=NO_AUGMENTATION):
     samples = read_list(tiny_data / "samples" / "train_dots.json", tiny_data / "images")
     images = ImageList(samples, tiny_data / "images")
     synthesis = Synthesis(types, sdas_dir=str(tiny_data / "images/{}/test"), dtd_dir=str(tiny_data / "images/lines"))
-    return RealNetTrainSet(images, {"dots": None}, UNIT, synthesis, augmentation, 7, cache_mb)
+    return RealNetTrainSet(CachedImages(images, {"dots": None}, UNIT, cache_mb), synthesis, augmentation, 7)
 
 
 def test_samples_differ_from_the_normal_image_only_under_the_mask(tiny_data):

@@ -148,7 +148,9 @@ def test_templates_are_installed():
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_all_values_reach_the_settings(classes, tmp_path):
-    texts = settings_files.settings_texts("My.Parts-2", classes, (119, 193), "{channel: red, threshold: 7}")
+    texts = settings_files.settings_texts(
+        "My.Parts-2", classes, (119, 193), settings_files.Told("{channel: red, threshold: 7}")
+    )
     configs = {}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -157,7 +159,8 @@ def test_all_values_reach_the_settings(classes, tmp_path):
         assert "mvtec/" not in text
         assert text.startswith(f"# {name} of My.Parts-2")
     assert len(configs) == (3 if classes == 1 else 5)
-    assert "parts" not in texts["realnet.yaml"].replace("My.Parts-2", "")
+    assert "data/parts" not in texts["realnet.yaml"]
+    assert "type: parts" not in texts["realnet.yaml"]
     for name, config in configs.items():
         if name != "sample.yaml":
             assert config.dataset.image_reader.kwargs.image_dir == "data/My.Parts-2/images/"
@@ -179,7 +182,7 @@ def test_all_values_reach_the_settings(classes, tmp_path):
 
 @pytest.mark.parametrize("dataset", ["MVTec-AD", "VisA", "MPDD", "BTAD"])
 def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset, tmp_path):
-    texts = settings_files.settings_texts(dataset, len(CATALOG[dataset].classes), (256, 256), "none")
+    texts = settings_files.settings_texts(dataset, len(CATALOG[dataset].classes), (256, 256))
     for name, text in texts.items():
         own = tmp_path / name
         own.write_text(text.replace(f"data/{dataset}/images/", f"data/{dataset}/{CATALOG[dataset].type}/"))
@@ -210,14 +213,16 @@ def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, t
         (tmp_path / path.name).write_text(content.replace(old, new) if path.name == file else content)
     monkeypatch.setattr(settings_files, "TEMPLATES", tmp_path)
     with pytest.raises(RunError, match=text):
-        settings_files.settings_texts("parts", 1, (256, 256), "none")
+        settings_files.settings_texts("parts", 1, (256, 256))
 
 
 @pytest.mark.parametrize("preset", settings_files.preset_names())
 def test_a_preset_is_a_whole_file_and_its_values_reach_the_settings(preset, tmp_path):
     assert load_config(REPOSITORY / f"experiments/presets/{preset}.yaml", script="realnet").dataset.type == "parts"
     detector = settings_files.Networks(preset, "efficientnet_b0", 'C:\\my "w".pth', "half")
-    text = settings_files.settings_texts("bolts", 1, (96, 160), "auto", {"bits": 12}, detector)["realnet.yaml"]
+    told = settings_files.Told("auto", r"bolt\d+", {"bits": 12})
+    text = settings_files.settings_texts("bolts", 1, (96, 160), told, detector)["realnet.yaml"]
+    assert yaml.safe_load(text)["dataset"]["train"]["parts"] == r"bolt\d+"
     (tmp_path / "realnet.yaml").write_text(text)
     config = load_config(tmp_path / "realnet.yaml", script="realnet")
     assert config.dataset.image_reader.kwargs.bits == 12
@@ -234,7 +239,7 @@ def test_a_preset_without_a_place_for_a_value_is_named(tmp_path, monkeypatch):
     (tmp_path / "quick.yaml").write_text(text.replace("foreground: none", "foreground: auto"))
     monkeypatch.setattr(settings_files, "PRESETS", tmp_path)
     with pytest.raises(RunError, match=r"quick.yaml: .*foreground: none\$ is missing"):
-        settings_files.realnet_text("bolts", (96, 96), "auto", settings_files.Networks("quick"))
+        settings_files.realnet_text("bolts", (96, 96), settings_files.Told("auto"), settings_files.Networks("quick"))
 
 
 @pytest.mark.parametrize(
