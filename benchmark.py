@@ -14,10 +14,35 @@ every cell, and the cells' files to <variant>/<class>/seed_<n>/ beside them; --o
 """
 
 import argparse
+from pathlib import Path
+
+from utils import arguments
+
+SEEDS = [100, 101, 102]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.run_parser(__doc__)
+    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="random_seed of each run (100 101 102)")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME:KEY=VALUE,...",
+        help="settings to compare under a name, beside those of --set; can be given several times",
+    )
+    parser.add_argument("--jobs", type=int, help="cells at a time (the number of GPUs, or 1 on a CPU)")
+    parser.add_argument("--output", type=Path, help="folder of the cells and tables (experiments/<dataset>/benchmark)")
+    parser.add_argument("--overwrite", action="store_true", help="make cells anew that were made with other settings")
+    parser.add_argument("--report-only", action="store_true", help="train nothing; a table of the finished cells")
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -38,25 +63,6 @@ from utils.log import log, log_to_file, log_to_terminal, progress_bar
 from utils.names import name_problem
 from utils.processes import Job, run_jobs
 from utils.run_record import REPOSITORY
-
-SEEDS = [100, 101, 102]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="random_seed of each run (100 101 102)")
-    parser.add_argument(
-        "--variant",
-        action="append",
-        metavar="NAME:KEY=VALUE,...",
-        help="settings to compare under a name, beside those of --set; can be given several times",
-    )
-    parser.add_argument("--jobs", type=int, help="cells at a time (the number of GPUs, or 1 on a CPU)")
-    parser.add_argument("--output", type=Path, help="folder of the cells and tables (experiments/<dataset>/benchmark)")
-    parser.add_argument("--overwrite", action="store_true", help="make cells anew that were made with other settings")
-    parser.add_argument("--report-only", action="store_true", help="train nothing; a table of the finished cells")
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -16,6 +16,33 @@ on the number of ranks. --tile only adds thresholds for predict.py --tile.
 """
 
 import argparse
+
+from utils import arguments
+
+HELD_OUT_RULE, BEST_RULE = RULES = ("held-out", "best-f1")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.run_parser(__doc__)
+    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
+    parser.add_argument("--checkpoint", help="checkpoint file instead of the class's ckpt_best.pth.tar")
+    rule_help = "thresholds from held-out good images (default, if the checkpoint has some) or the best F1 on the list"
+    parser.add_argument("--threshold-rule", choices=RULES, help=rule_help)
+    fpr_help = (
+        "share of false alarms that thresholds are chosen by (held-out: 0.01; without held-out images, not by F1)"
+    )
+    parser.add_argument("--target-fpr", type=float, help=fpr_help)
+    parser.add_argument("--pro-limit", type=float, help="highest false positive rate in PRO (0.3)")
+    parser.add_argument("--tile", type=int, help="score in square tiles with this side, as predict.py --tile does")
+    parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles share (64, at most tile / 4)")
+    parser.add_argument("--full-size", action="store_true", help="pixel metrics at the images' own sizes")
+    parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
+    parser.add_argument("--no-pictures", action="store_true", help="do not write a picture of each test image")
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
 import shlex
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
@@ -61,8 +88,6 @@ from utils.log import log, set_up_logging
 from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, stop_requests
 
-HELD_OUT_RULE, BEST_RULE = RULES = ("held-out", "best-f1")
-
 
 @dataclass(frozen=True)
 class Options:
@@ -84,25 +109,6 @@ class Options:
             return f"Images were scored in tiles of {self.tiles.name}; pixel metrics are at the images' own sizes."
         where = "the images' own sizes (--full-size)" if self.full_size else "the model's input size"
         return f"Pixel metrics compare maps and masks at {where}."
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
-    parser.add_argument("--checkpoint", help="checkpoint file instead of the class's ckpt_best.pth.tar")
-    rule_help = "thresholds from held-out good images (default, if the checkpoint has some) or the best F1 on the list"
-    parser.add_argument("--threshold-rule", choices=RULES, help=rule_help)
-    fpr_help = (
-        "share of false alarms that thresholds are chosen by (held-out: 0.01; without held-out images, not by F1)"
-    )
-    parser.add_argument("--target-fpr", type=float, help=fpr_help)
-    parser.add_argument("--pro-limit", type=float, default=PRO_LIMIT, help="highest false positive rate in PRO (0.3)")
-    parser.add_argument("--tile", type=int, help="score in square tiles with this side, as predict.py --tile does")
-    parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles share (64, at most tile / 4)")
-    parser.add_argument("--full-size", action="store_true", help="pixel metrics at the images' own sizes")
-    parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
-    parser.add_argument("--no-pictures", action="store_true", help="do not write a picture of each test image")
-    return parser.parse_args()
 
 
 def main() -> None:
@@ -149,13 +155,14 @@ def check_options(args: argparse.Namespace, classes: list[str], batch_size: int)
         raise UsageError(f"--target-fpr {args.target_fpr}: has to lie in 0 .. 1, e.g. 0.01 for 1 %")
     if args.target_fpr is not None and args.threshold_rule == BEST_RULE:
         raise UsageError(f"--threshold-rule {BEST_RULE} has no rate of false alarms; leave --target-fpr out")
-    if not 0 < args.pro_limit <= 1:
-        raise UsageError(f"--pro-limit {args.pro_limit}: has to lie above 0 and up to 1")
+    pro_limit = PRO_LIMIT if args.pro_limit is None else args.pro_limit
+    if not 0 < pro_limit <= 1:
+        raise UsageError(f"--pro-limit {pro_limit}: has to lie above 0 and up to 1")
     other = args.checkpoint is not None
     return Options(
         args.threshold_rule,
         args.target_fpr,
-        args.pro_limit,
+        pro_limit,
         max(0, args.gallery),
         not args.no_pictures,
         other,

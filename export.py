@@ -10,6 +10,24 @@ ONNX needs `pip install -r requirements-export.txt`.
 """
 
 import argparse
+from pathlib import Path
+
+from utils import arguments
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, or class folder with a checkpoint")
+    parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the models")
+    parser.add_argument("--format", choices=["onnx", "torch", "both"], default="both")
+    parser.add_argument("--overwrite", action="store_true", help="replace models in the folder")
+    parser.add_argument("--input", help="images for the check (default: from the test list)")
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
 import io
 import json
 import logging
@@ -17,7 +35,6 @@ import shlex
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,17 +61,6 @@ IMAGES = 8
 TOLERANCE = 1e-3
 ONNX_OPSET = 20
 MOST_BYTES = 1_900_000_000  # of weights in one ONNX file, whose limit is 2 GiB
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, or class folder with a checkpoint")
-    parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the models")
-    parser.add_argument("--format", choices=["onnx", "torch", "both"], default="both")
-    parser.add_argument("--overwrite", action="store_true", help="replace models in the folder")
-    parser.add_argument("--input", help="images for the check (default: from the test list)")
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -16,37 +16,14 @@ below the input folder are not scored. Up to 20 images, their scores are also pr
 """
 
 import argparse
-import math
-import signal
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from datasets.build import preprocessing_of
-from datasets.images import MEGAPIXELS, allow_megapixels, count_pages, pixels_of
-from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path, tiles_of
-from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, find_inputs
-from evaluation.prediction_files import TABLE, Results, rounded
-from evaluation.thresholds import Thresholds
-from utils import cli
-from utils.errors import RunError, UsageError
-from utils.lock import folder_lock
-from utils.log import log, log_to_terminal
-from utils.names import shown
-from utils.prefetch import PIXELS_AHEAD, groups, prefetch
-
-FEW_IMAGES = 20  # whose scores are printed too
+from datasets.folders import MEGAPIXELS
+from utils import arguments
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     model_help = "checkpoint, class folder with a checkpoint, or .onnx or .pt2 file"
     parser.add_argument("--checkpoint", required=True, help=model_help)
     parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
@@ -69,8 +46,38 @@ def parse_args() -> argparse.Namespace:
     existing.add_argument(
         "--continue", dest="resume", action="store_true", help="score what is not in scores.jsonl yet"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: a GPU if there is one")
+    arguments.add_device(parser)
     return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.build import preprocessing_of
+from datasets.images import allow_megapixels, count_pages, pixels_of
+from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path, tiles_of
+from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, find_inputs
+from evaluation.prediction_files import TABLE, Results, rounded
+from evaluation.thresholds import Thresholds
+from utils import cli
+from utils.errors import RunError, UsageError
+from utils.lock import folder_lock
+from utils.log import log, log_to_terminal
+from utils.names import shown
+from utils.prefetch import PIXELS_AHEAD, groups, prefetch
+
+FEW_IMAGES = 20  # whose scores are printed too
 
 
 @dataclass(frozen=True)

@@ -14,49 +14,21 @@ experiments/<dataset>/*.yaml. Exit code 1 means that some images cannot be read;
 """
 
 import argparse
-import os
-import re
-import shlex
-import sys
-from collections import Counter
 from pathlib import Path
 
-import torch
-import yaml
-
 from datasets.catalog import CATALOG, TEXTURES
-from datasets.folders import list_images
-from datasets.images import MEGAPIXELS, allow_megapixels
-from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
-from datasets.parts import parts_of
-from datasets.splits import Fingerprint, split_good
+from datasets.folders import MEGAPIXELS, list_images
 from models.structures import NORMALIZATIONS, STRUCTURES, structure_of
-from preparation import findings, placing, settings_files
 from preparation.archives import SUFFIXES
-from preparation.classes import UNSPLIT, DatasetOnDisk
-from preparation.duplicates import report_leaks
-from preparation.inspection import inspect, report_bits
-from preparation.layouts import Chosen, recognize, report_masks
-from preparation.names import TEST, TRAIN
-from preparation.preview import preview_sheet
-from preparation.roles import roles_table
-from preparation.textures import recognize_textures
-from utils import cli
-from utils.config import load_config
-from utils.errors import UsageError
-from utils.files import remove_parts, write_text
-from utils.lock import folder_lock
-from utils.log import log, log_to_terminal
-from utils.pictures import write_image
+from preparation.presets import preset_names
+from utils import arguments
 
 OFFICIAL = (*CATALOG, *TEXTURES)
 TEST_FRACTION = 0.2
-TEXTURES_DIR = "data/DTD/images"  # as in the presets
-WITH_TEXTURES = "{normal: 0.5, dtd: 0.2, cutpaste: 0.1, self: 0.1, noise: 0.1}"  # anomaly types
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(OFFICIAL)}, or a name for your own")
     parser.add_argument("--root", type=Path, help=f"folder of the images, or an archive ({' '.join(SUFFIXES)})")
     parser.add_argument("--copy", action="store_true", help="copy the images to data/<dataset>/ instead of linking")
@@ -89,7 +61,7 @@ def parse_args() -> argparse.Namespace:
         metavar=("H", "W"),
         help="default: the area of 256x256 pixels, in the images' aspect ratio",
     )
-    presets = ("auto", *settings_files.preset_names())
+    presets = ("auto", *preset_names())
     preset_help = "settings to begin with: auto takes standard if there is a GPU, else quick (experiments/presets/)"
     own.add_argument("--preset", choices=presets, default="auto", help=preset_help)
     own.add_argument("--backbone", metavar="NAME", help=f"instead of the preset's: {', '.join(STRUCTURES)}")
@@ -98,6 +70,42 @@ def parse_args() -> argparse.Namespace:
     own.add_argument("--normalization", choices=tuple(NORMALIZATIONS), default="imagenet", help=normalization_help)
     own.add_argument("--foreground", default="none", help="value of the setting dataset.foreground (default none)")
     return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+
+import torch
+import yaml
+
+from datasets.images import allow_megapixels
+from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
+from datasets.parts import parts_of
+from datasets.splits import Fingerprint, split_good
+from preparation import findings, placing, settings_files
+from preparation.classes import UNSPLIT, DatasetOnDisk
+from preparation.duplicates import report_leaks
+from preparation.inspection import inspect, report_bits
+from preparation.layouts import Chosen, recognize, report_masks
+from preparation.names import TEST, TRAIN
+from preparation.preview import preview_sheet
+from preparation.roles import roles_table
+from preparation.textures import recognize_textures
+from utils import cli
+from utils.config import load_config
+from utils.errors import UsageError
+from utils.files import remove_parts, write_text
+from utils.lock import folder_lock
+from utils.log import log, log_to_terminal
+from utils.pictures import write_image
+
+TEXTURES_DIR = "data/DTD/images"  # as in the presets
+WITH_TEXTURES = "{normal: 0.5, dtd: 0.2, cutpaste: 0.1, self: 0.1, noise: 0.1}"  # anomaly types
 
 
 def main() -> None:

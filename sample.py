@@ -11,6 +11,25 @@ seed, the class and i, but not on the number of ranks. Existing images are not d
 """
 
 import argparse
+
+from utils import arguments
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.run_parser(__doc__)
+    parser.add_argument("--class_name", default="all", help="one class, several separated by commas, or all")
+    parser.add_argument("--strength", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the strength s")
+    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="use s of 0.01 .. 0.03 with ddim")
+    parser.add_argument("--steps", type=int, help="number of sampling steps, instead of TestSampler.section_counts")
+    parser.add_argument("--no-classifier", action="store_true", help="sample without guidance")
+    parser.add_argument("--seed", type=int, help="seed, instead of random_seed")
+    parser.add_argument("--preview", action="store_true", help="only write a strip over s per class")
+    parser.add_argument("--overwrite", action="store_true", help="delete existing images and draw them again")
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -89,19 +108,6 @@ class Sampler:
         if not images.isfinite().all():
             raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
         return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--class_name", default="all", help="one class, several separated by commas, or all")
-    parser.add_argument("--strength", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the strength s")
-    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="use s of 0.01 .. 0.03 with ddim")
-    parser.add_argument("--steps", type=int, help="number of sampling steps, instead of TestSampler.section_counts")
-    parser.add_argument("--no-classifier", action="store_true", help="sample without guidance")
-    parser.add_argument("--seed", type=int, help="seed, instead of random_seed")
-    parser.add_argument("--preview", action="store_true", help="only write a strip over s per class")
-    parser.add_argument("--overwrite", action="store_true", help="delete existing images and draw them again")
-    return parser.parse_args()
 
 
 def main() -> None:

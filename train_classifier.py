@@ -9,6 +9,18 @@ classifier_log/.
 """
 
 import argparse
+
+from utils import arguments
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.run_parser(__doc__)
+    arguments.add_resume_options(parser)
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
 from itertools import islice
 from pathlib import Path
 
@@ -45,12 +57,6 @@ class TestImages(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.samples[0, index]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    cli.add_resume_options(parser)
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -9,6 +9,18 @@ and, at every validation, one contact sheet per class to diffusion_vis/.
 """
 
 import argparse
+
+from utils import arguments
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.run_parser(__doc__)
+    arguments.add_resume_options(parser)
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,12 +50,6 @@ from utils.training import Saver, Training, report_step, set_up_training, traine
 
 STRENGTHS = (0.0, 0.1, 0.2)
 IMAGES_PER_CLASS = 4
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    cli.add_resume_options(parser)
-    return parser.parse_args()
 
 
 def main() -> None:

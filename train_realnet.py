@@ -13,6 +13,19 @@ realnet_vis/<class>/.
 """
 
 import argparse
+
+from utils import arguments
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.run_parser(__doc__)
+    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
+    arguments.add_resume_options(parser)
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -69,13 +82,6 @@ from utils.training import (
 CALIBRATION_BATCHES = 8
 NORMAL_IMAGES = 48  # good training images that evaluator.score is measured on
 FIGURES = {TEST: "best_metric", SYNTHETIC: BEST_SYNTHETIC}  # the best metrics so far, by selection
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
-    cli.add_resume_options(parser)
-    return parser.parse_args()
 
 
 def main() -> None:

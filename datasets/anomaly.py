@@ -1,11 +1,8 @@
 """Synthetic local anomalies: a source image blended into a normal image inside a mask (RealNet, eq. 5)."""
 
-from collections.abc import Callable
-
 import cv2
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as tv
 
 
 def blend(image: np.ndarray, source: np.ndarray, mask: np.ndarray, delta: float) -> np.ndarray:
@@ -46,9 +43,13 @@ def augment_texture(texture: np.ndarray, rng: np.random.Generator, count: int = 
     return texture
 
 
-def _on_tensor(function: Callable[..., torch.Tensor], image: np.ndarray, *args: float) -> np.ndarray:
+def _torchvision(name: str, image: np.ndarray, *args: float) -> np.ndarray:
+    """Apply a function of torchvision.transforms.v2.functional to (H,W,3) uint8."""
+    # Imported where textures are augmented, because it takes seconds.
+    from torchvision.transforms.v2 import functional
+
     tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)
-    return function(tensor, *args).permute(1, 2, 0).numpy()
+    return getattr(functional, name)(tensor, *args).permute(1, 2, 0).numpy()
 
 
 def gamma(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -65,7 +66,7 @@ def brightness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def sharpness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Sharpness factor in [0, 2]: 0 blurs, 1 changes nothing, 2 sharpens."""
-    return _on_tensor(tv.adjust_sharpness, image, float(rng.uniform(0, 2)))
+    return _torchvision("adjust_sharpness", image, float(rng.uniform(0, 2)))
 
 
 def hue_saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -79,12 +80,12 @@ def hue_saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def solarize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Invert values at or above a random threshold in [32, 128]."""
-    return _on_tensor(tv.solarize, image, float(rng.integers(32, 129)))
+    return _torchvision("solarize", image, float(rng.integers(32, 129)))
 
 
 def posterize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Keep the upper 4 .. 7 bits of each value."""
-    return _on_tensor(tv.posterize, image, int(rng.integers(4, 8)))
+    return _torchvision("posterize", image, int(rng.integers(4, 8)))
 
 
 def invert(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -96,13 +97,13 @@ def invert(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def autocontrast(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Stretch each channel to 0 .. 255."""
     del rng
-    return _on_tensor(tv.autocontrast, image)
+    return _torchvision("autocontrast", image)
 
 
 def equalize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Equalise each channel's histogram."""
     del rng
-    return _on_tensor(tv.equalize, image)
+    return _torchvision("equalize", image)
 
 
 def rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

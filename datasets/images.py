@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from datasets.folders import MEGAPIXELS as MEGAPIXELS
 from datasets.folders import SUFFIXES as SUFFIXES
 from datasets.folders import list_images as list_images
 from utils.errors import UsageError
@@ -24,7 +25,6 @@ log = logging.getLogger("realnet")
 # What Pillow may decode: the formats of SUFFIXES, and of single files that are named. JPEG includes MPO, of phones.
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 RESAMPLING = Image.Resampling.BILINEAR  # antialiased in Pillow
-MEGAPIXELS = 178  # default limit, about that of Pillow, against small files that unpack to gigabytes
 # Pillow warns at half of its limit. What is above the limit is refused, and said in one line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module="PIL")  # of odd tags; what cannot be read raises an error

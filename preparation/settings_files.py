@@ -15,11 +15,11 @@ import yaml
 
 from datasets.foreground import rule_for
 from models.structures import NORMALIZATIONS, structure_of
+from preparation.presets import PRESETS
 from utils.config import differences, read_yaml
 from utils.errors import RunError, UsageError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-PRESETS = Path(__file__).resolve().parent.parent / "experiments" / "presets"
 _ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
 # The values that each file names.
 FILES = {
@@ -96,11 +96,6 @@ class Networks:
 
 
 WITHOUT_TEXTURES = "{normal: 0.5, cutpaste: 0.17, self: 0.16, noise: 0.17}"  # anomaly types
-
-
-def preset_names() -> list[str]:
-    """The presets that there are."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Shared by the commands: arguments, paths of settings and outputs, and error reports."""
+"""Shared by the commands: paths of settings and outputs, and error reports."""
 
 import argparse
 import logging
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -22,45 +21,11 @@ log = logging.getLogger("realnet")
 SECONDS_FOR_RANK_0 = 5.0
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """Arguments that every script takes; `doc` is its module docstring."""
-    arguments = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--dataset", help="name of a folder experiments/NAME/ with this script's YAML")
-    arguments.add_argument("--config", help="settings file to use instead")
-    arguments.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. trainer.max_epoch=10"
-    )
-    arguments.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: a GPU if there is one")
-    # torch.distributed.launch passes the rank in one of these spellings; the environment has it too.
-    arguments.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    return arguments
-
-
-class _Parser(argparse.ArgumentParser):
-    """Explains the error of a value in braces that the shell has cut into words."""
-
-    def error(self, message: str) -> NoReturn:
-        words = sys.argv[1:]
-        cut = next(
-            (word for word in words if word.count("{") + word.count("[") > word.count("}") + word.count("]")), ""
-        )
-        if message.startswith("unrecognized arguments") and "=" in cut:
-            message += f'\nput quotes around the whole value: --set "{cut} ..."'
-        super().error(message)
-
-
 def log_next(script: str, args: argparse.Namespace) -> None:
     """Print the command that follows, for the same data set and classes."""
     names = (("--dataset", args.dataset), ("--config", args.config), ("--class_name", args.class_name))
     options = " ".join(f"{option} {shlex.quote(value)}" for option, value in names if value)
     log.info("Next: python %s %s", script, options)
-
-
-def add_resume_options(arguments: argparse.ArgumentParser) -> None:
-    """What a training does with the checkpoints of an earlier run."""
-    choice = arguments.add_mutually_exclusive_group()
-    choice.add_argument("--resume", action="store_true", help="continue the run whose checkpoints are in the folder")
-    choice.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run, start anew")
 
 
 def config_path(args: argparse.Namespace, name: str) -> Path:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from utils.errors import UsageError
-
-PRECISIONS = ("off", "bf16", "fp16", "auto")
+from utils.settings import PRECISIONS
 
 
 def resolve_precision(amp: str, device: torch.device) -> str:

@@ -8,12 +8,12 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 import yaml
 
 from utils.config import plain
@@ -41,7 +41,7 @@ def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
         "commit": code_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "device": _device_name(run.device),
         "ranks": run.world_size,

@@ -15,6 +15,7 @@ from datasets.build import check_realnet_data
 from datasets.catalog import CATALOG
 from models import check_realnet
 from preparation import settings_files
+from preparation.presets import PRESETS, preset_names
 from tests.conftest import REPOSITORY
 from tests.in_process import run
 from tests.layout_trees import image_file, mvtec_class
@@ -216,7 +217,7 @@ def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, t
         settings_files.settings_texts("parts", 1, (256, 256))
 
 
-@pytest.mark.parametrize("preset", settings_files.preset_names())
+@pytest.mark.parametrize("preset", preset_names())
 def test_a_preset_is_a_whole_file_and_its_values_reach_the_settings(preset, tmp_path):
     assert load_config(REPOSITORY / f"experiments/presets/{preset}.yaml", script="realnet").dataset.type == "parts"
     detector = settings_files.Networks(preset, "efficientnet_b0", 'C:\\my "w".pth', "half")
@@ -235,7 +236,7 @@ def test_a_preset_is_a_whole_file_and_its_values_reach_the_settings(preset, tmp_
 
 
 def test_a_preset_without_a_place_for_a_value_is_named(tmp_path, monkeypatch):
-    text = (settings_files.PRESETS / "quick.yaml").read_text()
+    text = (PRESETS / "quick.yaml").read_text()
     (tmp_path / "quick.yaml").write_text(text.replace("foreground: none", "foreground: auto"))
     monkeypatch.setattr(settings_files, "PRESETS", tmp_path)
     with pytest.raises(RunError, match=r"quick.yaml: .*foreground: none\$ is missing"):

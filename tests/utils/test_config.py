@@ -10,7 +10,7 @@ from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import REALNET, REPOSITORY, settings
-from utils import cli
+from utils import arguments, cli
 from utils.config import collect_errors, load_config, plain
 from utils.errors import UsageError
 
@@ -237,10 +237,10 @@ def test_off_without_quotes_means_off(tmp_path):
 
 
 def test_the_error_of_a_value_that_the_shell_has_cut_says_to_quote_it(monkeypatch, capsys):
-    arguments = ["train_realnet.py", "--set", "dataset.train.anomaly_types={normal:", "0.5,", "dtd:", "0.5}"]
-    monkeypatch.setattr("sys.argv", arguments)
+    words = ["train_realnet.py", "--set", "dataset.train.anomaly_types={normal:", "0.5,", "dtd:", "0.5}"]
+    monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit):
-        cli.parser("x").parse_args()
+        arguments.run_parser("x").parse_args()
     assert (
         'put quotes around the whole value: --set "dataset.train.anomaly_types={normal: ..."' in capsys.readouterr().err
     )
