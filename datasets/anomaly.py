@@ -79,7 +79,9 @@ def hue_saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def solarize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Invert values at or above a random threshold in [32, 128]."""
+    """Invert values at or above a random threshold in [32, 128], half of the times."""
+    if rng.random() < 0.5:
+        return image
     return _torchvision("solarize", image, float(rng.integers(32, 129)))
 
 

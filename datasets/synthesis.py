@@ -11,7 +11,7 @@ import numpy as np
 
 from datasets.anomaly import augment_texture, blend, grey, is_grey
 from datasets.folders import FoundImages, find_images, not_read
-from datasets.images import Preprocessing, header_problem, resize
+from datasets.images import Preprocessing, header_problem
 from datasets.local_anomalies import LOCAL, OPACITY, visibility
 from datasets.perlin import perlin_mask
 from utils.errors import UsageError
@@ -126,11 +126,10 @@ class Synthesis:
         """Draw an image of a folder, (H,W,3) uint8, and its opacity."""
         paths = self.sources["dtd" if chosen == "dtd" else f"sdas/{clsname}"]
         index = int(rng.integers(len(paths)))
+        source = _first_readable(paths, index, preprocessing.read)
         if chosen == "sdas":
-            source = _first_readable(paths, index, preprocessing.read)
             return source, float(rng.uniform(*self.sdas_transparency_range))
-        texture = augment_texture(_first_readable(paths, index, preprocessing.read_full), rng)
-        return resize(texture, preprocessing.size), float(rng.uniform(*self.dtd_transparency_range))
+        return augment_texture(source, rng), float(rng.uniform(*self.dtd_transparency_range))
 
 
 def _drawn(types: dict[str, float], rng: np.random.Generator) -> str:
