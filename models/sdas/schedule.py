@@ -9,10 +9,9 @@ from utils.errors import UsageError
 
 # Of an image's variance, at the last step: 4e-5 for the linear schedule, 2e-9 for the cosine one.
 LEAST_SIGNAL = 1e-20
-# Where logsnrN begins at the earliest. Below, x_0 = (x_t - sigma eps) / alpha multiplies the error of eps by more than
-# 160. It is where the linear schedule ends, and what the authors of DPM-Solver clip the cosine one to (DPM-Solver,
-# arXiv 2206.00927, end at t = 0.9946, -4.8; in diffusers, at lambda = -5.1).
-LEAST_HALF_LOG_SNR = -5.1
+# Where logsnrN begins, as a share of T: where ddim20 does. At more noise, x_0 = (x_t - sigma eps) / alpha multiplies
+# the error of eps by hundreds (20 000 at the end of the cosine schedule), too much for networks trained for a short time.
+LOGSNR_START = 0.95
 
 
 def beta_schedule(name: str, steps: int) -> np.ndarray:
@@ -58,9 +57,9 @@ def kept_timesteps(betas: np.ndarray, section_counts: str | int | Sequence[int])
     Args:
         betas: (T,) of the original process.
         section_counts: "ddimN" for 0, i, 2i, ... with the smallest stride i that gives exactly N of them; "logsnrN" for
-            N evenly spaced in log(alpha / sigma), for DPM-Solver++; or counts ("10,10,20", a number or a list): the
-            process is cut into equal sections, one per count, and each section keeps so many steps, evenly spaced from
-            its first to its last.
+            N evenly spaced in log(alpha / sigma) from 0.95 T to 0, for DPM-Solver++; or counts ("10,10,20", a number or
+            a list): the process is cut into equal sections, one per count, and each section keeps so many steps, evenly
+            spaced from its first to its last.
 
     Raises:
         UsageError: no stride gives N steps, the process has fewer than N, or a section is shorter than its count.
@@ -116,7 +115,8 @@ def _even_in_log_snr(betas: np.ndarray, section_counts: str) -> list[int]:
     if not 1 <= wanted <= len(betas):
         raise UsageError(f"section_counts: logsnr keeps 1 to {len(betas)} steps, not {str(wanted)[:20]}")
     available = half_log_snr(np.cumprod(1.0 - betas))
-    targets = np.linspace(max(available[-1], LEAST_HALF_LOG_SNR), available[0], wanted)
+    last = min(round(LOGSNR_START * len(betas)), len(betas) - 1)
+    targets = np.linspace(available[last], available[0], wanted)
     timesteps = np.arange(len(betas))
     nearest = np.round(np.interp(-targets[::-1], -available, timesteps)).astype(int)
     # At low noise, the timesteps lie farther apart than many targets: each takes the next free one.

@@ -55,18 +55,18 @@ def start(*shape):
 
 
 def ode_error(steps):
-    """RMS difference from the exact solution where the noise has about twice the deviation of the data."""
+    """RMS difference from the exact solution at t = 61, where the noise has twice the deviation of the data."""
     model = Mixture([0.2], 0.1)
     spaced(steps).dpm_solver_sample_loop(model, start(2, 3, 8, 8)[1], stochastic=False)
     scales = {t: model.parts(x, torch.tensor([t]))[:2] for t, x in model.seen}
     first, (alpha, variance) = model.seen[0], scales[model.seen[0][0]]
     standard = (first[1] - alpha * 0.2) / variance.sqrt()  # the ODE keeps it
-    t, x = min(model.seen, key=lambda seen: abs(seen[0] - 73))
+    t, x = min(model.seen, key=lambda seen: abs(seen[0] - 61))
     return (x - scales[t][0] * 0.2 - scales[t][1].sqrt() * standard).square().mean().sqrt()
 
 
 def test_the_ode_solver_has_second_order():
-    errors = [ode_error(steps) for steps in (19, 37, 73)]  # all pass t = 73
+    errors = [ode_error(steps) for steps in (19, 37, 73)]  # all pass t = 61
     assert 3.2 < errors[0] / errors[1] < 5.2
     assert 3.2 < errors[1] / errors[2] < 5.2
 
