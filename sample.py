@@ -2,6 +2,7 @@
 
     python sample.py --dataset MVTec-AD
     python sample.py --dataset MVTec-AD --class_name bottle --strength 0.1 0.2 --sampler ancestral --steps 20
+    python sample.py --dataset MVTec-AD --sampler dpmpp_2m_sde --steps 10
     python sample.py --dataset MVTec-AD --no-classifier --preview
     torchrun --nproc_per_node=4 sample.py --dataset MVTec-AD
 
@@ -13,14 +14,21 @@ seed, the class and i, but not on the number of ranks. Existing images are not d
 import argparse
 
 from utils import arguments
+from utils.settings import SETTINGS
 
 
 def parse_args() -> argparse.Namespace:
     parser = arguments.run_parser(__doc__)
     parser.add_argument("--class_name", default="all", help="one class, several separated by commas, or all")
     parser.add_argument("--strength", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the strength s")
-    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="use s of 0.01 .. 0.03 with ddim")
-    parser.add_argument("--steps", type=int, help="number of sampling steps, instead of TestSampler.section_counts")
+    parser.add_argument(
+        "--sampler",
+        choices=SETTINGS["sample"].keys["sampler"].choices,
+        help="use s of 0.01 .. 0.03 with ddim, and of 0 with dpmpp_2m",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="sampling steps: TestSampler.section_counts ddimN, or logsnrN with the dpmpp samplers"
+    )
     parser.add_argument("--no-classifier", action="store_true", help="sample without guidance")
     parser.add_argument("--seed", type=int, help="seed, instead of random_seed")
     parser.add_argument("--preview", action="store_true", help="only write a strip over s per class")
@@ -70,7 +78,7 @@ class Sampler:
     process: SpacedDiffusion
     unet: torch.nn.Module
     cond_fn: Callable | None
-    sampler: str  # ancestral or ddim
+    sampler: str  # see SpacedDiffusion.sample_loop
     precision: str
     size: tuple[int, int]
     seed: int
@@ -94,9 +102,8 @@ class Sampler:
         generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
         strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
         noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators]).to(self.device)
-        loop = self.process.p_sample_loop if self.sampler == "ancestral" else self.process.ddim_sample_loop
         y = torch.full((len(indices),), number, device=self.device)
-        images = loop(
+        images = self.process.sample_loop(self.sampler)(
             self.model,
             noise,
             s=strengths.to(self.device),
@@ -150,7 +157,8 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> N
     if args.steps is not None:
         if args.steps < 1:
             raise UsageError(f"--steps {args.steps}: at least 1")
-        config.TestSampler.section_counts = f"ddim{args.steps}"
+        spacing = "logsnr" if config.sampler.startswith("dpmpp") else "ddim"
+        config.TestSampler.section_counts = f"{spacing}{args.steps}"
     if args.seed is not None:
         config.random_seed = args.seed
     if args.no_classifier:
@@ -158,6 +166,13 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> N
     if len(config.strength) != 2 or not 0 <= config.strength[0] <= config.strength[1]:
         where = "--strength" if args.strength else f"{path}: strength"
         raise UsageError(f"{where}: {config.strength} is not a range [low, high] with 0 <= low <= high")
+    if config.sampler == "dpmpp_2m":
+        if args.preview:
+            raise UsageError("--preview draws a strip over s, but sampler dpmpp_2m adds no noise; use dpmpp_2m_sde")
+        if config.strength[1] > 0:
+            where = "--strength" if args.strength else f"{path}: strength"
+            text = "has no effect with sampler dpmpp_2m, which adds no noise; use 0 0, or sampler dpmpp_2m_sde"
+            raise UsageError(f"{where}: {config.strength} {text}")
 
 
 def check_networks(config: EasyDict, path: Path) -> None:

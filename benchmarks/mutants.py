@@ -67,7 +67,9 @@ def check_file(stage: str, path: Path) -> None:
         train_realnet.check(config, path, "dots")
     elif stage == "sample":
         given = ("strength", "sampler", "steps", "seed")
-        sample.apply_arguments(config, argparse.Namespace(**dict.fromkeys(given), no_classifier=False), path)
+        sample.apply_arguments(
+            config, argparse.Namespace(**dict.fromkeys(given), no_classifier=False, preview=False), path
+        )
         collect_errors(path, [("TestSampler", lambda: sample.SpacedDiffusion(**config.TestSampler))])
         sample.check_networks(config, path)
     else:

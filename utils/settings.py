@@ -184,7 +184,9 @@ def _process(section_counts: str, use: str) -> Section:
         {
             "T": Setting("int", "Timesteps of the full process.", 1000, low=1, high=100_000),
             "section_counts": Setting(
-                "any", f"Timesteps kept for {use}: ddimN for N at equal strides, or a count for each equal section.",
+                "any",
+                f"Timesteps kept for {use}: ddimN at equal strides, logsnrN at equal steps of log(alpha / sigma), "
+                "or a count for each equal section.",
                 section_counts,
             ),
             "beta_scheduler": Setting("str", "Noise schedule: linear, cosine, or const<beta>.", "linear"),
@@ -296,12 +298,17 @@ _SAMPLE = Section(
         ),
         "sample_number": Setting("int", "Images per class; the paper draws 10000.", low=1, high=10**8),
         "strength": Setting(
-            "floats", "Range [low, high] of the anomaly strength s; 0 draws normal images. For ddim, 0.01 .. 0.03.",
+            "floats",
+            "Range [low, high] of the anomaly strength s; 0 draws normal images. For ddim, 0.01 .. 0.03; for dpmpp_2m, "
+            "[0, 0].",
             [0.1, 0.2], low=0, high=100, length=2,
         ),
         "sampler": Setting(
-            "str", "How a step is drawn: with the learned variance, or deterministic.", "ancestral",
-            choices=("ancestral", "ddim"),
+            "str",
+            "How a step is drawn: with the learned variance (ancestral), deterministic (ddim; dpmpp_2m: second order), "
+            "or dpmpp_2m with noise (dpmpp_2m_sde). The last two want section_counts: logsnr10.",
+            "ancestral",
+            choices=("ancestral", "ddim", "dpmpp_2m", "dpmpp_2m_sde"),
         ),
         "amp": _AMP,
         "classifier_scale": Setting(

@@ -1,7 +1,8 @@
-"""The diffusion process: training loss, ancestral and DDIM samplers with anomaly strength s, inversion, guidance.
+"""The diffusion process: training loss, samplers with anomaly strength s (ancestral, DDIM, DPM-Solver++), inversion.
 
 Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance, respacing), Song et al. 2021 (DDIM),
-Dhariwal & Nichol 2021 (guidance), Zhang et al. 2024 (RealNet, eq. 4: the variance scaled by 1 + s).
+Dhariwal & Nichol 2021 (guidance), Zhang et al. 2024 (RealNet, eq. 4: the variance scaled by 1 + s), Lu et al. 2022
+(DPM-Solver++, arXiv 2211.01095).
 """
 
 import math
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from models.sdas.likelihood import discretized_log_likelihood, normal_kl
 from models.sdas.noise import Generators, draw_noise
-from models.sdas.schedule import beta_schedule, kept_timesteps, respaced_betas
+from models.sdas.schedule import beta_schedule, extrapolation_weights, kept_timesteps, respaced_betas
 
 Strength = float | torch.Tensor
 
@@ -44,8 +45,9 @@ class SpacedDiffusion:
     ) -> None:
         self.original_timesteps = T
         self.rescale_timesteps = rescale_timesteps
-        self.timestep_map = kept_timesteps(T, section_counts)
-        self.betas = respaced_betas(beta_schedule(beta_scheduler, T), self.timestep_map)
+        betas = beta_schedule(beta_scheduler, T)
+        self.timestep_map = kept_timesteps(betas, section_counts)
+        self.betas = respaced_betas(betas, self.timestep_map)
         self.num_timesteps = len(self.betas)
 
         self._on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
@@ -72,6 +74,7 @@ class SpacedDiffusion:
         self.posterior_log_variance_clipped = np.log(clipped)
         # For networks that do not predict the variance: beta, but the clipped posterior variance at t = 0.
         self.fixed_log_variance = np.log(np.append(np.exp(self.posterior_log_variance_clipped[0]), self.betas[1:]))
+        self.extrapolation = extrapolation_weights(self.alphas_cumprod)
 
     def _at(self, table: str, t: torch.Tensor) -> torch.Tensor:
         """A table's values at t, float32, shaped (N, 1, 1, 1); each table is moved to a device once."""
@@ -200,6 +203,19 @@ class SpacedDiffusion:
         Arguments as in p_sample; eta in [0, 1] interpolates between DDIM and DDPM. Guidance shifts eps
         (Dhariwal & Nichol, algorithm 2).
         """
+        pred_xstart, eps, variance = self._guided(model, x, t, cond_fn, model_kwargs)
+        alpha_bar, alpha_bar_prev = self._at("alphas_cumprod", t), self._at("alphas_cumprod_prev", t)
+        eta_variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        mean = pred_xstart * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - eta_variance).clamp(min=0).sqrt() * eps
+        if noise is None:
+            noise = torch.randn_like(x)
+        sigma = (eta_variance + _per_image(s, x) * variance).sqrt()
+        return {"sample": mean + _not_first(t) * sigma * noise, "pred_xstart": pred_xstart}
+
+    def _guided(
+        self, model: Callable, x: torch.Tensor, t: torch.Tensor, cond_fn: Callable | None, model_kwargs: dict | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x_0, eps and the learned variance; guidance shifts eps (Dhariwal & Nichol, algorithm 2), and so x_0."""
         out = self.p_mean_variance(model, x, t, model_kwargs=model_kwargs)
         pred_xstart = out["pred_xstart"]
         eps = self._eps_from_xstart(x, t, pred_xstart)
@@ -207,13 +223,7 @@ class SpacedDiffusion:
             gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {})).float()
             eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t) * gradient
             pred_xstart = self._xstart_from_eps(x, t, eps)
-        alpha_bar, alpha_bar_prev = self._at("alphas_cumprod", t), self._at("alphas_cumprod_prev", t)
-        eta_variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-        mean = pred_xstart * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - eta_variance).clamp(min=0).sqrt() * eps
-        if noise is None:
-            noise = torch.randn_like(x)
-        sigma = (eta_variance + _per_image(s, x) * out["variance"]).sqrt()
-        return {"sample": mean + _not_first(t) * sigma * noise, "pred_xstart": pred_xstart}
+        return pred_xstart, eps, out["variance"]
 
     def p_sample_loop(
         self,
@@ -249,6 +259,55 @@ class SpacedDiffusion:
         """Draw x_0 (N,3,H,W) from x_T = noise by DDIM steps; arguments as in p_sample_loop and ddim_sample."""
         step = partial(self.ddim_sample, model, eta=eta, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs)
         return self._loop(step, noise, generator, progress)
+
+    @torch.no_grad()
+    def dpm_solver_sample_loop(
+        self,
+        model: Callable,
+        noise: torch.Tensor,
+        stochastic: bool = True,
+        s: Strength = 0.0,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        generator: Generators = None,
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """Draw x_0 (N,3,H,W) from x_T = noise by DPM-Solver++(2M), algorithm 2, or its SDE (Lu et al. 2022).
+
+        A step replaces x_0 by D, on the line through x_0 and the x_0 of the step before (extrapolation_weights). The
+        ODE solver then takes the DDIM step; the SDE solver draws from the posterior q(x_{t-1} | x_t, x_0 = D), with its
+        variance times 1 + s (RealNet, eq. 4). The learned variance is not used. Guidance shifts eps as in ddim_sample;
+        x_0 is clipped after it too. Few steps are best spaced by "logsnrN", see schedule.kept_timesteps.
+
+        Args:
+            stochastic: the SDE solver; the ODE solver adds no noise, so that s is not used.
+            s, cond_fn, generator, progress: as in p_sample and p_sample_loop.
+        """
+        previous = None
+
+        def step(x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+            nonlocal previous
+            pred_xstart = self._guided(model, x, t, cond_fn, model_kwargs)[0].clamp(-1, 1)
+            past = pred_xstart if previous is None else previous
+            previous, ahead = pred_xstart, pred_xstart + self._at("extrapolation", t) * (pred_xstart - past)
+            if stochastic:
+                # The posterior's variance is 0 at t = 0.
+                sigma = ((1 + _per_image(s, x)) * self._at("posterior_variance", t)).sqrt()
+                return {"sample": self._posterior_mean(ahead, x, t) + sigma * noise}
+            alpha_bar_prev = self._at("alphas_cumprod_prev", t)
+            eps = self._eps_from_xstart(x, t, ahead)
+            return {"sample": ahead * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev).sqrt() * eps}
+
+        return self._loop(step, noise, generator, progress)
+
+    def sample_loop(self, sampler: str) -> Callable:
+        """The loop of a sampler by its name in the settings: ancestral, ddim, dpmpp_2m or dpmpp_2m_sde."""
+        return {
+            "ancestral": self.p_sample_loop,
+            "ddim": self.ddim_sample_loop,
+            "dpmpp_2m": partial(self.dpm_solver_sample_loop, stochastic=False),
+            "dpmpp_2m_sde": self.dpm_solver_sample_loop,
+        }[sampler]
 
     def _loop(self, step: Callable, x: torch.Tensor, generator: Generators, progress: bool) -> torch.Tensor:
         """Take a step at every t, from the last one down to 0, each with new noise."""

@@ -217,7 +217,7 @@ def test_the_classifier_trains_and_validates(gpu, configured, tmp_path):
     assert train_classifier.validate(training, process, test_loader, board, stop) == 1
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
 def test_images_are_drawn_with_guidance(sampler, gpu):
     unet = create_diffusion_unet(**UNET).to(GPU)
     guidance = classifier_guidance(create_classifier_unet(**CLASSIFIER, image_size=16).to(GPU), 1.0)

@@ -126,7 +126,12 @@ SEMANTIC = {
         (("classifier", "classifier_pool"), "mean", "classifier_pool"),
         (("classifier", "num_head_channels"), 48, "attention heads"),
     ],
-    "sample": [(("TestSampler", "section_counts"), [5, "x"], "section_counts")],
+    "sample": [
+        (("TestSampler", "section_counts"), [5, "x"], "section_counts"),
+        (("TestSampler", "section_counts"), "logsnr1001", "section_counts"),
+        (("sampler",), "dpmpp", "sampler"),
+        (("sampler",), "dpmpp_2m", "strength: [0.1, 0.2] has no effect"),
+    ],
 }
 CASES = [(stage, *case) for stage in SCRIPTS for case in mutations(stage)]
 
@@ -145,6 +150,21 @@ def test_bad_settings_are_named_before_anything_starts(stage, config, key, works
     assert path.name in err or "--class_name" in err, err
     assert "epoch" not in out
     assert [other.name for other in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "0", "0.1"], "--strength: [0.0, 0.1] has no effect with sampler dpmpp_2m"),
+        (["--strength", "0", "0", "--preview"], "--preview draws a strip over s"),
+        (["--strength", "0", "0", "--steps", "2000"], "logsnr keeps 1 to 1000 steps, not 2000"),
+    ],
+)
+def test_a_sampler_without_noise_has_no_strength(arguments, message, workspace, monkeypatch, capsys):
+    arguments = ["--dataset", "tiny", "--sampler", "dpmpp_2m", *arguments]
+    code, _, err = run(sample.main, arguments, workspace.root, monkeypatch, capsys)
+    assert code == 2
+    assert message in err
 
 
 def test_all_mistakes_are_in_one_message(workspace, monkeypatch, capsys):

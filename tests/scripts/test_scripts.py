@@ -195,6 +195,7 @@ def test_sampling_options_change_the_images(diffusion, classifier):
         [],
         ["--no-classifier"],
         ["--sampler", "ddim", "--strength", "0.01", "0.03"],
+        ["--sampler", "dpmpp_2m_sde", "--steps", "4"],
         ["--steps", "2"],
         ["--strength", "0.5", "0.9"],
     ):
@@ -202,7 +203,7 @@ def test_sampling_options_change_the_images(diffusion, classifier):
         arguments += ["--set", "classifier_scale=30"]
         diffusion.run("sample.py", "--class_name", "dots", *arguments, *options)
         seen.add(sampled_images(root / "dots")[0].tobytes())
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_sampling_without_a_classifier_section(diffusion):
