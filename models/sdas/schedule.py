@@ -10,7 +10,7 @@ from utils.errors import UsageError
 # Of an image's variance, at the last step: 4e-5 for the linear schedule, 2e-9 for the cosine one.
 LEAST_SIGNAL = 1e-20
 # Where logsnrN begins, as a share of T: where ddim20 does. At more noise, x_0 = (x_t - sigma eps) / alpha multiplies
-# the error of eps by hundreds (20 000 at the end of the cosine schedule), too much for networks trained for a short time.
+# the error of eps by hundreds (20 000 at the end of the cosine schedule): too much after a short training.
 LOGSNR_START = 0.95
 
 
