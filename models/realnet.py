@@ -65,7 +65,10 @@ class RealNet(nn.Module):
         features = outputs["block_feats"]
         reconstructed = self.recon(features)
         outputs["feats_recon"] = reconstructed
-        outputs["residual"] = {block: (features[block] - reconstructed[block]) ** 2 for block in features}
+        # float32: rounding to half precision would leave little of the difference of two values that are nearly equal.
+        outputs["residual"] = {
+            block: (features[block].float() - reconstructed[block].float()) ** 2 for block in features
+        }
         outputs["logit"] = self.rrs(outputs["residual"], size).float()
         outputs["anomaly_score"] = self.score(outputs["residual"], outputs["logit"])
         return outputs

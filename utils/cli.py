@@ -16,6 +16,7 @@ import torch
 from utils import distributed
 from utils.errors import RunError, Stopped, UsageError
 from utils.names import shown
+from utils.precision import FORWARD_PRECISIONS, FP32
 
 log = logging.getLogger("realnet")
 
@@ -47,6 +48,12 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments") and "=" in cut:
             message += f'\nput quotes around the whole value: --set "{cut} ..."'
         super().error(message)
+
+
+def add_precision_option(arguments: argparse.ArgumentParser) -> None:
+    """The precision of the forward passes of a trained detector."""
+    precision_help = "of the forward pass (fp32); thresholds hold for the one that they were chosen in"
+    arguments.add_argument("--precision", choices=FORWARD_PRECISIONS, default=FP32, help=precision_help)
 
 
 def log_next(script: str, args: argparse.Namespace) -> None:

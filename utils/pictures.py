@@ -9,6 +9,7 @@ import numpy as np
 from utils.errors import RunError
 from utils.files import write_atomic
 
+PNG, JPEG, NO_PICTURES = FORMATS = ("png", "jpg", "none")  # of heat maps
 _GAP = 4
 _CAPTION = 18
 _WHITE = 255
