@@ -200,7 +200,7 @@ def choose_thresholds(evaluated: Thresholds | None, tiles: Tiles | None, args: a
     if tiles:
         thresholds = tiled_thresholds(thresholds, tiles, args)
     if args.threshold is None:
-        thresholds.check_precision(args.precision)
+        thresholds.check_precision(args.precision, args.checkpoint)
     elif thresholds.precision != args.precision:
         thresholds = replace(thresholds, image=None, pixel=None)
     thresholds = replace(thresholds, precision=args.precision)

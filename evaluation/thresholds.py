@@ -63,16 +63,19 @@ class Thresholds:
         classes = {name: own.measured_in(precision) for name, own in self.classes.items()}
         return replace(self, precision=precision, classes=classes)
 
-    def check_precision(self, precision: str) -> None:
+    def check_precision(self, precision: str, model: str = "the model") -> None:
         """Refuse another precision than that of the scores that the thresholds were chosen on.
+
+        Args:
+            model: its name, for the message.
 
         Raises:
             UsageError: it is another one.
         """
         if precision != self.precision and (self.image, self.pixel) != (None, None):
             raise UsageError(
-                f"the thresholds were chosen on scores in {self.precision}, and scores in {precision} differ; evaluate "
-                f"again with --precision {precision}, predict with --precision {self.precision}, or pass --threshold"
+                f"{model}: its thresholds were chosen on scores in {self.precision}, and those in {precision} differ; "
+                f"evaluate again with --precision {precision}, predict in {self.precision}, or pass --threshold"
             )
 
     def normalised(self, score: float) -> float:
