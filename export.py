@@ -135,7 +135,7 @@ def describe(trained: TrainedModel, path: Path) -> dict[str, str]:
     """
     config, thresholds = trained.config, trained.thresholds(path)
     if thresholds is not None:
-        thresholds.check_precision(FP32, f"{path}, whose exports run in {FP32} only")
+        thresholds.check_precision(FP32, f"{path} (exports run in {FP32} only)")
     dataset = config.dataset
     preprocessing = {
         "input": "image: float32 (N,3,height,width), channels in the order given",

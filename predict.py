@@ -20,7 +20,7 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -46,7 +46,7 @@ from utils.pictures import FORMATS, NO_PICTURES, PNG
 from utils.prefetch import PIXELS_AHEAD, groups, prefetch
 
 FEW_IMAGES = 20  # whose scores are printed too
-PIXELS_DRAWN = 16_000_000  # of images that are drawn at the same time; each takes 30 bytes
+PIXELS_DRAWN = 32_000_000  # of images that are drawn, or wait for it
 
 
 def parse_args() -> argparse.Namespace:
@@ -251,7 +251,7 @@ def report(kind: str, problem: str) -> None:
 
 def score(
     detector: Detector, images: Iterator[ReadInput], tiles: Tiles | None, batch: int, ahead: int
-) -> Iterator[Scored]:
+) -> Generator[Scored, None, None]:
     """Score images batch by batch."""
     # Tiles are batches of their own, so that one large image is held at a time.
     batches = groups(images, 1 if tiles else batch, image_pixels, PIXELS_AHEAD)
@@ -296,7 +296,7 @@ def detect(detector: Detector, images: list[np.ndarray], tiles: Tiles | None) ->
     return [result for image in images for result in detect(detector, [image], tiles)]
 
 
-def write(scored: Iterator[Scored], results: Results, count: int | None, ahead: int) -> tuple[int, int]:
+def write(scored: Generator[Scored, None, None], results: Results, count: int | None, ahead: int) -> tuple[int, int]:
     """Draw images and write the results in order; returns how many could not be read, and not be scored."""
     unreadable = failed = 0
     paged: list[str] = []
@@ -305,8 +305,8 @@ def write(scored: Iterator[Scored], results: Results, count: int | None, ahead: 
     drawn = prefetch(
         lambda item: draw(results, item), named, ahead, lambda item: image_pixels(item.read), PIXELS_DRAWN, drain=True
     )
-    # Closed before the folder's lock is released: what threads are still writing is then whole.
-    with closing(drawn):
+    # Closed before the folder's lock is released: what threads are still writing is then whole, and no more is scored.
+    with closing(scored), closing(drawn):
         for item in drawn:
             bar.update()
             source, problem = item.source, item.problem or add(results, item)

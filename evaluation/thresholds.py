@@ -75,7 +75,7 @@ class Thresholds:
         if precision != self.precision and (self.image, self.pixel) != (None, None):
             raise UsageError(
                 f"{model}: its thresholds were chosen on scores in {self.precision}, and those in {precision} differ; "
-                f"evaluate again with --precision {precision}, predict in {self.precision}, or pass --threshold"
+                f"evaluate again with --precision {precision}, predict with {self.precision}, or pass --threshold"
             )
 
     def normalised(self, score: float) -> float:
