@@ -12,12 +12,14 @@ thresholds beside it (ckpt_best.thresholds.json, for predict.py): those of the g
 else the best F1 on the test list. Writes realnet_results/report.html, metrics.{csv,json,md}, metrics_by_defect and
 metrics_by_selection, which compares the checkpoint that is best on the test list with the one that was chosen without
 it, and [image | ground truth | anomaly map] pictures to realnet_vis/<class>/<defect type>/. The figures do not depend
-on the number of ranks. --tile only adds thresholds for predict.py --tile.
+on the number of ranks. --tile only adds thresholds for predict.py --tile. Thresholds hold for the --precision that they
+were chosen in.
 """
 
 import argparse
 
 from utils import arguments
+from utils.choices import FORMATS, NO_PICTURES, PNG
 
 HELD_OUT_RULE, BEST_RULE = RULES = ("held-out", "best-f1")
 
@@ -37,7 +39,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overlap", type=int, help="pixels that neighbouring tiles share (64, at most tile / 4)")
     parser.add_argument("--full-size", action="store_true", help="pixel metrics at the images' own sizes")
     parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
-    parser.add_argument("--no-pictures", action="store_true", help="do not write a picture of each test image")
+    pictures = parser.add_mutually_exclusive_group()
+    heat_help = "format of the picture of each test image (png); jpg is written in a tenth of the time"
+    pictures.add_argument("--heatmaps", choices=FORMATS, default=PNG, help=heat_help)
+    no_help = "do not write a picture of each test image, as --heatmaps none"
+    pictures.add_argument("--no-pictures", dest="heatmaps", action="store_const", const=NO_PICTURES, help=no_help)
+    arguments.add_precision(parser)
     return parser.parse_args()
 
 
@@ -75,7 +82,7 @@ from evaluation.thresholds import (
     thresholds_of,
     write_thresholds,
 )
-from evaluation.tiled_scores import normals_in_tiles, score_in_tiles
+from evaluation.tiled_scores import score_in_tiles, score_normals
 from evaluation.trained_model import TrainedModel, load_trained, overruled_settings
 from evaluation.training_curve import read_validations
 from utils import cli, distributed
@@ -85,6 +92,7 @@ from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.lock import folder_lock
 from utils.log import log, set_up_logging
+from utils.precision import FP32, check_forward_precision
 from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, stop_requests
 
@@ -97,14 +105,19 @@ class Options:
     target_fpr: float | None
     pro_limit: float
     gallery: int
-    pictures: bool
+    pictures: str
     other_checkpoint: bool
     full_size: bool
     tiles: Tiles | None
+    precision: str
 
     @property
-    def size_note(self) -> str:
-        """At which size the pixel metrics are taken."""
+    def measure_note(self) -> str:
+        """At which size the pixel metrics are taken, and in which precision."""
+        return self._size_note + ("" if self.precision == FP32 else f" The forward passes ran in {self.precision}.")
+
+    @property
+    def _size_note(self) -> str:
         if self.tiles:
             return f"Images were scored in tiles of {self.tiles.name}; pixel metrics are at the images' own sizes."
         where = "the images' own sizes (--full-size)" if self.full_size else "the model's input size"
@@ -119,6 +132,7 @@ def main() -> None:
     options = check_options(args, classes, config.dataset.batch_size)
     out = cli.experiment_dir(args)
     with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
+        check_forward_precision(options.precision, run.device)
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet", config.saver.keep_pictures).close()
         record_run(run, out / config.saver.log_dir, "evaluation_realnet", config)
         results: list[ClassResult] = []
@@ -128,6 +142,7 @@ def main() -> None:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
             checkpoint = args.checkpoint or out / config.saver.checkpoints_dir / results[0].name
             predict = f"predict.py --checkpoint {shlex.quote(str(checkpoint))}"
+            predict += "" if options.precision == FP32 else f" --precision {options.precision}"
             log.info("Next: python %s --input NEW_IMAGES --output results", predict)
 
 
@@ -164,10 +179,11 @@ def check_options(args: argparse.Namespace, classes: list[str], batch_size: int)
         args.target_fpr,
         pro_limit,
         max(0, args.gallery),
-        not args.no_pictures,
+        args.heatmaps,
         other,
         args.full_size,
         tiles_of(args.tile, args.overlap, batch_size),
+        args.precision,
     )
 
 
@@ -205,7 +221,7 @@ def evaluate(
     stop: StopRequest,
 ) -> list[ClassResult]:
     """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
-    shown = range(len(test_set)) if options.pictures or options.gallery else ()
+    shown = range(len(test_set)) if options.pictures != NO_PICTURES or options.gallery else ()
     trained, scored, measured = score_checkpoint(checkpoint, config, test_set, run, options, shown, stop)
     selected, others = selection_of(trained), {}
     image_dir = Path(config.dataset.image_reader.kwargs.image_dir)
@@ -237,10 +253,10 @@ def evaluate(
         if not options.other_checkpoint:
             result.training = read_validations(out / config.saver.log_dir / class_name / "train_realnet.jsonl")
         log_undefined_metrics(result)
-        folder = out / config.saver.vis_dir / name if options.pictures else None
+        folder = None if options.pictures == NO_PICTURES else out / config.saver.vis_dir / name
         # On rank 0 alone, which is the only one here.
         with folder_lock(folder) if folder else nullcontext():
-            draw_images(result, scored.subset(chosen), options.gallery, folder, run, stop)
+            draw_images(result, scored.subset(chosen), options.gallery, folder, run, stop, options.pictures)
         results.append(result)
     if own is None:
         chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
@@ -249,6 +265,7 @@ def evaluate(
         low, high = heat_range(measured.maps)
         classes = {result.name: result.thresholds for result in results} if own.classes else {}
         own = replace(own, low=low, high=high, classes={**own.classes, **classes})
+    own = own.measured_in(options.precision)
     if options.tiles:
         whole = trained.thresholds(checkpoint) or Thresholds(None, None, "none for whole images")
         own = replace(whole.with_tiled(options.tiles.name, own), fingerprint=trained.fingerprint)
@@ -277,13 +294,13 @@ def score_checkpoint(
     trained = load_trained(checkpoint, config)
     test_set = RealNetTestSet(test_set.images, preprocessing_of(trained.config.dataset))
     if options.tiles:
-        detector = Detector.of(trained, None, run.device)
+        detector = Detector.of(trained, None, run.device, options.precision)
         measured = score_in_tiles(detector, test_set, options.tiles, run, shown, stop)
         return trained, None if measured is None else at_input_size(measured, test_set), measured
     batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
     loader = make_loader(test_set, batches, config.dataset.workers, run)
     window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
-    scored = predict_maps(model, test_set, loader, run, window, show=shown, stop=stop)
+    scored = predict_maps(model, test_set, loader, run, window, options.precision, shown, stop)
     if scored is None:
         return trained, None, None
     if not scored.finite or not has_finite_weights(model):
@@ -299,7 +316,7 @@ def held_out_thresholds(
     On other ranks than 0, always None.
 
     Args:
-        image_dir: the folder of the held-out images, for tiles.
+        image_dir: the folder of the held-out images, for tiles or another precision than that of the checkpoint.
 
     Raises:
         UsageError: they are asked for, but the checkpoint has none.
@@ -312,13 +329,14 @@ def held_out_thresholds(
     if options.rule == BEST_RULE or trained.held_out is None:
         return None
     target, held_out = options.target_fpr or TARGET_FPR, trained.held_out
-    if options.tiles is None:
+    if options.tiles is None and options.precision == held_out.precision:
         return trained.own_thresholds(target) if run.is_main else None
-    detector, preprocessing = Detector.of(trained, None, run.device), preprocessing_of(trained.config.dataset)
+    detector = Detector.of(trained, None, run.device, options.precision)
+    preprocessing = preprocessing_of(trained.config.dataset)
     normals = {}
     for name, files in held_out.files.items():
         paths = [image_dir / file for file in files]
-        normals[name] = normals_in_tiles(detector, preprocessing, paths, options.tiles, run, stop)
+        normals[name] = score_normals(detector, preprocessing, paths, options.tiles, run, stop)
     return of_normals(normals, target, held_out.low, held_out.high, trained.fingerprint) if run.is_main else None
 
 
@@ -383,12 +401,12 @@ def report(config: EasyDict, results: list[ClassResult], options: Options, datas
     info = find(config.dataset.type)
     paper = info.paper if info else {}
     log.info("%s", text_table(with_paper(table, paper)))
-    log.info("%s", options.size_note)
+    log.info("%s", options.measure_note)
     by_defect = {f"{result.name}/{defect}": row for result in results for defect, row in result.by_defect_type.items()}
-    paths = write_tables(folder, "metrics", table, paper, options.size_note)
+    paths = write_tables(folder, "metrics", table, paper, options.measure_note)
     if by_defect:
         log.info("\n%s", text_table(by_defect, "defect"))
-        paths += write_tables(folder, "metrics_by_defect", by_defect, {}, options.size_note)
+        paths += write_tables(folder, "metrics_by_defect", by_defect, {}, options.measure_note)
     by_selection = {name: row for result in results for name, row in selection_rows(result).items()}
     if by_selection:
         log.info("\n%s", text_table(by_selection, "selection"))
@@ -398,7 +416,7 @@ def report(config: EasyDict, results: list[ClassResult], options: Options, datas
     notes = [
         f"{sum(len(result.scores) for result in results)} test images. PRO up to a false positive rate of "
         f"{options.pro_limit:g}. An image is called anomalous if its score reaches the image threshold.",
-        options.size_note,
+        options.measure_note,
     ]
     if any(result.thresholds.normal is None for result in results):
         notes.append("The thresholds were chosen on these images, so verdicts on new images will be less accurate.")

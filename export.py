@@ -5,7 +5,7 @@
 
 Writes <output>/model.onnx and <output>/model.pt2. Both take images (N,3,H,W) float32, any N, prepared as the metadata
 says, which both files hold (in model.pt2: extra_files of torch.export.load), and return anomaly_map (N,H,W) and score
-(N,). `predict.py --checkpoint model.onnx` or model.pt2 scores images with them.
+(N,). `predict.py --checkpoint model.onnx` or model.pt2 scores images with them, in float32 only.
 ONNX needs `pip install -r requirements-export.txt`.
 """
 
@@ -56,6 +56,7 @@ from utils.errors import RunError, UsageError
 from utils.files import PART, remove_parts, write_atomic, write_checksums
 from utils.lock import folder_lock
 from utils.log import log, log_to_terminal
+from utils.precision import FP32
 
 IMAGES = 8
 TOLERANCE = 1e-3
@@ -133,8 +134,14 @@ def check_images(args: argparse.Namespace, path: Path, config: EasyDict) -> torc
 
 
 def describe(trained: TrainedModel, path: Path) -> dict[str, str]:
-    """The metadata for deployment: preprocessing, settings and thresholds."""
+    """The metadata for deployment: preprocessing, settings and thresholds.
+
+    Raises:
+        UsageError: the thresholds are not for fp32, in which exported models run.
+    """
     config, thresholds = trained.config, trained.thresholds(path)
+    if thresholds is not None:
+        thresholds.check_precision(FP32, f"{path} (exports run in {FP32} only)")
     dataset = config.dataset
     preprocessing = {
         "input": "image: float32 (N,3,height,width), channels in the order given",

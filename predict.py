@@ -12,7 +12,8 @@ size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside th
 images that training held out (--target-fpr), or --threshold and --pixel-threshold. With thresholds from held-out
 images, scores are normalised: 0.5 is the threshold (--raw-scores writes them as the model gives them). Images that
 cannot be read or scored are reported on stderr and skipped; the exit code is then 1. Mask folders and earlier results
-below the input folder are not scored. Up to 20 images, their scores are also printed.
+below the input folder are not scored. Up to 20 images, their scores are also printed. Images are read, scored and drawn
+at the same time.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from datasets.folders import MEGAPIXELS
 from utils import arguments
+from utils.choices import FORMATS, NO_PICTURES, PNG
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +42,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images or tiles per batch (8; 1 for stdin)")
     limit_help = f"refuse images above this size (default: as in training; {MEGAPIXELS})"
     parser.add_argument("--max-megapixels", type=float, help=limit_help)
-    parser.add_argument("--no-pictures", action="store_true", help="write no heat maps or masks")
+    pictures = parser.add_mutually_exclusive_group()
+    heat_help = "format of heat maps (png); jpg is written in a tenth of the time; masks are png always"
+    pictures.add_argument("--heatmaps", choices=FORMATS, default=PNG, help=heat_help)
+    pictures.add_argument("--no-pictures", action="store_true", help="write no heat maps or masks")
+    arguments.add_precision(parser)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing results in the folder")
     existing.add_argument(
@@ -55,7 +61,8 @@ arguments.parse_early(__name__, parse_args)
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from types import FrameType
@@ -68,7 +75,7 @@ from datasets.build import preprocessing_of
 from datasets.images import allow_megapixels, count_pages, pixels_of
 from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path, tiles_of
 from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, find_inputs
-from evaluation.prediction_files import TABLE, Results, rounded
+from evaluation.prediction_files import TABLE, Pictures, Results, rounded
 from evaluation.thresholds import Thresholds
 from utils import cli
 from utils.errors import RunError, UsageError
@@ -78,6 +85,7 @@ from utils.names import shown
 from utils.prefetch import PIXELS_AHEAD, groups, prefetch
 
 FEW_IMAGES = 20  # whose scores are printed too
+PIXELS_DRAWN = 32_000_000  # of images that are drawn, or wait for it
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,21 @@ class ReadInput:
     pages: int = 1
 
 
+@dataclass(frozen=True)
+class Scored:
+    """An image with its detection, or with the reason why there is none; then its pictures, and their name."""
+
+    read: ReadInput
+    detection: Detection | None = None
+    problem: str = ""
+    name: str = ""
+    pictures: Pictures | None = None
+
+    @property
+    def source(self) -> Input:
+        return self.read.source
+
+
 def main() -> None:
     as_one_process()
     args = parse_args()
@@ -98,7 +121,7 @@ def main() -> None:
     tiles = tiles_of(args.tile, args.overlap, batch)
     log_to_terminal()
     signal.signal(signal.SIGTERM, interrupt)
-    detector = Detector.load(args.checkpoint, args.config, args.device)
+    detector = Detector.load(args.checkpoint, args.config, args.device, args.precision)
     detector = detector.with_thresholds(choose_thresholds(detector.thresholds, tiles, args))
     preprocessing = preprocessing_of(detector.config.dataset)
     reader = detector.config.dataset.image_reader.kwargs
@@ -114,22 +137,21 @@ def main() -> None:
         except Exception as error:
             return ReadInput(source, None, f"{source.path}: {type(error).__name__}: {error}")
 
-    options = {"overwrite": args.overwrite, "resume": args.resume, "drawn": not args.no_pictures}
+    options = {"overwrite": args.overwrite, "resume": args.resume}
+    options |= {"heat_maps": NO_PICTURES if args.no_pictures else args.heatmaps, "masks": not args.no_pictures}
+    # Paths on stdin may arrive one by one. Working ahead would delay the results of earlier ones.
+    ahead = 0 if args.input == "-" else 2 * batch
     run = run_of(args, tiles, detector.thresholds)
     with folder_lock(args.output), Results(args.output, detector.thresholds, run, **options) as results:
         left = (source for source in inputs.images if source.name not in results.done)
-        # Paths on stdin may arrive one by one. Reading ahead would delay the results of earlier ones.
-        images = (
-            map(read, left)
-            if args.input == "-"
-            else prefetch(read, left, 2 * batch, lambda source: pixels_of(source.path))
-        )
+        images = prefetch(read, left, ahead, lambda source: pixels_of(source.path))
         count = None if inputs.count is None else max(0, inputs.count - len(results.done))
         if results.done:
             others = "all are done" if count == 0 else "the others follow"
             log.info("%d images were scored before; %s", len(results.done), others)
         try:
-            unreadable, failed = score(detector, images, tiles, batch, count, results)
+            scored = score(detector, images, tiles, batch, ahead)
+            unreadable, failed = write(scored, results, count, ahead)
         except KeyboardInterrupt:
             log.info("stopped after %d images; the same command with --continue scores the others", results.count)
             raise
@@ -184,6 +206,11 @@ def choose_thresholds(evaluated: Thresholds | None, tiles: Tiles | None, args: a
         thresholds = thresholds.of_class(args.class_name)
     if tiles:
         thresholds = tiled_thresholds(thresholds, tiles, args)
+    if args.threshold is None:
+        thresholds.check_precision(args.precision, args.checkpoint)
+    elif thresholds.precision != args.precision:
+        thresholds = replace(thresholds, image=None, pixel=None)
+    thresholds = replace(thresholds, precision=args.precision)
     if args.raw_scores or args.threshold is not None:
         thresholds = replace(thresholds, scale=None)
     changes = {"image": args.threshold, "pixel": args.pixel_threshold}
@@ -217,6 +244,7 @@ def run_of(args: argparse.Namespace, tiles: Tiles | None, thresholds: Thresholds
         "threshold": rounded(thresholds.image),
         "pixel_threshold": rounded(thresholds.pixel),
         "raw_scores": thresholds.scale is None,
+        "precision": args.precision,
     }
 
 
@@ -225,43 +253,37 @@ def report(kind: str, problem: str) -> None:
     tqdm.write(f"{kind}: {shown(problem)}", file=sys.stderr)
 
 
+# ---- the steps after reading, each in threads of its own -------------------------------------------------------------
+
+
 def score(
-    detector: Detector,
-    images: Iterator[ReadInput],
-    tiles: Tiles | None,
-    batch: int,
-    count: int | None,
-    results: Results,
-) -> tuple[int, int]:
-    """Score images batch by batch and write the results; returns how many could not be read, and not be scored."""
-    unreadable = failed = 0
-    paged: list[str] = []
-    bar = tqdm(total=count, desc="images", leave=False, disable=None)
+    detector: Detector, images: Iterator[ReadInput], tiles: Tiles | None, batch: int, ahead: int
+) -> Generator[Scored, None, None]:
+    """Score images batch by batch."""
     # Tiles are batches of their own, so that one large image is held at a time.
-    for group in groups(images, 1 if tiles else batch, image_pixels, PIXELS_AHEAD):
-        readable = [item for item in group if item.image is not None]
-        for item in group:
-            if item.image is None:
-                report("unreadable", item.problem)
-        detections = detect(detector, [item.image for item in readable], tiles)
-        for item, detection in zip(readable, detections, strict=True):
-            problem = detection if isinstance(detection, str) else write(results, item, detection)
-            if problem:
-                report("not scored", f"{item.source.path}: {problem}")
-                failed += 1
-                continue
-            if count is None or count <= FEW_IMAGES:
-                verdict = {None: "", True: "  anomalous", False: "  normal"}[detection.is_anomalous]
-                log.info("%.4f%s  %s", results.thresholds.normalised(detection.score), verdict, item.source.name)
-            if item.pages > 1:
-                paged.append(f"{item.source.name} ({item.pages})")
-        unreadable += len(group) - len(readable)
-        bar.update(len(group))
-    bar.close()
-    if paged:
-        names = ", ".join(paged[:3]) + (", ..." if len(paged) > 3 else "")
-        log.info("images with several pages, of which the first was scored: %d, %s", len(paged), names)
-    return unreadable, failed
+    batches = groups(images, 1 if tiles else batch, image_pixels, PIXELS_AHEAD)
+    waiting = detector.at_once + 1 if ahead else 0
+    for scored in prefetch(
+        lambda group: score_batch(detector, group, tiles),
+        batches,
+        waiting,
+        lambda group: sum(map(image_pixels, group)),
+        threads=detector.at_once,
+    ):
+        yield from scored
+
+
+def score_batch(detector: Detector, group: list[ReadInput], tiles: Tiles | None) -> list[Scored]:
+    """The results of images, in their order."""
+    detections = iter(detect(detector, [item.image for item in group if item.image is not None], tiles))
+    scored = []
+    for item in group:
+        found = None if item.image is None else next(detections)
+        if isinstance(found, Detection):
+            scored.append(Scored(item, found) if found.finite else Scored(item, problem=NOT_FINITE))
+        else:
+            scored.append(Scored(item, problem=found or item.problem))
+    return scored
 
 
 def image_pixels(item: ReadInput) -> int:
@@ -281,18 +303,62 @@ def detect(detector: Detector, images: list[np.ndarray], tiles: Tiles | None) ->
     return [result for image in images for result in detect(detector, [image], tiles)]
 
 
-def write(results: Results, item: ReadInput, detection: Detection) -> str | None:
-    """Write the results of an image; returns what is wrong with it, if anything."""
-    if not detection.finite:
-        return NOT_FINITE
+def write(scored: Generator[Scored, None, None], results: Results, count: int | None, ahead: int) -> tuple[int, int]:
+    """Draw images and write the results in order; returns how many could not be read, and not be scored."""
+    unreadable = failed = 0
+    paged: list[str] = []
+    bar = tqdm(total=count, desc="images", leave=False, disable=None)
+    named = (item if item.problem else replace(item, name=results.name(item.source)) for item in scored)
+    drawn = prefetch(
+        lambda item: draw(results, item), named, ahead, lambda item: image_pixels(item.read), PIXELS_DRAWN, drain=True
+    )
+    # Closed before the folder's lock is released: what threads are still writing is then whole, and no more is scored.
+    with closing(scored), closing(drawn):
+        for item in drawn:
+            bar.update()
+            source, problem = item.source, item.problem or add(results, item)
+            if item.read.image is None:
+                report("unreadable", problem)
+                unreadable += 1
+            elif problem:
+                report("not scored", f"{source.path}: {problem}")
+                failed += 1
+            else:
+                detection = item.detection
+                if count is None or count <= FEW_IMAGES:
+                    verdict = {None: "", True: "  anomalous", False: "  normal"}[detection.is_anomalous]
+                    log.info("%.4f%s  %s", results.thresholds.normalised(detection.score), verdict, source.name)
+                if item.read.pages > 1:
+                    paged.append(f"{source.name} ({item.read.pages})")
+    bar.close()
+    if paged:
+        names = ", ".join(paged[:3]) + (", ..." if len(paged) > 3 else "")
+        log.info("images with several pages, of which the first was scored: %d, %s", len(paged), names)
+    return unreadable, failed
+
+
+def draw(results: Results, item: Scored) -> Scored:
+    """Write the pictures of an image that was scored."""
+    if item.problem:
+        return item
     try:
-        results.add(item.source, item.image, detection)
+        return replace(item, pictures=results.draw(item.name, item.read.image, item.detection))
     except (RunError, UsageError):
         # The folder cannot be written to, which holds for all images.
         raise
     except Exception as error:
+        return replace(item, problem=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def add(results: Results, item: Scored) -> str:
+    """Write the line of an image; returns what is wrong with it, if anything."""
+    try:
+        results.add(item.source, item.read.image, item.detection, item.pictures)
+    except (RunError, UsageError):
+        raise
+    except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+    return ""
 
 
 if __name__ == "__main__":

@@ -351,7 +351,10 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Boar
 
 
 def measure_normal(training: Training, train_set: RealNetTrainSet, stop: StopRequest) -> None:
-    """Measure what evaluator.score needs on some good training images: what the residual is where nothing is wrong."""
+    """Measure what evaluator.score needs on some good training images: what the residual is where nothing is wrong.
+
+    In float32, as the score is computed afterwards.
+    """
     if training.config.evaluator.score == "discriminator":
         return
     network, run = training.deployed, training.run
@@ -361,8 +364,7 @@ def measure_normal(training: Training, train_set: RealNetTrainSet, stop: StopReq
 
     def outputs() -> Iterator[dict]:
         for batch in progress_bar(loader, run, "good images", stop=stop):
-            with autocast(run.device, training.precision):
-                yield network({"image": batch.to(run.device)})
+            yield network({"image": batch.to(run.device)})
 
     was_training = network.training
     network.eval()

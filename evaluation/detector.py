@@ -26,7 +26,9 @@ from utils.checkpoint import BEST, has_finite_weights
 from utils.config import checked, load_config
 from utils.errors import RunError, UsageError
 from utils.files import verify_checksums
+from utils.precision import FP32, autocast, check_forward_precision
 
+MOST_AT_ONCE = 4  # batches, each of which takes memory
 NOT_FINITE = "the model's weights, score or anomaly map hold values that are not numbers, so there is no verdict"
 
 
@@ -100,7 +102,10 @@ class Detector:
     Args:
         config: the settings of realnet.yaml that it was trained with.
         thresholds: those that evaluation_realnet.py wrote; without them, there are scores but no verdicts.
-        infer: (N,3,H,W) float32 normalised images -> (N,H,W) float32 anomaly maps in [0, 1], both on the CPU.
+        infer: (N,3,H,W) float32 normalised images -> (N,H,W) float32 anomaly maps in [0, 1], both on the CPU. Several
+            threads may call it.
+        precision: of the forward pass (utils.precision.FORWARD_PRECISIONS). Thresholds of another one are refused.
+        at_once: the number of threads in which it is best called at the same time.
 
     Example, with the path of a class's checkpoint folder and the path of an image:
         >>> detector = Detector.load(checkpoints)
@@ -112,21 +117,29 @@ class Detector:
     config: EasyDict
     thresholds: Thresholds | None
     infer: Callable[[torch.Tensor], np.ndarray]
+    precision: str = FP32
+    at_once: int = 1
 
     @classmethod
-    def load(cls, path: str | Path, config: str | Path | None = None, device: str | None = None) -> "Detector":
+    def load(
+        cls, path: str | Path, config: str | Path | None = None, device: str | None = None, precision: str = FP32
+    ) -> "Detector":
         """Load a detector.
 
         Args:
             path: a checkpoint, a class folder with a checkpoint, or an exported .onnx or .pt2 file.
             config: a realnet.yaml, for checkpoints that hold no settings (those of the reference program).
             device: "cpu", "cuda", "mps", or None for the best available.
+            precision: "fp32", "bf16" or "fp16"; exported models run in fp32 only.
 
         Raises:
-            UsageError: the file is missing, is not a model, or does not fit its settings.
+            UsageError: the file is missing, is not a model, or does not fit its settings; or the precision is not
+                available.
             RunError: onnxruntime is needed but not installed.
         """
         path = checkpoint_path(path)
+        if path.suffix in (".onnx", ".pt2") and precision != FP32:
+            raise UsageError(f"--precision {precision}: {path} runs in {FP32} only; use the checkpoint instead")
         if path.suffix == ".onnx":
             return _from_onnx(path)
         if path.suffix == ".pt2":
@@ -134,20 +147,31 @@ class Detector:
         else:
             trained = load_trained(path, None if config is None else load_config(config, script="realnet"), config)
             thresholds = trained.thresholds(path)
-        return cls.of(trained, thresholds, distributed.pick_device(device))
+        return cls.of(trained, thresholds, distributed.pick_device(device), precision)
 
     @classmethod
-    def of(cls, trained: TrainedModel, thresholds: Thresholds | None, target: torch.device) -> "Detector":
-        """The detector of a trained model, on a device."""
+    def of(
+        cls, trained: TrainedModel, thresholds: Thresholds | None, target: torch.device, precision: str = FP32
+    ) -> "Detector":
+        """The detector of a trained model, on a device.
+
+        Raises:
+            UsageError: the precision is not available there.
+        """
+        check_forward_precision(precision, target)
         model, sound = trained.network.to(target), has_finite_weights(trained.network)
 
         @torch.inference_mode()
         def infer(images: torch.Tensor) -> np.ndarray:
-            maps = model({"image": images.to(target)})["anomaly_score"][:, 0].float().cpu().numpy()
+            with autocast(target, precision):
+                maps = model({"image": images.to(target)})["anomaly_score"][:, 0].float().cpu().numpy()
             # A nan that only chooses channels leaves the maps finite, but wrong.
             return maps if sound else np.full_like(maps, np.nan)
 
-        return cls(trained.config, thresholds, infer)
+        # torch leaves cores idle that it may not use for one batch, as with OMP_NUM_THREADS=1.
+        idle = target.type == "cpu" and torch.get_num_threads() == 1
+        at_once = min(MOST_AT_ONCE, distributed.usable_cores()) if idle else 1
+        return cls(trained.config, thresholds, infer, precision, at_once)
 
     def with_thresholds(self, thresholds: Thresholds | None) -> "Detector":
         """The same model with other thresholds."""
@@ -168,7 +192,13 @@ class Detector:
         return detection
 
     def detect(self, images: Sequence[np.ndarray], tiles: Tiles | None = None) -> Iterator[Detection]:
-        """Score images (H,W,3) uint8 of any sizes: all in one batch, or each one in tiles."""
+        """Score images (H,W,3) uint8 of any sizes: all in one batch, or each one in tiles.
+
+        Raises:
+            UsageError: the thresholds were chosen on scores in another precision.
+        """
+        if self.thresholds is not None:
+            self.thresholds.check_precision(self.precision)
         height, width = preprocessing_of(self.config.dataset).size
         window = pooling_window(self.config.evaluator)
         if tiles is None:

@@ -192,9 +192,15 @@ def _listed_file(line: str, folder: Path) -> Input:
 
 
 class ResultNames:
-    """Gives each image a distinct name for its result files, in the same subfolder as the image."""
+    """Gives each image a distinct name for its result files, in the same subfolder as the image.
 
-    def __init__(self, taken: Iterable[str] = ()) -> None:
+    Args:
+        suffixes: of the result files.
+        taken: names that are in use.
+    """
+
+    def __init__(self, suffixes: Iterable[str] = ("png",), taken: Iterable[str] = ()) -> None:
+        self.like_files = re.compile(rf"\.({'|'.join(suffixes)})$", re.IGNORECASE)
         self.taken = {name.lower() for name in taken}
 
     def of(self, name: str) -> str:
@@ -209,7 +215,9 @@ class ResultNames:
         parts = [part.replace(":", "") for part in path.split("/") if part not in ("", ".", "..")] or ["image"]
         # A folder "x.png" could not lie beside the result file "x.png".
         *folders, stem = parts
-        base = "/".join([*(re.sub(r"\.png$", "_png", part, flags=re.IGNORECASE) for part in folders), stem or "image"])
+        base = "/".join(
+            [*(self.like_files.sub(lambda end: f"_{end[1].lower()}", part) for part in folders), stem or "image"]
+        )
         chosen, number = base, 2
         while chosen.lower() in self.taken:
             chosen, number = f"{base}_{number}", number + 1

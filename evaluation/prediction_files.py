@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,27 @@ from evaluation.detector import Detection
 from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, ResultNames
 from evaluation.thresholds import Thresholds
 from utils import cli
+from utils.choices import NO_PICTURES, PNG
 from utils.errors import UsageError
 from utils.files import remove_parts, write_atomic, write_text, write_whole
 from utils.names import csv_cell
 from utils.pictures import heat_overlay, write_image
+from utils.precision import FP32
 
 COLUMNS = ("file", "score", "verdict", "threshold", "anomalous_share", "width", "height", "heatmap", "mask")
 TABLE = "scores.csv"
 RUN = "predict.json"  # the arguments of the run, so that --continue does not mix two runs
+EARLIER_RUN = {"precision": FP32}  # what runs did before they could be told to do otherwise
 # File names that are not UTF-8 become \udcNN, which json.loads turns back into the same names.
 ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of an image, as paths below the results' folder; None for one that is not written."""
+
+    heat_map: str | None = None
+    mask: str | None = None
 
 
 class Results:
@@ -32,7 +45,8 @@ class Results:
         folder: where to write.
         thresholds: of the verdicts; scores are normalised if they have a scale.
         run: the arguments that decide what the lines say; JSON values.
-        drawn: whether to write heat maps and masks.
+        heat_maps: format of heat maps, "png", "jpg" or "none".
+        masks: whether to write masks.
         overwrite: replace earlier results.
         resume: append to earlier results of the same run.
 
@@ -45,11 +59,12 @@ class Results:
         folder: Path,
         thresholds: Thresholds,
         run: dict[str, Any],
-        drawn: bool = True,
+        heat_maps: str = PNG,
+        masks: bool = True,
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        self.folder, self.thresholds, self.drawn = folder, thresholds, drawn
+        self.folder, self.thresholds, self.heat_maps, self.masks = folder, thresholds, heat_maps, masks
         image = thresholds.image
         self.threshold = None if image is None else round(thresholds.normalised(image), 6)
         self.table, self.lines = folder / TABLE, folder / SCORES
@@ -58,7 +73,8 @@ class Results:
         self.count = len(rows)
         self.anomalous = sum(row.get("verdict") == "anomalous" for row in rows)
         pictures = [row[name] for row in rows for name in ("heatmap", "mask") if row.get(name)]
-        self.names = ResultNames(name.partition("/")[2].removesuffix(".png") for name in pictures)
+        formats = {PNG, heat_maps} - {NO_PICTURES}
+        self.names = ResultNames(sorted(formats), (os.path.splitext(name.partition("/")[2])[0] for name in pictures))
         self.mode = "a" if resume else ("w" if overwrite else "x")
         self.run, self.rows = run, rows
 
@@ -85,10 +101,28 @@ class Results:
     def __exit__(self, *raised: object) -> None:
         self.stack.close()
 
-    def add(self, source: Input, image: np.ndarray, detection: Detection) -> None:
-        """Write everything about one image, whose detection is finite."""
+    def name(self, source: Input) -> str:
+        """The name of an image's pictures. It depends on the names before, so ask in the order of the images."""
+        return self.names.of(source.name)
+
+    def draw(self, name: str, image: np.ndarray, detection: Detection) -> Pictures:
+        """Write the heat map over an image, and the mask of the pixels that reach the pixel threshold.
+
+        Several threads may draw at the same time.
+        """
+        heat_file = mask_file = None
+        if self.heat_maps != NO_PICTURES:
+            thresholds, heat_file = self.thresholds, f"{HEAT_MAPS}/{name}.{self.heat_maps}"
+            heat = heat_overlay(image, detection.map, thresholds.low, thresholds.high, thresholds.pixel)
+            write_image(self.folder / heat_file, heat)
+        if self.masks and detection.mask is not None:
+            mask_file = f"{MASKS}/{name}.{PNG}"
+            write_image(self.folder / mask_file, detection.mask.astype(np.uint8) * 255)
+        return Pictures(heat_file, mask_file)
+
+    def add(self, source: Input, image: np.ndarray, detection: Detection, pictures: Pictures) -> None:
+        """Write the line of an image, whose detection is finite, when its pictures are written."""
         mask, anomalous = detection.mask, detection.is_anomalous
-        heat_file, mask_file = self._draw(source, image, detection) if self.drawn else (None, None)
         row = {
             "file": source.name,
             "score": round(self.thresholds.normalised(detection.score), 6),
@@ -97,8 +131,8 @@ class Results:
             "anomalous_share": None if mask is None else round(float(mask.mean()), 6),
             "width": image.shape[1],
             "height": image.shape[0],
-            "heatmap": heat_file,
-            "mask": mask_file,
+            "heatmap": pictures.heat_map,
+            "mask": pictures.mask,
         }
         # Encoded before anything is written: no half line, and no NaN, which JSON does not know.
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
@@ -107,16 +141,6 @@ class Results:
             write_whole(self.csv_file, _encoded(_csv_text([row])))
         self.count += 1
         self.anomalous += bool(anomalous)
-
-    def _draw(self, source: Input, image: np.ndarray, detection: Detection) -> tuple[str, str | None]:
-        """Write the heat map over the image, and the mask of the pixels that reach the pixel threshold."""
-        name, thresholds = f"{self.names.of(source.name)}.png", self.thresholds
-        heat = heat_overlay(image, detection.map, thresholds.low, thresholds.high, thresholds.pixel)
-        write_image(self.folder / HEAT_MAPS / name, heat)
-        if detection.mask is None:
-            return f"{HEAT_MAPS}/{name}", None
-        write_image(self.folder / MASKS / name, detection.mask.astype(np.uint8) * 255)
-        return f"{HEAT_MAPS}/{name}", f"{MASKS}/{name}"
 
     def _earlier_rows(self, run: dict[str, Any]) -> list[dict[str, Any]]:
         """The complete lines of an interrupted run with the same arguments."""
@@ -127,6 +151,7 @@ class Results:
         earlier = _parsed((self.folder / RUN).read_text(**ENCODING)) if (self.folder / RUN).is_file() else None
         if earlier is None:
             raise UsageError(f"--continue: {self.folder / RUN} does not say which run {SCORES} is of; pass --overwrite")
+        earlier = EARLIER_RUN | earlier
         changed = [f"{name} {earlier.get(name)}, now {now}" for name, now in run.items() if earlier.get(name) != now]
         if changed:
             advice = "give the same options, choose another --output, or pass --overwrite"

@@ -153,17 +153,25 @@ def _metrics(
 
 
 def draw_images(
-    result: ClassResult, scored: ScoredImages, gallery: int, folder: Path | None, run: Run, stop: StopRequest
+    result: ClassResult,
+    scored: ScoredImages,
+    gallery: int,
+    folder: Path | None,
+    run: Run,
+    stop: StopRequest,
+    suffix: str = "png",
 ) -> None:
     """Put the images with the worst errors into the gallery, and write a result picture of every image.
 
     Args:
         scored: the images of the class, kept for pictures (see score.predict_maps).
         gallery: number of images in the gallery.
-        folder: where to write <defect type>/<name>.png, or None to write none. Subfolders of the defect type are kept.
+        folder: where to write <defect type>/<name>.<suffix>, or None to write none. Subfolders of the defect type are
+            kept.
         stop: ends the drawing between two images when a signal has arrived.
+        suffix: "png" or "jpg".
     """
-    thresholds, errors, names = result.thresholds, result.errors(), ResultNames()
+    thresholds, errors, names = result.thresholds, result.errors(), ResultNames((suffix,))
     if folder is not None:
         remove_parts(folder, nested=True)
     worst = set(np.argsort(-errors, kind="stable")[:gallery].tolist())
@@ -174,7 +182,7 @@ def draw_images(
         mask = scored.masks[index] if sample.mask_known else None
         heat = heat_overlay(image, scored.maps[index], thresholds.low, thresholds.high, thresholds.pixel)
         if folder is not None:
-            write_image(folder / f"{names.of(_name_in_class(sample))}.png", result_picture(image, mask, heat))
+            write_image(folder / f"{names.of(_name_in_class(sample))}.{suffix}", result_picture(image, mask, heat))
         if index in worst:
             score, error = float(result.scores[index]), float(errors[index])
             result.gallery.append(_gallery_item(sample, score, error, image, heat, mask))

@@ -18,7 +18,7 @@ from utils import distributed
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.log import progress_bar
-from utils.precision import autocast
+from utils.precision import FP32, autocast
 from utils.signals import StopRequest
 
 
@@ -97,7 +97,7 @@ def predict_maps(
     loader: Iterable[dict],
     run: Run,
     window: tuple[int, int],
-    precision: str = "off",
+    precision: str = FP32,
     show: Collection[int] = (),
     stop: StopRequest | None = None,
 ) -> ScoredImages | None:
@@ -107,7 +107,7 @@ def predict_maps(
         loader: batches of the test set. If they are the same for any number of ranks (loaders.SharedBatches), the maps
             are too, bit for bit.
         window: (height, width) of the pooling that gives image scores.
-        precision: "off", "bf16" or "fp16".
+        precision: of the forward passes (utils.precision.FORWARD_PRECISIONS).
         show: indices of the images to keep for pictures, so that they need not be decoded again.
         stop: ends the scoring between two batches when a signal has arrived.
     """

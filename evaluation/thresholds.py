@@ -14,6 +14,7 @@ from evaluation.normal_scores import NormalScores, normalised, pooled, raw
 from utils.config import shortened
 from utils.errors import UsageError
 from utils.files import write_text
+from utils.precision import FP32, precision_in
 
 log = logging.getLogger("realnet")
 
@@ -36,6 +37,7 @@ class Thresholds:
         normal: scores of held-out good images, for other false alarm rates; None if no images were held out.
         scale: deviation of these scores' log-odds, by which scores are normalised; None leaves scores as they are.
         tiled: thresholds for scoring in tiles, by "<size>/<overlap>".
+        precision: of the forward passes that gave the scores (utils.precision.FORWARD_PRECISIONS).
 
     Example:
         >>> thresholds = Thresholds(0.5, 0.4, "by hand", classes={"bolts": Thresholds(0.6, 0.5, "by hand")})
@@ -54,6 +56,27 @@ class Thresholds:
     normal: NormalScores | None = None
     scale: float | None = None
     tiled: dict[str, "Thresholds"] = field(default_factory=dict)
+    precision: str = FP32
+
+    def measured_in(self, precision: str) -> "Thresholds":
+        """The same, also of each class, as chosen on scores in a precision."""
+        classes = {name: own.measured_in(precision) for name, own in self.classes.items()}
+        return replace(self, precision=precision, classes=classes)
+
+    def check_precision(self, precision: str, model: str = "the model") -> None:
+        """Refuse another precision than that of the scores that the thresholds were chosen on.
+
+        Args:
+            model: its name, for the message.
+
+        Raises:
+            UsageError: it is another one.
+        """
+        if precision != self.precision and (self.image, self.pixel) != (None, None):
+            raise UsageError(
+                f"{model}: its thresholds were chosen on scores in {self.precision}, and those in {precision} differ; "
+                f"evaluate again with --precision {precision}, predict with {self.precision}, or pass --threshold"
+            )
 
     def normalised(self, score: float) -> float:
         """The score as its distance from the threshold, 0.5 at the threshold; as it is without a scale."""
@@ -82,7 +105,12 @@ class Thresholds:
         return replace(self, image=chosen.image, pixel=chosen.pixel, rule=chosen.rule, classes=classes, tiled=tiled)
 
     def knowing(self, own: "Thresholds") -> "Thresholds":
-        """The same with the scores of held-out images that other thresholds of the model have, for other rates."""
+        """The same with the scores of held-out images that other thresholds of the model have, for other rates.
+
+        Scores in another precision are left out.
+        """
+        if own.precision != self.precision:
+            return self
         classes = {
             name: part.knowing(own.classes[name]) if name in own.classes else part
             for name, part in self.classes.items()
@@ -256,6 +284,8 @@ def as_content(thresholds: Thresholds) -> dict[str, Any]:
     content |= {"fingerprint": thresholds.fingerprint, "chosen_on": thresholds.chosen_on}
     if thresholds.scale is not None:
         content["scale"] = thresholds.scale
+    if thresholds.precision != FP32:
+        content["precision"] = thresholds.precision
     if thresholds.normal is not None:
         content["normal"] = thresholds.normal.as_content()
     for name, parts in (("tiled", thresholds.tiled), ("classes", thresholds.classes)):
@@ -295,6 +325,8 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
             raise UsageError(f"{where}: {name} is not a JSON object; evaluate the model again")
         parts[name] = {str(key): thresholds_from(value, f"{where}, {what} {key}") for key, value in found.items()}
     texts = {name: str(content.get(name, "")) for name in ("rule", "fingerprint", "chosen_on")}
+    # Files of earlier versions do not say it.
+    texts["precision"] = precision_in(content, where)
     normal = content.get("normal")
     scores = None if normal is None else NormalScores.from_content(normal, where)
     return Thresholds(**values, **texts, normal=scores, **parts)

@@ -1,4 +1,7 @@
-"""Score a test set in tiles, as predict.py --tile does: for figures, and for thresholds that hold for tiles."""
+"""Score as predict.py does: a test set in tiles, for figures, and held-out good images, for thresholds.
+
+The thresholds then hold for the tiles, and for the precision.
+"""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -37,7 +40,7 @@ def score_in_tiles(
     found: dict[int, tuple[float, np.ndarray, np.ndarray]] = {}
     shown: dict[int, np.ndarray] = {}
     for index in progress_bar(mine, run, "test images in tiles", stop=stop):
-        score, values = _in_tiles(detector, preprocessing, test_set.images.path(index), tiles)
+        score, values = _scored(detector, preprocessing, test_set.images.path(index), tiles)
         found[index] = (score, values, test_set.mask(index, values.shape).astype(bool))
         if index in show:
             shown[index] = test_set.read(index)
@@ -53,18 +56,23 @@ def score_in_tiles(
     return ScoredImages(test_set.samples, maps, scores, masks, pictures)
 
 
-def normals_in_tiles(
-    detector: Detector, preprocessing: Preprocessing, files: Sequence[Path], tiles: Tiles, run: Run, stop: StopRequest
+def score_normals(
+    detector: Detector,
+    preprocessing: Preprocessing,
+    files: Sequence[Path],
+    tiles: Tiles | None,
+    run: Run,
+    stop: StopRequest,
 ) -> NormalScores | None:
-    """What good images give in tiles, on rank 0; None on other ranks.
+    """What good images give, whole or in tiles, on rank 0; None on other ranks.
 
     Raises:
         UsageError: an image is not there any more, or cannot be read.
         RunError: a map is not finite.
     """
     scores, pixels = [], []
-    for file in progress_bar(files[run.rank :: run.world_size], run, "held-out images in tiles", stop=stop):
-        score, values = _in_tiles(detector, preprocessing, file, tiles)
+    for file in progress_bar(files[run.rank :: run.world_size], run, "held-out images", stop=stop):
+        score, values = _scored(detector, preprocessing, file, tiles)
         scores.append(score)
         pixels.append(values.ravel()[:: -(-values.size // MOST_PIXELS)])
     parts = distributed.gather((scores, pixels))
@@ -74,7 +82,9 @@ def normals_in_tiles(
     return NormalScores.of(np.concatenate([part for part, _ in parts]), np.concatenate(every))
 
 
-def _in_tiles(detector: Detector, preprocessing: Preprocessing, file: Path, tiles: Tiles) -> tuple[float, np.ndarray]:
+def _scored(
+    detector: Detector, preprocessing: Preprocessing, file: Path, tiles: Tiles | None
+) -> tuple[float, np.ndarray]:
     """The image score, and the map at the image's own size."""
     detection = next(detector.detect([preprocessing.read_full(file)], tiles))
     if not detection.finite:

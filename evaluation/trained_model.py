@@ -19,6 +19,7 @@ from models.realnet import MEASURED, RealNet, build_realnet, check_realnet
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
 from utils.config import checked, collect_errors, differences, plain, shortened
 from utils.errors import UsageError
+from utils.precision import FP32, precision_in
 
 log = logging.getLogger("realnet")
 
@@ -44,17 +45,20 @@ class HeldOut:
         files: their names in the image list, by class.
         normal: their scores, by class.
         low, high: range of heat maps, from these images and synthetic anomalies on them.
+        precision: of the forward passes that gave the scores.
     """
 
     files: dict[str, list[str]]
     normal: dict[str, NormalScores]
     low: float
     high: float
+    precision: str = FP32
 
     def as_content(self) -> dict[str, Any]:
         """Plain values, for the checkpoint's key `held_out`."""
         normal = {name: scores.as_content() for name, scores in self.normal.items()}
-        return {"files": self.files, "normal": normal, "low": self.low, "high": self.high}
+        values = {"low": self.low, "high": self.high, "precision": self.precision}
+        return {"files": self.files, "normal": normal, **values}
 
     @classmethod
     def from_content(cls, content: Any, path: Path) -> "HeldOut":
@@ -71,7 +75,7 @@ class HeldOut:
             raise UsageError(f"{path}: held_out is {shortened(content)}, not what train_realnet.py writes") from None
         if not normal or not 0 <= low <= high <= 1:
             raise UsageError(f"{path}: held_out holds no class, or no range of heat maps in 0 .. 1; train again")
-        return cls(files, normal, low, high)
+        return cls(files, normal, low, high, precision_in(content, str(path)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ class TrainedModel:
         if self.held_out is None:
             return None
         held_out = self.held_out
-        return of_normals(held_out.normal, target_fpr, held_out.low, held_out.high, self.fingerprint)
+        thresholds = of_normals(held_out.normal, target_fpr, held_out.low, held_out.high, self.fingerprint)
+        return thresholds.measured_in(held_out.precision)
 
 
 def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: str | Path | None = None) -> TrainedModel:

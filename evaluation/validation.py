@@ -1,4 +1,8 @@
-"""The validations of a training: figures of the test list, and of held-out good images with synthetic anomalies."""
+"""The validations of a training: figures of the test list, and of held-out good images with synthetic anomalies.
+
+In float32 whatever the training's precision is, as evaluation and prediction score by default: figures and thresholds
+are those of the detector as it is used.
+"""
 
 from collections.abc import Iterable
 
@@ -26,7 +30,7 @@ def validate_test(
     """The metric of the test list, evaluator.key_metric, on rank 0; None on other ranks. Not for an empty list."""
     shown = spread([sample.defect_type for sample in test_set.samples], SHEET_IMAGES)
     window = pooling_window(training.config.evaluator)
-    scored = predict_maps(training.deployed, test_set, loader, training.run, window, training.precision, shown, stop)
+    scored = predict_maps(training.deployed, test_set, loader, training.run, window, show=shown, stop=stop)
     if scored is None:
         return None
     if not scored.finite:
@@ -40,10 +44,7 @@ def validate_test(
 def validate_held_out(
     training: Training, held_out: HeldOutSet, loader: Iterable[dict], board: Board, stop: StopRequest
 ) -> tuple[float, HeldOut | None] | None:
-    """The metric of held-out images with synthetic anomalies, and the scores of the good ones, on rank 0.
-
-    In float32, as evaluation and prediction score: thresholds follow from these scores.
-    """
+    """The metric of held-out images with synthetic anomalies, and the scores of the good ones, on rank 0."""
     window = pooling_window(training.config.evaluator)
     scored = predict_maps(training.deployed, held_out, loader, training.run, window, stop=stop)
     if scored is None:

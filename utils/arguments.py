@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
+from utils.choices import FORWARD_PRECISIONS, FP32
+
 
 def parse_early(name: str, parse_args: Callable[[], argparse.Namespace]) -> None:
     """Answer --help and refuse wrong options now, if the module is the script that was started.
@@ -61,6 +63,12 @@ def run_parser(doc: str) -> argparse.ArgumentParser:
 def add_device(arguments: argparse.ArgumentParser) -> None:
     """What the networks run on."""
     arguments.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: a GPU if there is one")
+
+
+def add_precision(arguments: argparse.ArgumentParser) -> None:
+    """The precision of the forward passes of a trained detector."""
+    precision_help = "of the forward pass (fp32); thresholds hold for the one that they were chosen in"
+    arguments.add_argument("--precision", choices=FORWARD_PRECISIONS, default=FP32, help=precision_help)
 
 
 def add_resume_options(arguments: argparse.ArgumentParser) -> None:

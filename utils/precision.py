@@ -1,12 +1,13 @@
-"""Mixed precision: what the setting `amp` means on a device, and the autocast context for it."""
+"""Mixed precision: what the setting `amp` and the option --precision mean on a device, and the autocast context."""
 
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from utils.choices import BF16, FORWARD_PRECISIONS, FP16, FP32, PRECISIONS
 from utils.errors import UsageError
-from utils.settings import PRECISIONS
 
 
 def resolve_precision(amp: str, device: torch.device) -> str:
@@ -31,7 +32,40 @@ def training_precision(trainer: dict, device: torch.device) -> str:
     return resolve_precision("fp16" if trainer.get("use_fp16") and trainer.amp == "off" else trainer.amp, device)
 
 
+def check_forward_precision(precision: str, device: torch.device) -> None:
+    """Try a convolution in a precision of FORWARD_PRECISIONS: not every device and version of torch has all of them.
+
+    Raises:
+        UsageError: no such precision, or not on this device.
+    """
+    if precision not in FORWARD_PRECISIONS:
+        raise UsageError(f"precision {precision!r} is not one of {', '.join(FORWARD_PRECISIONS)}")
+    if precision == FP32:
+        return
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            F.conv2d(torch.zeros(1, 1, 3, 3, device=device), torch.zeros(1, 1, 3, 3, device=device))
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0][:150]
+        raise UsageError(
+            f"--precision {precision}: {device.type} has no convolutions in it ({reason}); use {FP32}"
+        ) from None
+
+
+def precision_in(content: dict[str, Any], where: str) -> str:
+    """The precision that scores in a file were measured in; fp32 if it does not say so, as in earlier versions.
+
+    Raises:
+        UsageError: no such precision.
+    """
+    precision = content.get("precision", FP32)
+    if precision not in FORWARD_PRECISIONS:
+        known = ", ".join(FORWARD_PRECISIONS)
+        raise UsageError(f"{where}: precision {str(precision)[:40]!r} is not one of {known}; evaluate the model again")
+    return precision
+
+
 def autocast(device: torch.device, precision: str) -> Any:
-    """A context that runs a forward pass in a precision: "off", "bf16" or "fp16"."""
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    """A context that runs a forward pass in a precision: "off" or "fp32", "bf16", "fp16"."""
+    dtype = {"off": None, FP32: None, BF16: torch.bfloat16, FP16: torch.float16}[precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()

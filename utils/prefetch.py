@@ -17,31 +17,49 @@ def prefetch(
     ahead: int,
     pixels: Callable[[Item], int] = lambda item: 0,
     most: int = PIXELS_AHEAD,
+    threads: int | None = None,
+    drain: bool = False,
 ) -> Iterator[Result]:
     """Yield function(item) for every item, in order. Threads compute some results in advance.
 
+    Iterators of this kind can follow each other, as the steps of a pipeline.
+
     Args:
-        ahead: most items in advance.
+        ahead: most items in advance; 0 computes each one when it is asked for, in the thread that asks.
         pixels: size of an item.
         most: most pixels in advance; a larger item is computed alone.
+        threads: None: as many as there are cores.
+        drain: if `items` fails, first yield the results of the items before, which have been begun.
     """
-    items, following = iter(items), None
+    if ahead == 0:
+        yield from map(function, items)
+        return
+    items, following, failure = iter(items), None, None
     waiting: deque = deque()
     held = 0
-    with ThreadPoolExecutor(min(ahead, usable_cores())) as pool:
+    with ThreadPoolExecutor(min(ahead, threads or usable_cores())) as pool:
         try:
             while True:
-                while len(waiting) < ahead:
+                taken = 0
+                # One item, at least, is taken for each that is yielded. More could be waited for in vain.
+                while failure is None and len(waiting) < ahead and not (taken and waiting[0][0].done()):
                     if following is None:
-                        item = next(items, None)
+                        try:
+                            item = next(items, None)
+                        except BaseException as error:
+                            if not drain:
+                                raise
+                            failure = error
+                            break
                         if item is None:
                             break
                         following = item, pixels(item)
                     if waiting and held + following[1] > most:
                         break
                     waiting.append((pool.submit(function, following[0]), following[1]))
-                    held += following[1]
-                    following = None
+                    held, taken, following = held + following[1], taken + 1, None
+                if not waiting and failure is not None:
+                    raise failure
                 if not waiting:
                     return
                 future, size = waiting.popleft()

@@ -3,6 +3,7 @@
 python -m utils.settings > docs/settings.md        writes the page that documents them
 """
 
+from utils.choices import PRECISIONS
 from utils.detector_settings import AUC, MOST_PIXELS, NET, STRUCTURE, losses
 from utils.names import folder_problem, name_problem
 from utils.setting_types import Section, Setting, settings_page
@@ -10,7 +11,6 @@ from utils.setting_types import Section, Setting, settings_page
 # ---- shared by several files -----------------------------------------------------------------------------------------
 
 MOST_IMAGES = 65_536  # in a batch
-PRECISIONS = ("off", "bf16", "fp16", "auto")
 
 
 def _heads_problem(channels: int) -> str | None:

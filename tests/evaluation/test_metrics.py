@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, roc_auc_score
 
 from evaluation.metrics import Ranking, anomaly_metrics, image_scores, overlap_at, pixel_ranking, pro
 from evaluation.tables import COLUMNS, MEAN, SHOWN, markdown_table, text_table, with_mean, write_tables
+from models.realnet import ExportedRealNet
 
 
 def slow_pro(scores, masks, limit=0.3):
@@ -203,5 +205,8 @@ def test_image_scores_are_the_highest_mean_of_a_window(window):
     windows = np.lib.stride_tricks.sliding_window_view(maps.astype(np.float64), (k_y, k_x), axis=(1, 2))
     expected = windows.mean(axis=(3, 4)).max(axis=(1, 2))
     np.testing.assert_allclose(image_scores(maps, window), expected, rtol=1e-7)
+    # Exported models give the same scores.
+    model = ExportedRealNet(lambda batch: {"anomaly_score": batch["image"]}, window)
+    np.testing.assert_allclose(model(torch.from_numpy(maps)[:, None])[1].numpy(), expected, rtol=1e-6)
     maps[1, 3, 4] = np.nan
     assert not np.isfinite(image_scores(maps, window)[1])

@@ -15,10 +15,12 @@ from datasets.lists import Sample
 from evaluation.detector import Detector
 from evaluation.exported import read_program
 from evaluation.inputs import ResultNames
+from evaluation.prediction_files import Results
 from evaluation.results import draw_images, evaluate_class
 from evaluation.score import ScoredImages
 from evaluation.tables import COLUMNS, write_tables
 from evaluation.thresholds import Thresholds
+from models.realnet import RealNet
 from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.distributed import Run
@@ -150,6 +152,14 @@ def test_an_interrupted_run_continues(score, tmp_path, monkeypatch):
 
 def test_only_the_same_run_continues(score, tmp_path):
     assert score(TEST_FOLDER, "--continue")[0] == 0  # nothing to continue: starts
+    # Earlier versions did not say the precision.
+    run_file = tmp_path / "out/predict.json"
+    earlier = json.loads(run_file.read_text())
+    assert earlier.pop("precision") == "fp32"
+    run_file.write_text(json.dumps(earlier))
+    assert score(TEST_FOLDER, "--continue")[0] == 0
+    options = ["--threshold", "0.7", "--precision", "bf16"]
+    assert "precision fp32, now bf16" in score(TEST_FOLDER, "--continue", *options)[2]
     code, _, err, _ = score(TEST_FOLDER, "--continue", "--threshold", "0.7")
     assert code == 2
     assert "holds results of another run (threshold " in err
@@ -159,6 +169,115 @@ def test_only_the_same_run_continues(score, tmp_path):
     assert "--continue" in err
     (tmp_path / "out/predict.json").unlink()
     assert "pass --overwrite" in score(TEST_FOLDER, "--continue")[2]
+
+
+@pytest.mark.parametrize("heat_maps", ["jpg", "none"])
+def test_lines_name_the_pictures_that_are_written(heat_maps, score, tmp_path):
+    for name in ("x.png", "x.bmp", "x.jpg/y.png"):
+        image_file(tmp_path / "in" / name, 1)
+    lines = score(tmp_path / "in", "--heatmaps", heat_maps)[3].values()
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    written = sorted(path.as_posix() for path in files if len(path.parts) > 1)
+    assert written == sorted(line[kind] for line in lines for kind in ("heatmap", "mask") if line[kind])
+    assert {line["mask"][-4:] for line in lines} == {".png"}
+    assert {line["heatmap"] and line["heatmap"][-4:] for line in lines} == {".jpg" if heat_maps == "jpg" else None}
+    # The names before are known: nothing is overwritten.
+    image_file(tmp_path / "in/x.webp", 2)
+    again = score(tmp_path / "in", "--heatmaps", heat_maps, "--continue")[3]
+    assert again["x.webp"]["mask"] == "masks/x_3.png"
+
+
+def test_a_picture_that_cannot_be_written_is_named_and_ends_the_run(score, tmp_path):
+    for i in range(6):
+        image_file(tmp_path / f"in/{i}.png", i)
+    assert score(tmp_path / "in", "--batch-size", "2")[0] == 0
+    for name in ("scores.jsonl", "heatmaps/3.png"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out/heatmaps/3.png").mkdir()
+    code, _, err, lines = score(tmp_path / "in", "--batch-size", "2", "--overwrite")
+    assert code == 1
+    assert "out/heatmaps/3.png: cannot be written" in err.splitlines()[-1]
+    assert list(lines) == ["0.png", "1.png", "2.png"]
+
+
+def test_images_are_drawn_while_others_are_scored(score, tmp_path, monkeypatch):
+    for i in range(3):
+        image_file(tmp_path / f"in/{i}.png", i)
+    maps, draw, calls, second = Detector.maps, Results.draw, [], threading.Event()
+
+    def counted(self, images):
+        calls.append(len(images))
+        if len(calls) == 2:
+            second.set()
+        return maps(self, images)
+
+    def waiting(self, name, *arguments):
+        assert name != "0" or second.wait(timeout=60)
+        return draw(self, name, *arguments)
+
+    monkeypatch.setattr(Detector, "maps", counted)
+    monkeypatch.setattr(Results, "draw", waiting)
+    code, _, err, lines = score(tmp_path / "in", "--batch-size", "1")
+    assert (code, list(lines)) == (0, ["0.png", "1.png", "2.png"]), err
+
+
+def test_what_was_begun_before_an_error_is_not_lost():
+    def items():
+        yield from (1, 2)
+        raise RunError("no more")
+
+    results = prefetch(lambda item: 10 * item, items(), 4, drain=True)
+    assert [next(results), next(results)] == [10, 20]
+    with pytest.raises(RunError, match="no more"):
+        next(results)
+    assert list(prefetch(str, iter([1, 2]), 0)) == ["1", "2"]
+
+
+def test_results_do_not_wait_for_slow_items():
+    taken = []
+
+    def slow():
+        for item in range(5):
+            taken.append(item)
+            time.sleep(0.05)
+            yield item
+
+    for result in prefetch(lambda item: item, slow(), 5):
+        # One item is taken for each result, and what a thread took to compute the first.
+        assert len(taken) <= result + 4
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_of_another_precision_are_refused(score, detector, tmp_path, monkeypatch):
+    code, _, err, _ = score(TEST_FOLDER, "--precision", "bf16")
+    assert code == 2
+    assert "were chosen on scores in fp32, and those in bf16 differ; evaluate again with --precision bf16" in err
+    assert not (tmp_path / "out").exists()
+    loaded = Detector.load(detector.root / CLASS_FOLDER, precision="bf16")
+    with pytest.raises(UsageError, match="pass --threshold"):
+        loaded(np.zeros((8, 8, 3), np.uint8))
+    dtypes = []
+
+    def forward(self, batch, train=False):
+        dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return {"anomaly_score": batch["image"][:, :1].sigmoid()}
+
+    monkeypatch.setattr(RealNet, "forward", forward)
+    image_file(tmp_path / "in/0.png", 0)
+    lines = score(tmp_path / "in", "--precision", "bf16", "--threshold", "0.5")[3]
+    # The pixel threshold was chosen in fp32, too.
+    assert (lines["0.png"]["threshold"], lines["0.png"]["mask"]) == (0.5, None)
+    assert score(tmp_path / "in", output="fp32")[0] == 0
+    assert dtypes == [torch.bfloat16, None]
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_exported_models_run_in_float32_only(ending, tmp_path):
+    (tmp_path / f"model.{ending}").touch()
+    with pytest.raises(UsageError, match=rf"--precision fp16: .*model\.{ending} runs in fp32 only"):
+        Detector.load(tmp_path / f"model.{ending}", precision="fp16")
 
 
 # ---- tiles, ranks, memory --------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from datasets.lists import Sample
 from evaluation.metrics import Ranking, image_scores, overlap_at
+from evaluation.normal_scores import NormalScores
 from evaluation.results import evaluate_class
 from evaluation.score import ScoredImages
 from evaluation.thresholds import (
     Thresholds,
+    as_content,
     best_f1,
     for_target_fpr,
     midway_below,
@@ -77,6 +79,25 @@ def test_sidecars_lie_beside_the_model_and_survive_a_round_trip(tmp_path):
     assert alone.of_class("bolts") == alone
     with pytest.raises(UsageError, match="leave the name out"):
         alone.of_class("nuts")
+
+
+def test_thresholds_hold_for_the_precision_that_they_were_chosen_in():
+    single = Thresholds(0.5, 0.4, "rule")
+    assert "precision" not in as_content(single)  # as in earlier versions
+    whole = replace(single, classes={"a": single}).measured_in("bf16").with_tiled("64/16", single)
+    assert thresholds_from(as_content(whole), "file") == whole
+    assert (whole.classes["a"].precision, whole.tiled["64/16"].precision) == ("bf16", "fp32")
+    whole.check_precision("bf16")
+    text = r"^model\.pth: its thresholds .* in bf16.* evaluate again with --precision fp32, .*or pass --threshold$"
+    with pytest.raises(UsageError, match=text):
+        whole.check_precision("fp32", "model.pth")
+    Thresholds(None, None, "").check_precision("fp16")
+    with pytest.raises(UsageError, match="file: precision 'half' is not one of fp32, bf16, fp16"):
+        thresholds_from({**as_content(single), "precision": "half"}, "file")
+    scores = NormalScores.of(np.array([0.1, 0.2]), np.full((2, 4, 4), 0.1))
+    known = replace(single, normal=scores)
+    assert single.knowing(known).normal is scores
+    assert single.knowing(known.measured_in("bf16")).normal is None
 
 
 @pytest.mark.parametrize(

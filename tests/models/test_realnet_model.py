@@ -239,6 +239,16 @@ def test_maps_have_the_size_of_the_image(size):
     assert set(outputs) == {"block_feats", "feats_recon", "residual", "logit", "anomaly_score"}
 
 
+def test_the_residual_is_taken_in_float32():
+    network = build_realnet(REALNET).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        outputs = network({"image": randn(0, 1, 3, 32, 32)})
+    features, reconstructed = outputs["block_feats"]["block1"], outputs["feats_recon"]["block1"]
+    assert torch.bfloat16 in (features.dtype, reconstructed.dtype)
+    assert torch.equal(outputs["residual"]["block1"], (features.float() - reconstructed.float()) ** 2)
+    assert outputs["anomaly_score"].dtype == torch.float32
+
+
 def test_a_step_lowers_the_loss():
     torch.manual_seed(0)
     network = build_realnet(REALNET).train()

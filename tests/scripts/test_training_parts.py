@@ -29,7 +29,7 @@ from utils.config import load_config
 from utils.distributed import Run
 from utils.errors import Stopped, UsageError
 from utils.optim import EpochLoss, Stepper
-from utils.precision import training_precision
+from utils.precision import check_forward_precision, training_precision
 from utils.signals import StopRequest
 from utils.training import set_up_training
 
@@ -365,6 +365,35 @@ def test_automatic_precision_depends_on_the_device(monkeypatch):
         assert training_precision(EasyDict(amp="auto"), torch.device("cuda")) == expected
     with pytest.raises(UsageError, match="half"):
         training_precision(EasyDict(amp="half"), CPU)
+
+
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
+    def lacking(*args: object) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    check_forward_precision("bf16", CPU)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lacking)
+    check_forward_precision("fp32", CPU)
+    with pytest.raises(UsageError, match=r"--precision fp16: cpu has no convolutions in it .*; use fp32"):
+        check_forward_precision("fp16", CPU)
+    with pytest.raises(UsageError, match="is not one of fp32, bf16, fp16"):
+        check_forward_precision("auto", CPU)
+
+
+@pytest.mark.parametrize("validate", [validation.validate_test, validation.validate_held_out])
+def test_validations_run_in_float32_whatever_the_training_s_precision_is(validate, configured):
+    class Network(nn.Linear):
+        def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+            seen.append(autocast_dtype())
+            return {"anomaly_score": batch["image"][:, :1] * torch.nan}
+
+    seen: list[torch.dtype | None] = []
+    training = training_of(configured("realnet", "trainer.amp='bf16'"), Network(1, 1))
+    images = SimpleNamespace(samples=[], preprocessing=None)
+    batch = {"image": torch.zeros(1, 3, 8, 8), "index": torch.zeros(1).long(), "mask": torch.zeros(1, 8, 8)}
+    result = validate(training, images, [batch], MagicMock(), StopRequest(ALONE))
+    assert result in (validation.DIVERGED, (validation.DIVERGED, None))
+    assert seen == [None]
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("off", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -1,0 +1,6 @@
+"""Values that options and settings choose from; without libraries, so that --help is quick."""
+
+PRECISIONS = ("off", "bf16", "fp16", "auto")  # of trainings: the setting `amp`
+# Of evaluation and prediction. Thresholds hold for one of them, so none depends on the device.
+FP32, BF16, FP16 = FORWARD_PRECISIONS = ("fp32", "bf16", "fp16")
+PNG, JPEG, NO_PICTURES = FORMATS = ("png", "jpg", "none")  # of heat maps
