@@ -336,7 +336,7 @@ def held_out_thresholds(
     normals = {}
     for name, files in held_out.files.items():
         paths = [image_dir / file for file in files]
-        normals[name] = score_normals(detector, preprocessing, paths, options.tiles, run, stop)
+        normals[name] = score_normals(detector, preprocessing, paths, held_out.parts_of(name), options.tiles, run, stop)
     return of_normals(normals, target, held_out.low, held_out.high, trained.fingerprint) if run.is_main else None
 
 

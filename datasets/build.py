@@ -169,7 +169,8 @@ def build_held_out_set(
     types = list(dict.fromkeys([*trained, *LOCAL]))
     room = config.cache_mb - train_set.cached.megabytes
     cached = CachedImages(images, train_set.rules, train_set.preprocessing, room)
-    return HeldOutSet(cached, train_set.synthesis, types, train_set.seed)
+    parts = parts_of(config.train.parts, [sample.filename for sample in _training_images(config, class_name).samples])
+    return HeldOutSet(cached, train_set.synthesis, types, train_set.seed, parts)
 
 
 def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:

@@ -1,6 +1,7 @@
 """Good images that training leaves out: as they are, and with synthetic anomalies that are the same in every run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,12 +27,21 @@ class HeldOutSet(Dataset):
         synthesis: see its class.
         types: the anomaly types that take turns, also such as training does not draw.
         seed: of the random draws.
+        parts: the part that an image shows, by file name, as far as it is known.
 
     Yields:
         image: (3,H,W) float32; mask: (H,W) uint8 in {0, 1}; index.
     """
 
-    def __init__(self, cached: CachedImages, synthesis: Synthesis, types: Sequence[str], seed: int) -> None:
+    def __init__(
+        self,
+        cached: CachedImages,
+        synthesis: Synthesis,
+        types: Sequence[str],
+        seed: int,
+        parts: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.parts = dict(parts)
         self.cached, self.images, self.preprocessing = cached, cached.images, cached.preprocessing
         self.synthesis, self.seed = synthesis, seed
         images = self.images

@@ -23,6 +23,8 @@ class NormalScores:
     Args:
         scores: (n,) float64 image scores in [0, 1], ascending.
         pixels: (61,) float64: the map value that the share SHARES[k] of all pixels exceeds.
+        parts: (n,) int64, 0 .. k - 1: which of the k parts each image shows. Images of one part resemble each other, so
+            only the parts are as new images of new parts.
 
     Example:
         >>> normal = NormalScores.of(np.linspace(0.1, 0.2, 199), np.full((2, 4, 4), 0.1, np.float32))
@@ -32,37 +34,55 @@ class NormalScores:
 
     scores: np.ndarray
     pixels: np.ndarray
+    parts: np.ndarray
 
     @classmethod
-    def of(cls, scores: np.ndarray, maps: np.ndarray) -> "NormalScores":
-        """Of image scores (n,) and anomaly maps (n,H,W), or maps of any sizes as one vector; n >= 1."""
+    def of(cls, scores: np.ndarray, maps: np.ndarray, parts: Sequence[str] | None = None) -> "NormalScores":
+        """Of image scores (n,) and anomaly maps (n,H,W), or maps of any sizes as one vector; n >= 1.
+
+        Args:
+            parts: names of the parts that the images show; None if each shows its own.
+        """
+        numbers = np.arange(len(scores)) if parts is None else np.unique(parts, return_inverse=True)[1]
+        order = np.argsort(scores, kind="stable")
         values = np.sort(np.asarray(maps, np.float32).ravel())
         below = np.clip(np.ceil((1 - SHARES) * values.size).astype(int) - 1, 0, values.size - 1)
-        return cls(np.sort(np.asarray(scores, np.float64)), values[below].astype(np.float64))
+        return cls(np.asarray(scores, np.float64)[order], values[below].astype(np.float64), numbers[order])
 
     def __len__(self) -> int:
         return len(self.scores)
 
     @property
+    def count(self) -> int:
+        """The number k of parts."""
+        return int(self.parts.max()) + 1
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(n,) what each image counts: the parts count alike, and so do the images of a part. The sum is 1."""
+        return 1 / (self.count * np.bincount(self.parts)[self.parts])
+
+    @property
     def lowest_rate(self) -> float:
-        """The lowest false alarm rate that n images can promise, 1 / (n + 1)."""
-        return 1 / (len(self) + 1)
+        """The lowest false alarm rate that k parts can promise, 1 / (k + 1)."""
+        return 1 / (self.count + 1)
 
     def image_threshold(self, target_fpr: float = TARGET_FPR) -> float:
         """The image threshold that a new good image reaches with at most this probability.
 
-        From 1 / (n + 1) on, it lies above the ceil((1 - target)(n + 1))-th lowest score, which holds for any
-        distribution if new images are like these ones (split conformal prediction; Vovk et al., 2005). Below, the
-        log-odds of the highest quarter of the scores are continued by an exponential distribution with their mean
-        excess (peaks over threshold; Pickands, 1975): an estimate, and no promise.
+        From 1 / (k + 1) on, it lies above the lowest score up to which the weights, times k / (k + 1), add up to
+        1 - target. That holds for any distribution if new parts are like these ones (hierarchical conformal prediction;
+        Lee, Barber & Willett, 2023, arXiv 2306.06342). If each image shows its own part, it is the
+        ceil((1 - target)(n + 1))-th lowest score (split conformal prediction; Vovk et al., 2005). Below, the log-odds
+        of the highest quarter of the scores are continued by an exponential distribution with their mean excess (peaks
+        over threshold; Pickands, 1975): an estimate, and no promise.
 
         Args:
             target_fpr: in (0, 1).
         """
-        count = len(self)
-        rank = math.ceil((1 - target_fpr) * (count + 1) - 1e-9)
-        if rank <= count:
-            here = self.scores[rank - 1]
+        reached = np.cumsum(self.weights) * self.count / (self.count + 1) >= 1 - target_fpr - 1e-9
+        if reached.any():
+            here = self.scores[int(np.argmax(reached))]
             higher = self.scores[self.scores > here]
             # Halfway to the next score, so that rounding elsewhere keeps the verdicts.
             return float((here + higher[0]) / 2) if higher.size else self._beyond(here, target_fpr)
@@ -70,11 +90,12 @@ class NormalScores:
 
     def _beyond(self, score: float, target_fpr: float) -> float:
         """The threshold for this rate on the fitted tail, a little above `score` at least."""
-        odds = log_odds(self.scores)
-        count = min(max(1, round(TAIL * len(odds))), len(odds) - 1)
-        start = odds[len(odds) - 1 - count]
-        excess = float(np.mean(odds[len(odds) - count :] - start)) if count else 0.0
-        share = max(count, 1) / len(odds)
+        odds, weights = log_odds(self.scores), self.weights
+        shares = np.cumsum(weights[::-1])  # of the highest 1, 2, ... scores
+        count = min(1 + int(np.argmin(np.abs(shares - TAIL))), len(odds) - 1)
+        start, share = odds[len(odds) - 1 - count], float(shares[max(count, 1) - 1])
+        highest = slice(len(odds) - count, None)
+        excess = float(np.average(odds[highest] - start, weights=weights[highest])) if count else 0.0
         tail = start + excess * max(0.0, math.log(share / target_fpr))
         margin = max(0.01 * self.scale, 1e-4)
         return float(_from_log_odds(max(tail, log_odds(np.float64(score)) + margin)))
@@ -90,7 +111,8 @@ class NormalScores:
 
     def as_content(self) -> dict[str, list[float]]:
         """Plain values for JSON and checkpoints."""
-        return {"scores": self.scores.tolist(), "pixels": self.pixels.tolist()}
+        content = {"scores": self.scores.tolist(), "pixels": self.pixels.tolist()}
+        return content if self.count == len(self) else {**content, "parts": self.parts.tolist()}
 
     @classmethod
     def from_content(cls, content: Any, where: str) -> "NormalScores":
@@ -108,13 +130,20 @@ class NormalScores:
             if not fits or (name == "pixels" and len(values) != most):
                 raise UsageError(f"{where}: {name} of the good images are {shortened(values)}; train or evaluate again")
             arrays[name] = np.array(values, np.float64)
-        return cls(np.sort(arrays["scores"]), arrays["pixels"])
+        scores, parts = arrays["scores"], content.get("parts", list(range(len(arrays["scores"]))))
+        if not isinstance(parts, Sequence) or len(parts) != len(scores) or not all(type(k) is int for k in parts):
+            raise UsageError(f"{where}: parts of the good images are {shortened(parts)}; train or evaluate again")
+        order, numbers = np.argsort(scores, kind="stable"), np.unique(parts, return_inverse=True)[1]
+        return cls(scores[order], arrays["pixels"], numbers[order])
 
 
-def pooled(parts: Sequence[NormalScores]) -> NormalScores:
+def pooled(classes: Sequence[NormalScores]) -> NormalScores:
     """The scores of several classes as one; of the pixels' values, their means at equal shares."""
-    scores = np.sort(np.concatenate([part.scores for part in parts]))
-    return NormalScores(scores, np.mean([part.pixels for part in parts], axis=0))
+    scores = np.concatenate([normal.scores for normal in classes])
+    before = np.cumsum([0, *(normal.count for normal in classes)])
+    parts = np.concatenate([normal.parts + first for normal, first in zip(classes, before[:-1], strict=True)])
+    order = np.argsort(scores, kind="stable")
+    return NormalScores(scores[order], np.mean([normal.pixels for normal in classes], axis=0), parts[order])
 
 
 def normalised(score: float, threshold: float, scale: float) -> float:

@@ -187,10 +187,12 @@ def from_normal(normal: NormalScores, target_fpr: float, low: float, high: float
         normal: scores of good images that the model was not trained on.
         low, high: range of heat maps.
     """
-    count, lowest = len(normal), normal.lowest_rate
-    rule = f"at most {100 * target_fpr:g}% of good images flagged, by {count} {HELD_OUT}"
+    parts, lowest = normal.count, normal.lowest_rate
+    rule = f"at most {100 * target_fpr:g}% of good images flagged, by {len(normal)} {HELD_OUT}"
+    rule += "" if parts == len(normal) else f" of {parts} parts"
     if target_fpr < lowest:
-        rule += f" (an estimate: {count} images can promise {100 * lowest:.2g}% at best)"
+        what = "images" if parts == len(normal) else "parts"
+        rule += f" (an estimate: {parts} {what} can promise {100 * lowest:.2g}% at best)"
     image, pixel = normal.image_threshold(target_fpr), normal.pixel_threshold(PIXEL_SHARE * target_fpr)
     return _consistent(Thresholds(image, pixel, rule, low, high, normal=normal, scale=normal.scale))
 

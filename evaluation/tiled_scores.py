@@ -60,26 +60,30 @@ def score_normals(
     detector: Detector,
     preprocessing: Preprocessing,
     files: Sequence[Path],
+    names: Sequence[str],
     tiles: Tiles | None,
     run: Run,
     stop: StopRequest,
 ) -> NormalScores | None:
     """What good images give, whole or in tiles, on rank 0; None on other ranks.
 
+    Args:
+        names: the part that each image shows.
+
     Raises:
         UsageError: an image is not there any more, or cannot be read.
         RunError: a map is not finite.
     """
-    scores, pixels = [], []
-    for file in progress_bar(files[run.rank :: run.world_size], run, "held-out images", stop=stop):
+    mine, scores, pixels = slice(run.rank, None, run.world_size), [], []
+    for file in progress_bar(files[mine], run, "held-out images", stop=stop):
         score, values = _scored(detector, preprocessing, file, tiles)
         scores.append(score)
         pixels.append(values.ravel()[:: -(-values.size // MOST_PIXELS)])
-    parts = distributed.gather((scores, pixels))
-    if parts is None:
+    ranks = distributed.gather((scores, pixels, names[mine]))
+    if ranks is None:
         return None
-    every = [values for _, part in parts for values in part]
-    return NormalScores.of(np.concatenate([part for part, _ in parts]), np.concatenate(every))
+    scores, pixels, shown = ([value for values in column for value in values] for column in zip(*ranks, strict=True))
+    return NormalScores.of(np.array(scores), np.concatenate(pixels), shown)
 
 
 def _scored(

@@ -46,6 +46,7 @@ class HeldOut:
         normal: their scores, by class.
         low, high: range of heat maps, from these images and synthetic anomalies on them.
         precision: of the forward passes that gave the scores.
+        parts: the part that an image shows, by file name, as far as dataset.train.parts names it.
     """
 
     files: dict[str, list[str]]
@@ -53,11 +54,16 @@ class HeldOut:
     low: float
     high: float
     precision: str = FP32
+    parts: dict[str, str] = field(default_factory=dict)
+
+    def parts_of(self, name: str) -> list[str]:
+        """The part that each image of a class shows, in the order of the files; the file name if it is not known."""
+        return [self.parts.get(file, file) for file in self.files[name]]
 
     def as_content(self) -> dict[str, Any]:
         """Plain values, for the checkpoint's key `held_out`."""
         normal = {name: scores.as_content() for name, scores in self.normal.items()}
-        values = {"low": self.low, "high": self.high, "precision": self.precision}
+        values = {"low": self.low, "high": self.high, "precision": self.precision, "parts": self.parts}
         return {"files": self.files, "normal": normal, **values}
 
     @classmethod
@@ -70,12 +76,13 @@ class HeldOut:
         try:
             normal = {str(name): NormalScores.from_content(part, str(path)) for name, part in content["normal"].items()}
             files = {str(name): [str(file) for file in names] for name, names in content["files"].items()}
+            parts = {str(file): str(part) for file, part in content.get("parts", {}).items()}
             low, high = float(content["low"]), float(content["high"])
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UsageError(f"{path}: held_out is {shortened(content)}, not what train_realnet.py writes") from None
         if not normal or not 0 <= low <= high <= 1:
             raise UsageError(f"{path}: held_out holds no class, or no range of heat maps in 0 .. 1; train again")
-        return cls(files, normal, low, high, precision_in(content, str(path)))
+        return cls(files, normal, low, high, precision_in(content, str(path)), parts)
 
 
 @dataclass(frozen=True)

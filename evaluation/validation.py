@@ -54,17 +54,22 @@ def validate_held_out(
     metrics = validation_metrics(scored)
     metrics["pixel_ap"] = scored.rankings()[1].average_precision() if scored.labels.any() else 0.0
     _report(training, metrics, "synthetic_", board)
-    return key_metric(metrics, training.config.evaluator.key_metric), normal_part(scored)
+    return key_metric(metrics, training.config.evaluator.key_metric), normal_part(scored, held_out.parts)
 
 
-def normal_part(scored: ScoredImages) -> HeldOut:
-    """What the detector gives on the good ones of these images, by class."""
+def normal_part(scored: ScoredImages, parts: dict[str, str]) -> HeldOut:
+    """What the detector gives on the good ones of these images, by class.
+
+    Args:
+        parts: the part that an image shows, by file name, as far as it is known.
+    """
     files, normal = {}, {}
     for name in sorted(set(scored.classes.tolist())):
         good = scored.subset(~scored.labels & (scored.classes == name))
         files[name] = [sample.filename for sample in good.samples]
-        normal[name] = NormalScores.of(good.scores, good.maps)
-    return HeldOut(files, normal, *heat_range(scored.maps))
+        normal[name] = NormalScores.of(good.scores, good.maps, [parts.get(file, file) for file in files[name]])
+    named = {file: parts[file] for names in files.values() for file in names if file in parts}
+    return HeldOut(files, normal, *heat_range(scored.maps), parts=named)
 
 
 def _diverged(training: Training, where: str) -> float:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.normal_scores import NormalScores, log_odds, normalised, raw
+from evaluation.normal_scores import NormalScores, log_odds, normalised, pooled, raw
 from evaluation.thresholds import Thresholds, as_content, from_normal, of_normals, thresholds_from
 from utils.errors import UsageError
 
@@ -29,6 +29,37 @@ def test_the_promised_rate_holds_for_any_distribution(count, target):
         rates.append(np.mean(new >= normal_scores(good).image_threshold(target)))
     assert np.mean(rates) <= target * 1.15
     assert np.mean(rates) >= target * 0.5
+
+
+def test_the_promised_rate_holds_for_new_parts_of_which_there_are_several_images():
+    rng, target = np.random.default_rng(0), 0.1
+    rates, torn = [], []
+    for _ in range(600):
+        # Images of a part differ less than parts do; some parts have many images.
+        counts = rng.integers(1, 9, 20)
+        levels = rng.normal(-3, 1, 20 + 100)
+        parts = np.repeat(np.arange(20), counts)
+        good = sigmoid(levels[parts] + rng.normal(0, 0.2, len(parts)))
+        new = sigmoid(levels[20:] + rng.normal(0, 0.2, 100))
+        normal = NormalScores.of(good, np.zeros(10, np.float32), [str(part) for part in parts])
+        rates.append(np.mean(new >= normal.image_threshold(target)))
+        torn.append(np.mean(new >= normal_scores(good).image_threshold(target)))
+    assert normal.count == 20
+    assert 0.5 * target <= np.mean(rates) <= 1.05 * target < np.mean(torn)
+    assert from_normal(normal, 0.01, 0, 1).rule.endswith("of 20 parts (an estimate: 20 parts can promise 4.8% at best)")
+
+
+def test_parts_travel_with_the_scores_and_do_not_mix_across_classes():
+    normal = NormalScores.of(np.array([0.3, 0.1, 0.2]), np.zeros(10, np.float32), ["b", "a", "b"])
+    assert normal.parts.tolist() == [0, 1, 1]
+    again = NormalScores.from_content(normal.as_content(), "file")
+    assert [again.scores.tolist(), again.parts.tolist()] == [[0.1, 0.2, 0.3], [0, 1, 1]]
+    both = pooled([normal, normal])
+    assert both.count == 4
+    assert both.weights.tolist() == pytest.approx([0.25, 0.25, 0.125, 0.125, 0.125, 0.125])
+    for parts in ([0, 1], [0, 1, "2"], 3):
+        with pytest.raises(UsageError, match="parts of the good images"):
+            NormalScores.from_content({**normal.as_content(), "parts": parts}, "file")
 
 
 def test_below_what_the_images_can_promise_the_tail_is_continued():
