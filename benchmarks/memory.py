@@ -11,10 +11,12 @@ itself (cuDNN's workspaces), gaps between blocks, and the CUDA context, together
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -86,36 +88,43 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def peak_of(work: Callable[[], Any]) -> int:
-    """The peak in bytes of what `work` does with fake tensors."""
+def peaks_of(begin: Callable[[], Callable[[int], Any]], batches: Sequence[int] = BATCHES) -> list[int]:
+    """Peaks in bytes with fake tensors.
+
+    Args:
+        begin: makes networks; what it returns is called with each number of images, in ascending order.
+    """
+    peaks = []
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
-        work()
-    return memory.peak
+        work = begin()
+        memory.peak = memory.live  # checks of the network may take more than it keeps
+        for images in batches:
+            work(images)
+            peaks.append(memory.peak)
+    return peaks
 
 
-def train(subject: Subject, images: int) -> None:
-    """Two steps: the optimiser's state is there from the second one on."""
-    training = subject.training(subject.build(), ALONE)
-    step = subject.step(training, subject.batch(images, ALONE.device))
-    for _ in range(2):
-        step()
+def training(subject: Subject) -> Callable[[int], None]:
+    """Makes two steps with a number of images: the optimiser's state is there from the second one on."""
+    run = subject.training(subject.build(), ALONE)
+
+    def work(images: int) -> None:
+        step = subject.step(run, subject.batch(images, ALONE.device))
+        for _ in range(2 if run.progress.step == 0 else 1):
+            step()
+
+    return work
 
 
-def training_peak(subject: Subject, images: int) -> int:
-    return peak_of(lambda: train(subject, images))
+def prediction(subject: Subject) -> Callable[[int], torch.Tensor]:
+    network = subject.build().eval()
+    return lambda images: predict(network, torch.zeros(images, 3, *subject.size))
 
 
-def prediction_peak(subject: Subject, images: int) -> int:
-    return peak_of(lambda: predict(subject.build().eval(), torch.zeros(images, 3, *subject.size)))
-
-
-def sampling_peak(diffusion: Subject, classifier: Subject, images: int, precision: str) -> int:
-    """Two steps: further ones need no more memory."""
-
-    def work() -> None:
-        sample(sampler_of(diffusion.build(), classifier.build(), diffusion.size, precision, 2), images)
-
-    return peak_of(work)
+def sampling(diffusion: Subject, classifier: Subject, precision: str) -> Callable[[int], torch.Tensor]:
+    """Samples in two steps; further ones need no more memory."""
+    sampler = sampler_of(diffusion.build(), classifier.build(), diffusion.size, precision, 2)
+    return lambda images: sample(sampler, images)
 
 
 def rows() -> Iterator[tuple[str, str, str, list[int]]]:
@@ -123,8 +132,8 @@ def rows() -> Iterator[tuple[str, str, str, list[int]]]:
     for name, path in DETECTORS.items():
         for amp in ("off", "bf16"):
             subject = settings_of("detector", path, f"trainer.amp='{amp}'")
-            yield f"train detector: {name}", amp, "", [training_peak(subject, images) for images in BATCHES]
-        yield f"predict: {name}", "off", "", [prediction_peak(subject, images) for images in BATCHES]
+            yield f"train detector: {name}", amp, "", peaks_of(partial(training, subject))
+        yield f"predict: {name}", "off", "", peaks_of(partial(prediction, subject))
     for script, (name, section) in SDAS.items():
         for amp in ("off", "bf16"):
             for checkpointing in (False, True):
@@ -134,12 +143,10 @@ def rows() -> Iterator[tuple[str, str, str, list[int]]]:
                     f"trainer.amp='{amp}'",
                     f"{section}.use_checkpoint={checkpointing}",
                 )
-                peaks = [training_peak(subject, images) for images in BATCHES]
-                yield f"train {name}", amp, "yes" if checkpointing else "no", peaks
+                yield f"train {name}", amp, "yes" if checkpointing else "no", peaks_of(partial(training, subject))
     both = [settings_of(script, MVTEC / f"{script}.yaml") for script in SDAS]
     for amp in ("off", "bf16"):
-        peaks = [sampling_peak(*both, images, amp) for images in BATCHES]
-        yield "sample: both networks of MVTec-AD", amp, "", peaks
+        yield "sample: both networks of MVTec-AD", amp, "", peaks_of(partial(sampling, *both, amp))
 
 
 def print_table() -> None:
@@ -161,12 +168,13 @@ def _grow(connection: Any) -> None:
     subject, images = checked()
     torch.nn.functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(3, 3, 3, 3))  # oneDNN has memory of its own
     before = peak_memory(ALONE.device)
-    train(subject, images)
+    training(subject)(images)
     connection.send(peak_memory(ALONE.device) - before)
 
 
 def measured_growth() -> int:
     """Bytes by which a real step on the CPU makes a process grow."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc returns what is freed, and keeps no gaps
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_grow, args=(sender,))
@@ -185,7 +193,8 @@ def main() -> None:
     if not args.check:
         print_table()
         return
-    estimate, measured = training_peak(*checked()), measured_growth()
+    subject, images = checked()
+    [estimate], measured = peaks_of(partial(training, subject), [images]), measured_growth()
     print(f"estimated {estimate / GIB:.3f} GiB, measured {measured / GIB:.3f} GiB: {estimate / measured - 1:+.1%}")
 
 

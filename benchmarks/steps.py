@@ -95,18 +95,18 @@ class Subject:
     def loss(self, network: nn.Module, batch: dict[str, torch.Tensor], precision: str) -> float:
         """The loss of a batch before any step; timesteps and noise are the same on every device."""
         image, device = batch["image"], batch["image"].device
-        with torch.no_grad(), autocast(device, precision):
+        with autocast(device, precision):
             if self.script == "detector":
                 outputs = network(batch, train=True)
-                return float(sum(loss(outputs) for loss in build_criterion(self.config.criterion).values()))
+                return sum(loss(outputs) for loss in build_criterion(self.config.criterion).values()).item()
             process = SpacedDiffusion(**self.config.TrainSampler)
             t = torch.linspace(0, process.num_timesteps - 1, len(image)).long().to(device)
             noise = drawn(*image.shape, seed=2).to(device)
             if self.script == "diffusion":
                 losses = process.training_losses(network, image, t, {"y": batch["label"]}, noise)
-                return float(losses["loss"].mean())
+                return losses["loss"].mean().item()
             logits = network(process.q_sample(image, t, noise), process.model_timesteps(t))
-            return float(F.cross_entropy(logits.float(), batch["label"]))
+            return F.cross_entropy(logits.float(), batch["label"]).item()
 
 
 def settings_of(script: str, path: Path, *overrides: str, batch: int = 1) -> Subject:

@@ -416,10 +416,10 @@ def test_channels_last_is_the_layout_of_the_diffusion_model_s_images(wanted, con
 
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """Compile without a C++ compiler: graphs are captured, and run by torch itself. Returns the compiled modules."""
+    """Capture graphs as for compilation, but run them as they are. Gives the compiled modules."""
     compiled, original = [], nn.Module.compile
     monkeypatch.setattr(
-        nn.Module, "compile", lambda module: compiled.append(module) or original(module, backend="aot_eager")
+        nn.Module, "compile", lambda module: compiled.append(module) or original(module, backend="eager")
     )
     yield compiled
     torch.compiler.reset()
@@ -461,7 +461,7 @@ def test_a_compiled_training_has_the_same_checkpoint(script, configured, quick_c
     )
     assert list(compiled) == list(plain)
     for name, value in plain.items():
-        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(compiled[name], value, msg=name)
 
 
 # ---- timesteps -------------------------------------------------------------------------------------------------------
