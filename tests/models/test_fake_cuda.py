@@ -1,7 +1,8 @@
 """Steps of the program on a pretended GPU: a tensor on the wrong device fails here as it does on a real one.
 
 Tensors on "cuda" are torch's fake tensors: they have a shape, a type and a device, but no values. Tensors on the CPU
-are real. What is read from the GPU is all ones. Not covered: several ranks, compiled models, mixed precision.
+are real. What is read from the GPU is all ones. Also noticed is what would wait for the GPU within a step.
+Not covered: several ranks, compiled models, mixed precision.
 """
 
 from collections.abc import Callable
