@@ -88,6 +88,7 @@ from evaluation.training_curve import read_validations
 from utils import cli, distributed
 from utils.checkpoint import BEST, has_finite_weights
 from utils.config import collect_errors, load_config
+from utils.device import use_exact_kernels
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.lock import folder_lock
@@ -134,6 +135,7 @@ def main() -> None:
     with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
         check_forward_precision(options.precision, run.device)
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet", config.saver.keep_pictures).close()
+        use_exact_kernels(run.device)
         record_run(run, out / config.saver.log_dir, "evaluation_realnet", config)
         results: list[ClassResult] = []
         for class_name, test_set, checkpoint in evaluable_classes(config, classes, args, out):

@@ -55,6 +55,7 @@ from models.sdas.guidance import classifier_guidance
 from models.sdas.trained import class_names_of, load_averaged, load_networks
 from utils import cli, distributed
 from utils.config import collect_errors, load_config, model_kwargs
+from utils.device import to_device, use_fast_kernels
 from utils.distributed import Run
 from utils.errors import RunError, Stopped, UsageError
 from utils.files import remove_parts
@@ -101,20 +102,26 @@ class Sampler:
         # One generator per image, so that its noise does not depend on the batch.
         generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
         strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
-        noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators]).to(self.device)
-        y = torch.full((len(indices),), number, device=self.device)
-        images = self.process.sample_loop(self.sampler)(
+        images = self.sample(number, strengths, generators, progress)
+        if not images.isfinite().all():
+            raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
+        return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+
+    def sample(
+        self, number: int, strengths: torch.Tensor, generators: Sequence[torch.Generator], progress: bool = False
+    ) -> torch.Tensor:
+        """Images (N,3,H,W) of a class, on the device, about -1 .. 1, with strengths (N,). No step waits for it."""
+        noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators])
+        y = torch.full((len(generators),), number, device=self.device)
+        return self.process.sample_loop(self.sampler)(
             self.model,
-            noise,
-            s=strengths.to(self.device),
+            to_device(noise, self.device),
+            s=to_device(strengths, self.device),
             cond_fn=self.cond_fn,
             model_kwargs={"y": y},
             generator=generators,
             progress=progress,
         )
-        if not images.isfinite().all():
-            raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
-        return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
 
 
 def main() -> None:
@@ -126,6 +133,8 @@ def main() -> None:
     out = cli.experiment_dir(args)
     with distributed.session(args.device, identity_of(config)) as run, stop_requests(run) as stop:
         board = set_up_logging(run, out / config.saver.log_dir, "sample", config.saver.keep_pictures)
+        # Without cudnn_benchmark: a continued run, and every rank, has to take the same kernels.
+        use_fast_kernels(run.device, config.tf32)
         record_run(run, out / config.saver.log_dir, "sample", config)
         networks = load_networks(config)
         check_networks(config, path)

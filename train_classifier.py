@@ -184,7 +184,7 @@ def validate(
     model.eval()
     counts = torch.zeros(4, T_BINS, dtype=torch.float64)  # images, top-1, top-3, finite logits by range of t
     for batch in progress_bar(loader, run, "validation", stop=stop):
-        image, label = (batch[name].to(run.device) for name in ("image", "label"))
+        image, label = (batch[name].to(run.device, non_blocking=True) for name in ("image", "label"))
         for k in range(T_BINS):
             t, noise = draw_for(batch["index"], k, process.num_timesteps, image)
             with autocast(run.device, training.precision):

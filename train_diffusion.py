@@ -38,6 +38,7 @@ from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
 from utils import cli, distributed
 from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
+from utils.device import to_device
 from utils.errors import RunError
 from utils.files import delete_older
 from utils.log import Board, log, progress_bar
@@ -193,7 +194,7 @@ def validate(
         rows = []
         for start in stop.heeded(range(0, len(chosen), config.dataset.batch_size)):
             indices = chosen[start : start + config.dataset.batch_size]
-            images = torch.stack([test_set[epoch, i]["image"] for i in indices]).to(run.device)
+            images = to_device(torch.stack([test_set[epoch, i]["image"] for i in indices]), run.device)
             recon = reconstruct(training, process, images, number)
             error = sum(loss({"image": images, "image_recon": recon}) for loss in criterion.values())
             if not torch.isfinite(error):
@@ -237,7 +238,7 @@ def sample_rows(
     model, y = partial(averaged_model, training), torch.full((IMAGES_PER_CLASS,), number, device=device)
     for s in stop.heeded(STRENGTHS):
         generator = torch.Generator().manual_seed(training.config.random_seed)
-        noise = torch.randn(IMAGES_PER_CLASS, 3, *size, generator=generator).to(device)
+        noise = to_device(torch.randn(IMAGES_PER_CLASS, 3, *size, generator=generator), device)
         samples = process.p_sample_loop(model, noise, s=s, model_kwargs={"y": y}, generator=generator)
         rows.append((f"sampled, s = {s:g}", first_images(samples)))
     return rows

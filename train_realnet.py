@@ -185,7 +185,9 @@ def train_class(
         figures[FIGURES[SYNTHETIC]] = -1.0
     if config.trainer.patience is not None and select != LAST:
         figures[STALE] = 0
-    training = set_up_training(config, network, run, settings, lists, figures)
+    # What comes before sees as many distinct images as a batch happens to have; each number would be compiled anew.
+    compiled = [network.recon, network.rrs]
+    training = set_up_training(config, network, run, settings, lists, figures, compiled=compiled)
     training.class_name = class_name
     training.steps_per_epoch = len(batches)
     training.json_log = out / config.saver.log_dir / class_name / "train_realnet.jsonl"
@@ -269,7 +271,7 @@ def prepare_features(
     if network.backbone.needs_calibration:
         count = min(CALIBRATION_BATCHES, init_batches)
         bar = progress_bar(loader, run, "calibration", total=count, stop=stop)
-        network.backbone.calibrate((batch["gt_image"].to(run.device) for batch in bar), count)
+        network.backbone.calibrate((batch["gt_image"].to(run.device, non_blocking=True) for batch in bar), count)
     bar = progress_bar(loader, run, "AFS", total=init_batches, stop=stop)
     moments = Moments() if network.recon.start == "subspace" else None
     losses = network.afs.init_indexes(network.backbone, bar, init_batches, moments)

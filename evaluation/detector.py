@@ -24,6 +24,7 @@ from evaluation.trained_model import TrainedModel, load_trained
 from utils import distributed
 from utils.checkpoint import BEST, has_finite_weights
 from utils.config import checked, load_config
+from utils.device import to_device, use_exact_kernels
 from utils.errors import RunError, UsageError
 from utils.files import verify_checksums
 from utils.precision import FP32, autocast, check_forward_precision
@@ -153,18 +154,19 @@ class Detector:
     def of(
         cls, trained: TrainedModel, thresholds: Thresholds | None, target: torch.device, precision: str = FP32
     ) -> "Detector":
-        """The detector of a trained model, on a device.
+        """The detector of a trained model, on a device; from then on, torch computes exactly on that GPU.
 
         Raises:
             UsageError: the precision is not available there.
         """
         check_forward_precision(precision, target)
+        use_exact_kernels(target)
         model, sound = trained.network.to(target), has_finite_weights(trained.network)
 
         @torch.inference_mode()
         def infer(images: torch.Tensor) -> np.ndarray:
             with autocast(target, precision):
-                maps = model({"image": images.to(target)})["anomaly_score"][:, 0].float().cpu().numpy()
+                maps = model({"image": to_device(images, target)})["anomaly_score"][:, 0].float().cpu().numpy()
             # A nan that only chooses channels leaves the maps finite, but wrong.
             return maps if sound else np.full_like(maps, np.nan)
 

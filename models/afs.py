@@ -115,7 +115,9 @@ class AFS(nn.Module):
         statistics, deviation = FeatureStatistics(), None
         losses: dict[str, torch.Tensor] = {}
         for batch in islice(loader, batches):
-            images, gt_images, masks = (batch[name].to(device) for name in ("image", "gt_image", "mask"))
+            images, gt_images, masks = (
+                batch[name].to(device, non_blocking=True) for name in ("image", "gt_image", "mask")
+            )
             features, gt_features = backbone.maps(images), backbone.maps(gt_images)
             if backbone.standardize:
                 statistics.add(gt_features)

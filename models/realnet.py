@@ -13,6 +13,7 @@ from models.recon import ReconstructionLayer, SimpleReconstructionLayer
 from models.rrs import RRS
 from models.scoring import AnomalyScore
 from utils.config import call_with_settings
+from utils.device import to_device
 from utils.errors import UsageError
 
 RECONSTRUCTIONS = {
@@ -79,7 +80,7 @@ class RealNet(nn.Module):
         n, size = len(image), tuple(image.shape[-2:])
         if "changed" in batch:
             # Make the index on the CPU: nonzero() on the device would wait for the device.
-            index = batch["changed"].cpu().nonzero().flatten().to(image.device, non_blocking=True)
+            index = to_device(batch["changed"].cpu().nonzero().flatten(), image.device)
             gt_image = gt_image.index_select(0, index)
         else:
             index = torch.arange(n, device=image.device)

@@ -271,7 +271,9 @@ def parallel(model: nn.Module, run: Run) -> nn.Module:
     wrapper = nn.parallel.DistributedDataParallel
     # Newer versions of torch renamed the argument.
     renamed = "forward_sync_buffers" in inspect.signature(wrapper.__init__).parameters
-    return wrapper(model, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    # Gradients are views of what is sent: one copy of them less, in memory and time.
+    return wrapper(model, gradient_as_bucket_view=True, **buffers)
 
 
 def no_sync(model: nn.Module, active: bool) -> Any:

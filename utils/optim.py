@@ -17,9 +17,14 @@ from utils.errors import RunError, UsageError
 
 log = logging.getLogger("realnet")
 
+# Not SGD: if its first step is skipped, the fused kernel leaves a momentum that was never initialised.
+FUSED, FUSED_DEVICES = ("Adam", "AdamW"), ("cpu", "cuda")
+
 
 def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Build the optimiser that trainer.optimizer names for a model's trainable parameters; fused on a GPU if possible.
+    """Build the optimiser that trainer.optimizer names for a model's trainable parameters; fused if possible.
+
+    A fused optimiser makes its step in one kernel, and with GPUs decides there whether to skip it.
 
     Raises:
         UsageError: torch.optim has no optimiser of that name, or it does not take the arguments.
@@ -27,7 +32,8 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
     optimizer_class = _optimizer_class(section.type)
     kwargs = dict(section.kwargs)
     _check_arguments(optimizer_class, kwargs)
-    if device.type == "cuda" and section.type in ("Adam", "AdamW", "SGD"):
+    # torch refuses fused together with foreach.
+    if device.type in FUSED_DEVICES and section.type in FUSED and not kwargs.get("foreach"):
         kwargs.setdefault("fused", True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -282,8 +288,19 @@ class Stepper:
         own = [{**group, "lr": lr} for group, lr in zip(own, self.learning_rates, strict=True)]
         groups = [{**saved, **new} for saved, new in zip(state["optimizer"]["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self._lay_out_state()
         self.scaler.load_state_dict(state["scaler"])
         self._keep_statistics()
+
+    def _lay_out_state(self) -> None:
+        """Give the loaded values the memory layout of their parameters, which trainer.channels_last may have changed.
+
+        Fused kernels go through memory without regard to strides: on a GPU they would refuse, on a CPU mix up values.
+        """
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _check_shapes(self, state: dict[str, Any]) -> None:
         """Refuse values of other shapes than their parameters have; torch finds them only at the next step, if ever."""

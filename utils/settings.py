@@ -135,6 +135,9 @@ _SDAS_DATASET = Section(
 )
 _AMP_HELP = "Mixed precision. bf16 saves time and memory; auto uses it if the device supports it natively."
 _AMP = Setting("str", _AMP_HELP, "off", choices=PRECISIONS)
+_TF32_HELP = "On a GPU, round the factors of float32 products to 10 bits (TensorFloat-32): faster, hardly less exact."
+_TF32 = Setting("bool", _TF32_HELP, True)
+_BENCHMARK_HELP = "On a GPU, time cuDNN's kernels and take the fastest; two runs may differ in the last bits."
 _ADAM_HELP = "Its arguments; lr is the one to change."
 _TRAINER = {
     "max_epoch": Setting("int", "Epochs to train for.", 1000, low=1),
@@ -155,7 +158,9 @@ _TRAINER = {
     "print_freq_step": Setting("int", "Steps between two lines of the log.", 30, low=1),
     "amp": _AMP,
     "channels_last": Setting("bool", "Keep convolutions in channels-last layout; often faster with amp.", False),
-    "compile": Setting("bool", "Compile the network with torch.compile: a slow start, then faster steps.", False),
+    "compile": Setting("bool", "Compile the trained networks (torch.compile): a slow start, then faster steps.", False),
+    "tf32": _TF32,
+    "cudnn_benchmark": Setting("bool", _BENCHMARK_HELP, True),
     "optimizer": Section(
         {
             "type": Setting("str", "A class of torch.optim.", "Adam"),
@@ -311,6 +316,7 @@ _SAMPLE = Section(
             choices=("ancestral", "ddim", "dpmpp_2m", "dpmpp_2m_sde"),
         ),
         "amp": _AMP,
+        "tf32": _TF32,
         "classifier_scale": Setting(
             "float", "Guidance scale; larger is truer to the class, and less varied.", 1.0, low=-1e4, high=1e4
         ),

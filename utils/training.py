@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -26,6 +26,7 @@ from utils.checkpoint import (
     state_dict_of,
 )
 from utils.config import MOST, changed_settings, plain, shortened
+from utils.device import use_fast_kernels
 from utils.distributed import Run, peak_memory
 from utils.errors import RunError, Stopped, UsageError
 from utils.files import append_text
@@ -90,7 +91,7 @@ class Training:
     Args:
         config: the settings of the run.
         network: the network whose weights are saved.
-        model: the same network, compiled if the settings say so, and wrapped for several ranks.
+        model: the same network, wrapped for several ranks.
         stepper: optimiser and loss scale.
         precision: "off", "bf16" or "fp16".
         settings: what checkpoints save about the network, by key: arch, and classes or config.
@@ -307,7 +308,7 @@ class Training:
 def training_folders(
     name: str, checkpoints: Path, log_dir: Path, config: EasyDict, args: argparse.Namespace, run: Run
 ) -> Iterator[Board]:
-    """Lock the folder of the checkpoints, then start logging; yields the board for tensorboard.
+    """Lock the folder of the checkpoints, start logging, set up the GPU; yields the board for tensorboard.
 
     A run that is refused writes nothing, so the logs and settings in the folder stay those of the run that it holds.
 
@@ -320,6 +321,7 @@ def training_folders(
     with folder_lock(checkpoints, run):
         distributed.on_main(lambda: refuse_earlier_run(checkpoints, args.resume, args.overwrite))
         board = set_up_logging(run, log_dir, name, config.saver.keep_pictures)
+        use_fast_kernels(run.device, config.trainer.tf32, config.trainer.cudnn_benchmark)
         try:
             if not args.resume:
                 record_run(run, log_dir, name, config)
@@ -336,11 +338,13 @@ def set_up_training(
     lists: tuple[str, str],
     figures: dict[str, float] | None = None,
     epoch_loss: EpochLoss | None = None,
+    compiled: Sequence[nn.Module] | None = None,
 ) -> Training:
     """Build the Training of a network that is on its device already: optimiser, average, precision, and ranks.
 
     Args:
         lists: summaries of the training and test lists.
+        compiled: the parts that trainer.compile compiles; None for the whole network.
     """
     trainer = config.trainer
     distributed.require_same({"image lists": list(lists)})
@@ -351,7 +355,10 @@ def set_up_training(
     optimizer = build_optimizer(trainer.optimizer, network, run.device)
     precision = training_precision(trainer, run.device)
     stepper = Stepper(network, optimizer, precision, trainer.clip_max_norm, trainer.max_bad_steps)
-    model = distributed.parallel(torch.compile(network) if trainer.compile else network, run)
+    if trainer.compile:
+        for part in [network] if compiled is None else compiled:
+            part.compile()  # in place: names of tensors stay, and the average is not compiled
+    model = distributed.parallel(network, run)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log.info("%.1f M trainable parameters on %s x %d", trainable / 1e6, run.device.type, run.world_size)
     training = Training(config, run, network, model, stepper, precision, settings, figures or {}, ema, epoch_loss)

@@ -379,7 +379,9 @@ class SpacedDiffusion:
 
 
 def _per_image(s: Strength, x: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(s, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+    # A number is filled in on the device; copying it there would wait for the device.
+    values = s.to(x) if isinstance(s, torch.Tensor) else torch.full((1,), s, dtype=x.dtype, device=x.device)
+    return values.reshape(-1, 1, 1, 1)
 
 
 def _not_first(t: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from utils.device import to_device
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -15,6 +17,7 @@ def draw_noise(like: torch.Tensor, generator: Generators) -> torch.Tensor:
     if generator is None:
         return torch.randn_like(like)
     if isinstance(generator, torch.Generator):
-        return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+        noise = torch.randn(like.shape, generator=generator, device=generator.device)
+        return to_device(noise, like.device).to(like.dtype)
     images = [torch.randn(like.shape[1:], generator=g, device=g.device) for g in generator]
-    return torch.stack(images).to(like)
+    return to_device(torch.stack(images), like.device).to(like.dtype)

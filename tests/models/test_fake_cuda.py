@@ -1,9 +1,11 @@
 """Steps of the program on a pretended GPU: a tensor on the wrong device fails here as it does on a real one.
 
 Tensors on "cuda" are torch's fake tensors: they have a shape, a type and a device, but no values. Tensors on the CPU
-are real. What is read from the GPU is all ones. Not covered: several ranks, compiled models, mixed precision.
+are real. What is read from the GPU is all ones. Also noticed is what would wait for the GPU within a step.
+Not covered: several ranks, compiled models, mixed precision.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from unittest.mock import MagicMock
 
@@ -55,11 +57,16 @@ class FakeGPU(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.number = 1  # what item() and float() read from the GPU
         self.inside = False
+        self.waits: list[str] = []  # operations that would wait for the GPU
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         on_gpu = any(tensor.device.type == "cuda" for tensor in tensors)
+        if func is aten._pin_memory.default:  # asks for a driver
+            return args[0].clone()
+        if not self.inside and waits_for_the_gpu(func, args, kwargs):
+            self.waits.append(str(func))
         if on_gpu and func is aten._local_scalar_dense.default:
             return torch.tensor(self.number, dtype=args[0].dtype).item()
         if on_gpu and func is aten.nonzero.default:  # all ones: as many positions as elements
@@ -78,6 +85,28 @@ class FakeGPU(FakeTensorMode):
         finally:
             self.inside = False
         return tree_map(ones_if_copied_to_the_cpu, result)
+
+
+def waits_for_the_gpu(func, args: tuple, kwargs: dict) -> bool:
+    """Whether the program would stand still until the GPU has done all that came before.
+
+    Reading a number does, as does asking for positions (an index of booleans); and a copy, but not one to the GPU with
+    non_blocking (from pinned memory, which nothing here can tell).
+    """
+    if not args or not isinstance(args[0], torch.Tensor):
+        return False
+    on_gpu = args[0].device.type == "cuda"
+    if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default):
+        return on_gpu
+    if func in INDEXING:
+        return on_gpu and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if func is aten._to_copy.default:
+        there = torch.device(kwargs.get("device") or args[0].device).type == "cuda"
+        return on_gpu != there and (on_gpu or not kwargs.get("non_blocking"))
+    if func is aten.copy_.default:
+        from_gpu = args[1].device.type == "cuda"
+        return on_gpu != from_gpu and (from_gpu or args[1].dim() > 0) and not (len(args) > 2 and args[2] and on_gpu)
+    return False
 
 
 def ones_if_copied_to_the_cpu(value: object) -> object:
@@ -244,3 +273,89 @@ def test_the_parts_of_a_step(name, fused, gpu, tmp_path):
     assert set(optimizer.state) == set(model.parameters())
     assert meter.read().means == {"loss": 0}
     assert epoch_loss.mean() == 0
+
+
+# ---- nothing waits for the GPU in a step -----------------------------------------------------------------------------
+
+
+def epoch_of(script: str, configured, folder) -> Callable[[], None]:
+    """One pass of a training script over a few images, as on a GPU; no step of it is reported."""
+    config = configured(script, "dataset.batch_size=4", "trainer.print_freq_step=1000", "trainer.max_bad_steps=1000")
+    if script == "realnet":
+        train_set = build_realnet_train_set(config.dataset, "dots", 0)
+        network = build_realnet(config)
+    else:
+        train_set = build_sdas_dataset(config.dataset, "train", list(CLASSES), 0)
+        diffusion = script == "diffusion"
+        network = create_diffusion_unet(**UNET) if diffusion else create_classifier_unet(**CLASSIFIER, image_size=16)
+    epoch_loss = EpochLoss(GPU) if script == "diffusion" else None
+    training = set_up_training(config, network.to(GPU), RUN, {}, ("", ""), epoch_loss=epoch_loss)
+    training.forecast = MagicMock()  # which waits in two steps of a run, to time the steps between
+    batches = EpochBatches(len(train_set), 4, RUN, 0)
+    loader, board, saver = (
+        make_loader(train_set, batches, 0, RUN),
+        MagicMock(),
+        Saver(folder, training, StopRequest(RUN)),
+    )
+    if script == "realnet":
+        criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
+        return lambda: train_realnet.train_one_epoch(training, criterion, loader, board, saver, None)
+    process = SpacedDiffusion(**config.TrainSampler)
+    module = train_diffusion if script == "diffusion" else train_classifier
+    return lambda: module.train_one_epoch(training, process, loader, board, saver)
+
+
+def sampling(sampler: str) -> Callable[[], torch.Tensor]:
+    """A pass of sample.py's loop with guidance."""
+    unet = create_diffusion_unet(**UNET).to(GPU)
+    guidance = classifier_guidance(create_classifier_unet(**CLASSIFIER, image_size=16).to(GPU), 1.0)
+    drawn = Sampler(SpacedDiffusion(1000, "ddim4", "linear"), unet, guidance, sampler, "off", (16, 16), 0, GPU)
+    return lambda: drawn.sample(0, torch.tensor([0.1, 0.2]), [torch.Generator().manual_seed(i) for i in range(2)])
+
+
+@pytest.mark.parametrize("script", ["realnet", "diffusion", "classifier"])
+def test_no_training_step_waits_for_the_pretended_gpu(script, gpu, configured, tmp_path):
+    epoch = epoch_of(script, configured, tmp_path)
+    epoch()  # tables of the process are copied once
+    gpu.waits.clear()
+    epoch()
+    assert gpu.waits == []
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_no_step_of_sampling_waits_for_the_pretended_gpu(sampler, gpu):
+    sample = sampling(sampler)
+    sample()
+    gpu.waits.clear()
+    sample()
+    assert gpu.waits == []
+
+
+def test_the_pretended_gpu_knows_what_waits(gpu):
+    there = torch.ones(3).to(GPU, non_blocking=True)
+    assert gpu.waits == []
+    for waiting in (
+        lambda: there.sum().item(),
+        lambda: there.cpu(),
+        lambda: there[there > 0],
+        lambda: bool(there.any()),
+        lambda: torch.ones(3).to(GPU),
+        lambda: torch.tensor([1.0, 2.0], device=GPU),
+        lambda: there.copy_(torch.ones(3)),
+        lambda: there.nonzero(),
+    ):
+        before = len(gpu.waits)
+        waiting()
+        assert len(gpu.waits) > before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", ["realnet", "diffusion", "classifier", "ancestral", "ddim"])
+def test_no_step_waits_for_a_gpu(script, configured, tmp_path):
+    work = sampling(script) if script in ("ancestral", "ddim") else epoch_of(script, configured, tmp_path)
+    work()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

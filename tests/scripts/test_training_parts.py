@@ -22,6 +22,7 @@ from datasets.build import build_realnet_train_set, build_sdas_dataset
 from evaluation import validation
 from evaluation.thresholds import sidecar
 from models import build_realnet
+from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import CLASSES, CLASSIFIER, UNET
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
@@ -442,16 +443,54 @@ def test_channels_last_is_the_layout_of_the_diffusion_model_s_images(wanted, con
     assert network.layouts == [wanted]
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-@pytest.mark.parametrize("script", ["diffusion", "classifier", "realnet"])
-def test_the_network_is_compiled_if_the_settings_say_so(script, wanted, configured, monkeypatch):
-    network, compiled, given = nn.Linear(2, 2), nn.Linear(2, 2), []
-    monkeypatch.setattr(torch, "compile", lambda module, *args, **kwargs: given.append(module) or compiled)
-    training = training_of(configured(script, f"trainer.compile={wanted}"), network)
-    assert training.model is (compiled if wanted else network)
-    assert given == ([network] if wanted else [])
-    # Checkpoints hold the names of the network itself.
-    assert training.network is network
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Capture graphs as for compilation, but run them as they are. Gives the compiled modules."""
+    compiled, original = [], nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: compiled.append(module) or original(module, backend="eager")
+    )
+    yield compiled
+    torch.compiler.reset()
+
+
+def trained(script: str, config) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors after a few steps."""
+    torch.manual_seed(0)
+    if script == "realnet":
+        network = build_realnet(config)
+        training = training_of(config, network, compiled=[network.recon, network.rrs])
+        generator = torch.Generator().manual_seed(0)
+        # The number of images that differ from their normal version changes from step to step.
+        batches = [
+            {
+                "image": torch.randn(2, 3, 64, 64, generator=generator),
+                "gt_image": torch.randn(2, 3, 64, 64, generator=generator),
+                "mask": torch.ones(2, 1, 64, 64),
+                "changed": torch.arange(2) < count,
+            }
+            for count in (1, 2)
+        ]
+        criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
+        train_realnet.train_one_epoch(training, criterion, batches, MagicMock(), SAVER, None)
+    else:
+        network = create_diffusion_unet(**UNET)
+        training = training_of(config, network, epoch_loss=EpochLoss(CPU))
+        train_diffusion.train_one_epoch(training, TENTH, sdas_batches(2), MagicMock(), SAVER)
+    return training.checkpoint()["state_dict"]
+
+
+@pytest.mark.parametrize("script", ["diffusion", "realnet"])
+def test_a_compiled_training_has_the_same_checkpoint(script, configured, quick_compiler):
+    plain = trained(script, configured(script))
+    assert quick_compiler == []
+    compiled = trained(script, configured(script, "trainer.compile=True"))
+    assert [type(part).__name__ for part in quick_compiler] == (
+        ["UNet"] if script == "diffusion" else ["ReconstructionLayer", "RRS"]
+    )
+    assert list(compiled) == list(plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, msg=name)
 
 
 # ---- timesteps -------------------------------------------------------------------------------------------------------

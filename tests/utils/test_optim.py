@@ -1,5 +1,6 @@
 """Optimiser steps: which are skipped, what they keep, and which optimiser can go on from a saved one."""
 
+import copy
 import gc
 import itertools
 import os
@@ -15,6 +16,8 @@ from utils.config import read_yaml
 from utils.errors import RunError, UsageError
 from utils.meter import Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer, learning_rate_factor
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -170,6 +173,57 @@ def test_a_saved_state_goes_on_in_a_fused_optimiser():
     fused.backward(fused.model(torch.ones(1, 2)).sum())
     fused.step()
     assert all(int(state["step"]) == 2 for state in fused.optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "fused"),
+    [
+        ("Adam", {}, True),
+        ("AdamW", {}, True),
+        ("Adam", {"fused": False}, False),
+        ("Adam", {"foreach": True}, None),
+        # A skipped first step would leave its momentum uninitialised.
+        ("SGD", {"momentum": 0.9}, None),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_step_is_fused_where_possible_whatever_the_checkpoint_says(kind, kwargs, fused, saved):
+    def stepper(**more: object) -> Stepper:
+        model = nn.Linear(2, 2)
+        section = EasyDict(type=kind, kwargs={"lr": 0.1, **more})
+        made = Stepper(model, build_optimizer(section, model, torch.device("cpu")), "off", None)
+        made.backward(model(torch.ones(1, 2)).sum())
+        made.step()
+        return made
+
+    resumed = stepper(**kwargs)
+    resumed.load_state_dict(stepper(fused=saved).state_dict())
+    assert resumed.optimizer.param_groups[0]["fused"] is fused
+    resumed.backward(resumed.model(torch.ones(1, 2)).sum())
+    resumed.step()
+    assert int(resumed.bad_steps) == 0
+
+
+@pytest.mark.parametrize("layouts", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_moments_of_another_memory_layout_stay_with_their_weights(layouts):
+    def after_a_step(layout: str) -> Stepper:
+        torch.manual_seed(0)
+        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+        model = nn.Conv2d(3, 4, 3).to(memory_format=formats[layout])
+        made = Stepper(model, build_optimizer(EasyDict(type="Adam", kwargs={"lr": 0.1}), model, CPU), "off", None)
+        steps(made, 1)
+        return made
+
+    def steps(stepper: Stepper, count: int) -> torch.Tensor:
+        for _ in range(count):
+            images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+            stepper.backward(stepper.model(images).square().sum())
+            stepper.step()
+        return stepper.model.weight
+
+    first, second = (after_a_step(layout) for layout in layouts)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    torch.testing.assert_close(steps(second, 3), steps(first, 3), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
