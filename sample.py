@@ -257,16 +257,19 @@ def set_up_sampler(config: EasyDict, run: Run, networks: dict[str, tuple[Path, d
     size = (config.dataset.H, config.dataset.W)
     unet = create_diffusion_unet(**model_kwargs(config.unet))
     load_averaged(unet, *networks["unet"], "the unet section of sample.yaml")
-    unet.requires_grad_(False).eval().to(run.device)
-    cond_fn = None
+    precision, cond_fn = resolve_precision(config.amp, run.device), None
+    # Convolutions in bf16 and fp16 are made for channels-last weights; float32 is not faster with them on a CPU.
+    layout = torch.contiguous_format if precision == "off" else torch.channels_last
+    unet.requires_grad_(False).eval().to(run.device, memory_format=layout)
     if "classifier" in networks:
         classifier = create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
         load_averaged(classifier, *networks["classifier"], "the classifier section of sample.yaml")
         log.info("guidance scale %g", config.classifier_scale)
-        classifier.requires_grad_(False).eval().to(run.device)
-        cond_fn = classifier_guidance(classifier, config.classifier_scale)
+        classifier.requires_grad_(False).eval().to(run.device, memory_format=layout)
+        # In fp16, its gradients would vanish.
+        guided_in = "off" if precision == "fp16" else precision
+        cond_fn = classifier_guidance(classifier, config.classifier_scale, guided_in)
     process = SpacedDiffusion(**config.TestSampler)
-    precision = resolve_precision(config.amp, run.device)
     return Sampler(process, unet, cond_fn, config.sampler, precision, size, config.random_seed, run.device)
 
 

@@ -5,14 +5,22 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from utils.precision import autocast
 
-def classifier_guidance(classifier: nn.Module, scale: float) -> Callable:
-    """Make the samplers' `cond_fn`, scale * grad_x log p(y | x_t), from a classifier of noisy images."""
+
+def classifier_guidance(classifier: nn.Module, scale: float, precision: str = "off") -> Callable:
+    """Make the samplers' `cond_fn`, scale * grad_x log p(y | x_t), from a classifier of noisy images.
+
+    Args:
+        precision: of the classifier's forward and backward pass, "off" or "bf16"; gradients vanish in fp16.
+    """
 
     def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
-            log_probs = classifier(x, t).float().log_softmax(dim=-1)
+            with autocast(x.device, precision):
+                logits = classifier(x, t)
+            log_probs = logits.float().log_softmax(dim=-1)
             chosen = log_probs.gather(1, y[:, None]).sum()
             return scale * torch.autograd.grad(chosen, x)[0]
 

@@ -141,7 +141,12 @@ def test_classifier_guidance_is_the_gradient_of_the_log_probability():
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False))
     classifier[1].weight.data.copy_(weight)
     x, y = randn(1, 2, 3, 4, 4), torch.tensor([1, 0])
-    got = classifier_guidance(lambda x, t: classifier(x), 2.0)(x, torch.tensor([0, 0]), y)
+    times = torch.tensor([0, 0])
+    got = classifier_guidance(lambda x, t: classifier(x), 2.0)(x, times, y)
+    rounded = classifier_guidance(lambda x, t: classifier(x), 2.0, "bf16")(x, times, y)
+    assert rounded.dtype == x.dtype
+    torch.testing.assert_close(rounded, got, atol=0.02 * float(got.abs().max()), rtol=0)
+    assert not torch.equal(rounded, got)
     probabilities = (x.flatten(1) @ weight.T).softmax(dim=1)
     expected = torch.stack([weight[y[i]] - probabilities[i] @ weight for i in range(2)]).reshape_as(x)
     torch.testing.assert_close(got, 2 * expected)

@@ -219,7 +219,7 @@ def test_sampling_uses_the_averaged_weights_if_there_are_any(averaged, configure
         overrides.append(f"{section}.pertrain_path={tmp_path}/{section}.pth.tar")
     config = configured("sample", *overrides)
     guides = []
-    monkeypatch.setattr(sample, "classifier_guidance", lambda classifier, scale: guides.append(classifier))
+    monkeypatch.setattr(sample, "classifier_guidance", lambda classifier, scale, precision: guides.append(classifier))
     sampler = sample.set_up_sampler(config, ALONE, sample.load_networks(config))
     expected = {0.75 if averaged else 0.25}
     assert values_of(sampler.unet) == expected
