@@ -10,7 +10,7 @@ from utils.errors import UsageError
 # Of an image's variance, at the last step: 4e-5 for the linear schedule, 2e-9 for the cosine one.
 LEAST_SIGNAL = 1e-20
 # Where logsnrN begins, as a share of T: where ddim20 does. At more noise, x_0 = (x_t - sigma eps) / alpha multiplies
-# the error of eps by hundreds (20 000 at the end of the cosine schedule), too much for networks trained for a short time.
+# the error of eps by hundreds (20 000 at the end of the cosine schedule): too much for networks trained shortly.
 LOGSNR_START = 0.95
 
 
@@ -105,11 +105,10 @@ def _strided(steps: int, section_counts: str) -> list[int]:
 
 
 def _even_in_log_snr(betas: np.ndarray, section_counts: str) -> list[int]:
-    """N timesteps from the last one to 0, evenly spaced in log(alpha / sigma) (DPM-Solver, arXiv 2206.00927, sec. 3.3).
+    """N timesteps from 0.95 T to 0, evenly spaced in log(alpha / sigma) (DPM-Solver, Lu et al. 2022, arXiv 2206.00927).
 
-    DPM-Solver++ extrapolates in this quantity; even steps of it keep the weights at 1/2. Even steps of t end in steps
-    of it that are many times those before, and the weights overshoot. The authors' program recommends them for large
-    images, though, with a lower order at the end.
+    DPM-Solver++ extrapolates in this quantity; even steps of it keep the weights at 1/2. Even steps of t, which the
+    authors' program recommends for large images, end in steps of it that are many times those before.
     """
     wanted = _count(section_counts, "logsnr")
     if not 1 <= wanted <= len(betas):
