@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backbone", default="squeezenet1_1", help="torchvision's network for the features")
     parser.add_argument("--layer", default="features.12", help="its layer")
     parser.add_argument("--weights", default="auto", help="its weights: a file, or auto for pretrain/ or the download")
+    parser.add_argument("--grey", action="store_true", help="compare grey values only, for grey photographs")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write a sheet of the first images")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of sample.yaml")
     return parser.parse_args()
@@ -78,8 +79,10 @@ def kernel_distance(drawn: torch.Tensor, real: torch.Tensor) -> tuple[float, flo
     return float(value), float(error)
 
 
-def features_of(backbone: Backbone, images: np.ndarray) -> torch.Tensor:
+def features_of(backbone: Backbone, images: np.ndarray, grey: bool) -> torch.Tensor:
     """(N,H,W,3) uint8 -> (N,C), averaged over positions."""
+    if grey:
+        images = images.mean(axis=3, keepdims=True).round().astype(np.uint8).repeat(3, axis=3)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     parts = []
     for start in range(0, len(images), BATCH):
@@ -117,11 +120,11 @@ def main() -> None:
     for split in ("train", "test"):
         images = build_sdas_dataset(data, split, classes, 0)
         batch = np.stack([images[0, i]["image"].numpy() for i in range(len(images))])
-        real[split] = features_of(backbone, to_uint8(batch, (0.5,) * 3, (0.5,) * 3))
+        real[split] = features_of(backbone, to_uint8(batch, (0.5,) * 3, (0.5,) * 3), args.grey)
     # The networks' features differ in size by a factor of 1000, and the kernel is not homogeneous.
     scale = real["train"].square().mean().sqrt()
     real = {split: features / scale for split, features in real.items()}
-    print(f"KID x 1000, against {len(real['train'])} training images of {size}; {args.images} images of each sampler")
+    print(f"KID against {len(real['train'])} training images of {size}; {args.images} images of each sampler")
     print(f"{'sampler':14} {'s':>4} {'evaluations':>11} {'KID':>8} {'error':>6} {'s/image':>8}")
     report("test images", "", "", kernel_distance(real["test"], real["train"]), "")
     sheet = []
@@ -135,7 +138,7 @@ def main() -> None:
                     process = {**config.TestSampler, "section_counts": f"{SAMPLERS[name]}{steps}"}
                     sampler = replace(plain, process=SpacedDiffusion(**process), sampler=name)
                     images, seconds = draw(sampler, classes, args.images, s)
-                    distance = kernel_distance(features_of(backbone, images) / scale, real["train"])
+                    distance = kernel_distance(features_of(backbone, images, args.grey) / scale, real["train"])
                     report(name, f"{s:g}", steps, distance, f"{seconds:.3f}")
                     chosen = images[:: max(1, len(images) // SHEET_IMAGES)][:SHEET_IMAGES]
                     sheet.append((f"{name}, s = {s:g}, {steps}", list(chosen)))
@@ -144,8 +147,8 @@ def main() -> None:
 
 
 def report(name: str, s: str, steps: int | str, distance: tuple[float, float], seconds: str) -> None:
-    value, error = (1000 * part for part in distance)
-    print(f"{name:14} {s:>4} {steps:>11} {value:8.2f} {error:6.2f} {seconds:>8}", flush=True)
+    value, error = distance
+    print(f"{name:14} {s:>4} {steps:>11} {value:8.3f} {error:6.3f} {seconds:>8}", flush=True)
 
 
 if __name__ == "__main__":
