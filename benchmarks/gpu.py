@@ -12,6 +12,7 @@ for are left out, and named. Ends with 1 if a loss is off or ranks differ.
 
 import argparse
 import copy
+import gc
 import hashlib
 import logging
 import os
@@ -156,6 +157,21 @@ def measure(bench: Bench, variant: Variant) -> tuple[str, bool]:
     return f"| {' | '.join(cells)} |", right
 
 
+def measured(bench: Bench, variant: Variant) -> tuple[str, bool]:
+    """The same, for a GPU that may be too small; nothing of the configuration stays in memory."""
+    try:
+        return measure(bench, variant)
+    except torch.OutOfMemoryError:
+        if bench.run.world_size > 1:  # the other ranks would wait
+            raise
+        return f"| {variant.name} | out of memory{' |' * 6}", True
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        if bench.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def training_step(bench: Bench, variant: Variant) -> tuple[Callable[[], None], nn.Module, float]:
     """A training's step, its network, and how far its first loss is off the CPU's, relatively."""
     run, script = bench.run, variant.work
@@ -260,9 +276,8 @@ def run_all(args: argparse.Namespace) -> bool:
             if distributed.broadcast(time.monotonic() > end):
                 left_out.append(variant.name)
                 continue
-            line, good = measure(bench, variant)
+            line, good = measured(bench, variant)
             right = right and good
-            torch.compiler.reset()
             if run.is_main:
                 print(line, flush=True)
         if left_out and run.is_main:
