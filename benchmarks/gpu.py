@@ -1,7 +1,7 @@
 """Checks and times every script's step on a GPU, in each precision, compiled and not, in both memory layouts.
 
     python benchmarks/gpu.py                              all of it on one GPU, and then on two if there are two
-    python benchmarks/gpu.py --minutes 5 --batch 8
+    python benchmarks/gpu.py --minutes 20 --batch 8
     python benchmarks/gpu.py --device cpu --quick         small networks; shows that the script works
 
 Prints a Markdown table. Each line is one configuration: its loss compared with the CPU's in float32 (same weights,
@@ -296,7 +296,7 @@ def describe(run: Run, bench: Bench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    parser.add_argument("--minutes", type=float, default=8, help="for each number of GPUs (8)")
+    parser.add_argument("--minutes", type=float, default=5, help="for each number of GPUs (5)")
     parser.add_argument("--batch", type=int, default=4, help="images per GPU and step (4)")
     parser.add_argument("--quick", action="store_true", help="small networks, two images, a moment each")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled steps out")
