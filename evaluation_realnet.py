@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--full-size", action="store_true", help="pixel metrics at the images' own sizes")
     parser.add_argument("--gallery", type=int, default=60, help="test images per class in report.html (60)")
     pictures = parser.add_mutually_exclusive_group()
-    heat_help = "format of the picture of each test image (png); jpg is written in a tenth of the time"
+    heat_help = "format of the picture of each test image (png); jpg is written in a sixth of the time"
     pictures.add_argument("--heatmaps", choices=FORMATS, default=PNG, help=heat_help)
     no_help = "do not write a picture of each test image, as --heatmaps none"
     pictures.add_argument("--no-pictures", dest="heatmaps", action="store_const", const=NO_PICTURES, help=no_help)

@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     limit_help = f"refuse images above this size (default: as in training; {MEGAPIXELS})"
     parser.add_argument("--max-megapixels", type=float, help=limit_help)
     pictures = parser.add_mutually_exclusive_group()
-    heat_help = "format of heat maps (png); jpg is written in a tenth of the time; masks are png always"
+    heat_help = "format of heat maps (png); jpg is written in a sixth of the time; masks are png always"
     pictures.add_argument("--heatmaps", choices=FORMATS, default=PNG, help=heat_help)
     pictures.add_argument("--no-pictures", action="store_true", help="write no heat maps or masks")
     arguments.add_precision(parser)

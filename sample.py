@@ -266,9 +266,7 @@ def set_up_sampler(config: EasyDict, run: Run, networks: dict[str, tuple[Path, d
         load_averaged(classifier, *networks["classifier"], "the classifier section of sample.yaml")
         log.info("guidance scale %g", config.classifier_scale)
         classifier.requires_grad_(False).eval().to(run.device, memory_format=layout)
-        # In fp16, its gradients would vanish.
-        guided_in = "off" if precision == "fp16" else precision
-        cond_fn = classifier_guidance(classifier, config.classifier_scale, guided_in)
+        cond_fn = classifier_guidance(classifier, config.classifier_scale, precision)
     process = SpacedDiffusion(**config.TestSampler)
     return Sampler(process, unet, cond_fn, config.sampler, precision, size, config.random_seed, run.device)
 

@@ -127,13 +127,13 @@ def sampling(diffusion: Subject, classifier: Subject, precision: str) -> Callabl
     return lambda images: sample(sampler, images)
 
 
-def rows() -> Iterator[tuple[str, str, str, list[int]]]:
-    """What is done, precision, activation checkpointing, and the peak in bytes at each of BATCHES."""
+def rows() -> Iterator[tuple[str, str, str, Callable[[], list[int]]]]:
+    """What is done, precision, activation checkpointing, and a call that gives the peak in bytes at each of BATCHES."""
     for name, path in DETECTORS.items():
         for amp in ("off", "bf16"):
             subject = settings_of("detector", path, f"trainer.amp='{amp}'")
-            yield f"train detector: {name}", amp, "", peaks_of(partial(training, subject))
-        yield f"predict: {name}", "off", "", peaks_of(partial(prediction, subject))
+            yield f"train detector: {name}", amp, "", partial(peaks_of, partial(training, subject))
+        yield f"predict: {name}", "off", "", partial(peaks_of, partial(prediction, subject))
     for script, (name, section) in SDAS.items():
         for amp in ("off", "bf16"):
             for checkpointing in (False, True):
@@ -143,18 +143,25 @@ def rows() -> Iterator[tuple[str, str, str, list[int]]]:
                     f"trainer.amp='{amp}'",
                     f"{section}.use_checkpoint={checkpointing}",
                 )
-                yield f"train {name}", amp, "yes" if checkpointing else "no", peaks_of(partial(training, subject))
+                yield (
+                    f"train {name}",
+                    amp,
+                    "yes" if checkpointing else "no",
+                    partial(peaks_of, partial(training, subject)),
+                )
     both = [settings_of(script, MVTEC / f"{script}.yaml") for script in SDAS]
     for amp in ("off", "bf16"):
-        yield "sample: both networks of MVTec-AD", amp, "", peaks_of(partial(sampling, *both, amp))
+        yield "sample: both networks of MVTec-AD", amp, "", partial(peaks_of, partial(sampling, *both, amp))
 
 
-def print_table() -> None:
+def print_table(word: str) -> None:
     print("Peak memory in GiB, estimated\n")
     print(f"| what | amp | use_checkpoint | {' | '.join(f'batch {images}' for images in BATCHES)} |")
     print(f"|---|---|---|{'---:|' * len(BATCHES)}")
     for what, amp, checkpointing, peaks in rows():
-        print(f"| {what} | {amp} | {checkpointing} | {' | '.join(f'{p / GIB:.1f}' for p in peaks)} |", flush=True)
+        if word in what:
+            cells = " | ".join(f"{peak / GIB:.1f}" for peak in peaks())
+            print(f"| {what} | {amp} | {checkpointing} | {cells} |", flush=True)
 
 
 def checked() -> tuple[Subject, int]:
@@ -187,11 +194,12 @@ def measured_growth() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with a real step on the CPU instead")
+    parser.add_argument("--only", default="", metavar="WORD", help="rows that name this")
     args = parser.parse_args()
     logging.disable()
     warnings.filterwarnings("ignore", message=".*data pointer of FakeTensor")  # of deep copies
     if not args.check:
-        print_table()
+        print_table(args.only)
         return
     subject, images = checked()
     [estimate], measured = peaks_of(partial(training, subject), [images]), measured_growth()

@@ -125,7 +125,8 @@ def sampler_of(unet: nn.Module, classifier: nn.Module, size: tuple[int, int], pr
         network.requires_grad_(False).eval()
     device = next(unet.parameters()).device
     process = SpacedDiffusion(1000, f"ddim{steps}", "linear")
-    return Sampler(process, unet, classifier_guidance(classifier, 1.0), "ancestral", precision, size, 0, device)
+    guidance = classifier_guidance(classifier, 1.0, precision)
+    return Sampler(process, unet, guidance, "ancestral", precision, size, 0, device)
 
 
 def sample(sampler: Sampler, images: int) -> torch.Tensor:

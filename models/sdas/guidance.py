@@ -12,8 +12,10 @@ def classifier_guidance(classifier: nn.Module, scale: float, precision: str = "o
     """Make the samplers' `cond_fn`, scale * grad_x log p(y | x_t), from a classifier of noisy images.
 
     Args:
-        precision: of the classifier's forward and backward pass, "off" or "bf16"; gradients vanish in fp16.
+        precision: of the classifier: "off", "bf16", or "fp16", which is "off" here, because its gradients would vanish.
     """
+
+    precision = "off" if precision == "fp16" else precision
 
     def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
