@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from datasets.lists import UNIFIED, Sample, write_list
+from tests import quick_start
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES = ("dots", "lines")
@@ -196,10 +197,14 @@ class Workspace:
     ) -> subprocess.CompletedProcess:
         """Run a script with `--dataset tiny` in this folder and check its exit code."""
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, str(REPOSITORY / script), "--dataset", "tiny", *arguments]
-        done = subprocess.run(
-            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        options = ["--dataset", "tiny", *arguments]
+        if launcher:
+            command = [sys.executable, *launcher, str(REPOSITORY / script), *options]
+            done = subprocess.run(
+                command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+        else:
+            done = quick_start.run(REPOSITORY / script, options, self.root, environment, seconds=300)
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         if code == 2:
             assert "Traceback" not in done.stderr, done.stderr

@@ -167,7 +167,7 @@ def test_variants_stand_beside_each_other(bench, tmp_path):
         assert figure == {"mean": value_at("dots", 1, steps), "deviation": None, "count": 1}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=["TERM", "INT", "KILL"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
 def test_a_killed_benchmark_goes_on_to_the_same_table(number, bench, stubs, workspace, tmp_path):
     killed = tmp_path / "killed"
     process = start(stubs, workspace, killed)

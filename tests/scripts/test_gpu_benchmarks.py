@@ -60,8 +60,9 @@ def test_the_estimate_covers_the_training_state_and_grows_with_the_batch(script,
 def test_sampling_and_prediction_are_estimated(bench):
     both = [bench.subject(script) for script in ("diffusion", "classifier")]
     for begin in (partial(memory.sampling, *both, "bf16"), partial(memory.prediction, bench.subject("detector"))):
-        one, four = memory.peaks_of(begin, [1, 4])
-        assert four > one > 0
+        # Of a few images, the peak of these small networks is that of loading them.
+        few, many = memory.peaks_of(begin, [1, 64])
+        assert many > few > 0
 
 
 def test_live_bytes_are_those_of_tensors_that_are_referred_to():
