@@ -321,6 +321,7 @@ def train_one_epoch(
         with autocast(run.device, training.precision):
             outputs = training.model(batch, train=True)
         losses = {name: loss(outputs) for name, loss in criterion.items()}
+        del outputs  # Its features would stay until the end of the next forward pass.
         total = sum(losses.values())
         training.stepper.backward(total)
         training.finish_step()
