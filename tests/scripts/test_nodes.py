@@ -58,10 +58,12 @@ def test_training_and_evaluation(workspace, monkeypatch, capsys):
 
 
 def test_sampling(workspace, monkeypatch, capsys):
-    workspace.run("train_diffusion.py", *given("trainer.max_epoch=1"))
+    own = ("saver.checkpoints_dir=nodes/diffusion/", "saver.log_dir=nodes/diffusion_log/", "saver.vis_dir=nodes/vis/")
+    workspace.run("train_diffusion.py", *given("trainer.max_epoch=1", *own))
+    trained = "unet.pertrain_path=experiments/tiny/nodes/diffusion/"
     drawn = {}
     for name in ("nodes", "alone"):
-        options = given(f"workspace.root={name}", "classifier=null", "sample_number=3")
+        options = given(f"workspace.root={name}", "classifier=null", "sample_number=3", trained)
         if name == "nodes":
             on_two_nodes(workspace, "sample.py", *options)
         else:
