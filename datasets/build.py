@@ -163,13 +163,13 @@ def build_held_out_set(
     config: dict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
 ) -> HeldOutSet:
     """The validation set of the images that a training set leaves out; anomalies of its types and of LOCAL."""
-    images = _training_images(config, class_name)
-    images = ImageList([sample for sample in images.samples if sample.filename in held_out], images.image_dir)
+    every = _training_images(config, class_name)
+    parts = parts_of(config.train.parts, [sample.filename for sample in every.samples])
+    images = ImageList([sample for sample in every.samples if sample.filename in held_out], every.image_dir)
     trained = [name for name, share in train_set.synthesis.anomaly_types.items() if share > 0 and name != "normal"]
     types = list(dict.fromkeys([*trained, *LOCAL]))
     room = config.cache_mb - train_set.cached.megabytes
     cached = CachedImages(images, train_set.rules, train_set.preprocessing, room)
-    parts = parts_of(config.train.parts, [sample.filename for sample in _training_images(config, class_name).samples])
     return HeldOutSet(cached, train_set.synthesis, types, train_set.seed, parts)
 
 

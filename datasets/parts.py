@@ -7,10 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from utils.errors import UsageError
 
-SETTING = "dataset.train.parts"
 
-
-def parts_of(source: str | None, names: Sequence[str], setting: str = SETTING) -> dict[str, str]:
+def parts_of(source: str | None, names: Sequence[str], setting: str = "dataset.train.parts") -> dict[str, str]:
     """The part that each image shows, by file name.
 
     Args:

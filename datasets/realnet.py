@@ -36,9 +36,6 @@ class CachedImages:
         # The foreground is cached with the image, as a fourth channel.
         self.cache = SharedCache(len(images), (*preprocessing.size, 4), max(0, cache_mb))
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     @property
     def megabytes(self) -> int:
         """Memory of the cache in MiB, rounded up."""
