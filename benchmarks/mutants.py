@@ -50,6 +50,7 @@ from benchmarks.attacks.runs import (
     trained,
 )
 from benchmarks.attacks.settings import Mutant, legitimate, mutants
+from models.sdas.sampler import check_networks
 from utils.checkpoint import load_checkpoint
 from utils.config import collect_errors, load_config
 
@@ -71,7 +72,7 @@ def check_file(stage: str, path: Path) -> None:
             config, argparse.Namespace(**dict.fromkeys(given), no_classifier=False, preview=False), path
         )
         collect_errors(path, [("TestSampler", lambda: sample.SpacedDiffusion(**config.TestSampler))])
-        sample.check_networks(config, path)
+        check_networks(config, path)
     else:
         {"diffusion": train_diffusion, "classifier": train_classifier}[stage].check(config, path)
 

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.build import build_sdas_dataset
+from datasets.catalog import known_classes
 from models.backbones import Backbone
 from models.sdas import SpacedDiffusion
-from models.sdas.trained import load_networks
-from sample import Sampler, class_list, set_up_sampler
+from models.sdas.sampler import Sampler, set_up_sampler
+from models.sdas.trained import class_list, load_networks
 from utils import cli, distributed
 from utils.config import load_config
 from utils.pictures import contact_sheet, to_uint8, write_image
@@ -110,7 +111,7 @@ def main() -> None:
     config = load_config(f"experiments/{args.dataset}/sample.yaml", args.set, "sample")
     config.classifier = None
     networks = load_networks(config)
-    classes = class_list(config, networks, args.dataset)
+    classes = class_list(config, networks, known_classes(args.dataset))
     backbone = Backbone(args.backbone, [args.layer], args.weights)
     size = [config.dataset.H, config.dataset.W]
     data = load_config(

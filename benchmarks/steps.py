@@ -21,7 +21,7 @@ from models import build_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from models.sdas.guidance import classifier_guidance
-from sample import Sampler
+from models.sdas.sampler import Sampler
 from utils.config import load_config, model_kwargs
 from utils.distributed import Run
 from utils.optim import EpochLoss

@@ -148,3 +148,9 @@ def find(dataset: str) -> DatasetInfo | None:
         if dataset in (name, info.type):
             return info
     return None
+
+
+def known_classes(dataset: str | None) -> tuple[str, ...]:
+    """The classes of a data set of the catalogue; empty for one's own."""
+    info = find(dataset or "")
+    return tuple(info.classes) if info else ()

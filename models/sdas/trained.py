@@ -1,6 +1,7 @@
 """Trained networks of SDAS: their settings come from their checkpoints, their weights are the averaged ones."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from easydict import EasyDict
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
 from utils.config import checked, plain, pretrained_path
 from utils.errors import UsageError
+from utils.names import name_problem
 from utils.settings import SETTINGS
 
 log = logging.getLogger("realnet")
@@ -78,6 +80,48 @@ def class_names_of(content: dict) -> list[str]:
     lists = content.get("classes"), _reference_section(content, "dataset").get("class_name_list")
     names = next((names for names in lists if isinstance(names, (list, tuple)) and names), [])
     return [str(name) for name in names]
+
+
+def class_list(config: EasyDict, networks: dict[str, tuple[Path, dict]], known: Sequence[str] = ()) -> list[str]:
+    """The classes in the order of their numbers: from the checkpoint, the settings, or those of a known data set.
+
+    Args:
+        config: the settings of sample.yaml.
+        networks: see load_networks.
+        known: the classes of the data set, if it is one of the catalogue's.
+
+    Raises:
+        UsageError: the classes are unknown, a name cannot be that of a folder, or the classifier was trained on other
+            classes and would guide wrongly.
+    """
+    path, content = networks["unet"]
+    classes = class_names_of(content) or [str(name) for name in config.classes or []]
+    for name in classes:
+        problem = name_problem(name) or ("is there twice" if classes.count(name) > 1 else None)
+        if problem:
+            raise UsageError(f"{path}: the class {name[:80]!r} {problem}; it cannot be the name of a folder")
+    if "classifier" in networks:
+        check_same_classes(config, networks, classes)
+    if classes:
+        return classes
+    if not known or len(known) != config.unet.class_number:
+        raise UsageError(f"{path} does not name its classes; list them in their order under `classes` in sample.yaml")
+    return list(known)
+
+
+def check_same_classes(config: EasyDict, networks: dict[str, tuple[Path, dict]], classes: list[str]) -> None:
+    """Refuse a classifier whose class numbers mean other classes than those of the diffusion model."""
+    (path, _), (classifier_path, content) = networks["unet"], networks["classifier"]
+    hint = "train both on the same image list, or pass --no-classifier"
+    others = class_names_of(content)
+    if classes and not others:
+        log.warning("warning: %s does not name its classes; they have to be %s", classifier_path, ", ".join(classes))
+    if classes and others and others != classes:
+        lists = f"the classes {', '.join(others)}, and {path} on {', '.join(classes)}"
+        raise UsageError(f"{classifier_path} was trained on {lists}; {hint}")
+    numbers = config.classifier.class_number, config.unet.class_number
+    if numbers[0] != numbers[1]:
+        raise UsageError(f"{classifier_path} knows {numbers[0]} classes, and {path} {numbers[1]}; {hint}")
 
 
 def _reference_section(content: dict, name: str) -> dict:

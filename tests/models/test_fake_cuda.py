@@ -31,7 +31,7 @@ from models.afs import AFS
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from models.sdas.guidance import classifier_guidance
-from sample import Sampler
+from models.sdas.sampler import Sampler
 from tests.conftest import CLASSES, CLASSIFIER, UNET
 from utils.config import load_config
 from utils.distributed import Run

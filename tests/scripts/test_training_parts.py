@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from easydict import EasyDict
 from torch import nn
 
-import sample
 import train_classifier
 import train_diffusion
 import train_realnet
@@ -24,6 +23,9 @@ from evaluation.thresholds import sidecar
 from models import build_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
+from models.sdas import sampler as sdas_sampler
+from models.sdas.sampler import set_up_sampler
+from models.sdas.trained import load_networks
 from tests.conftest import CLASSES, CLASSIFIER, UNET
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import load_config
@@ -219,8 +221,10 @@ def test_sampling_uses_the_averaged_weights_if_there_are_any(averaged, configure
         overrides.append(f"{section}.pertrain_path={tmp_path}/{section}.pth.tar")
     config = configured("sample", *overrides)
     guides = []
-    monkeypatch.setattr(sample, "classifier_guidance", lambda classifier, scale, precision: guides.append(classifier))
-    sampler = sample.set_up_sampler(config, ALONE, sample.load_networks(config))
+    monkeypatch.setattr(
+        sdas_sampler, "classifier_guidance", lambda classifier, scale, precision: guides.append(classifier)
+    )
+    sampler = set_up_sampler(config, ALONE, load_networks(config))
     expected = {0.75 if averaged else 0.25}
     assert values_of(sampler.unet) == expected
     assert [values_of(guide) for guide in guides] == [expected]

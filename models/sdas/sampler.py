@@ -1,0 +1,120 @@
+"""Draws images of a class with trained networks of SDAS, each from its own random numbers."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+
+from models.sdas.diffusion import SpacedDiffusion
+from models.sdas.guidance import classifier_guidance
+from models.sdas.trained import load_averaged
+from models.sdas.unet import check_size, create_classifier_unet, create_diffusion_unet
+from utils.config import collect_errors, model_kwargs
+from utils.device import to_device
+from utils.distributed import Run
+from utils.errors import RunError
+from utils.pictures import to_uint8
+from utils.precision import autocast, resolve_precision
+
+log = logging.getLogger("realnet")
+
+
+@dataclass
+class Sampler:
+    """Draws images of a class, each from its own random numbers."""
+
+    process: SpacedDiffusion
+    unet: torch.nn.Module
+    cond_fn: Callable | None
+    sampler: str  # see SpacedDiffusion.sample_loop
+    precision: str
+    size: tuple[int, int]
+    seed: int
+    device: torch.device
+
+    def model(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self.precision):
+            return self.unet(x, t, y)
+
+    def draw(
+        self,
+        name: str,
+        number: int,
+        indices: Sequence[int],
+        low: float | torch.Tensor,
+        high: float | torch.Tensor,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Draw the images (N,H,W,3) uint8 with these indices, each with its own strength from [low, high]."""
+        # One generator per image, so that its noise does not depend on the batch.
+        generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
+        strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
+        images = self.sample(number, strengths, generators, progress)
+        if not images.isfinite().all():
+            raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
+        return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+
+    def sample(
+        self, number: int, strengths: torch.Tensor, generators: Sequence[torch.Generator], progress: bool = False
+    ) -> torch.Tensor:
+        """Images (N,3,H,W) of a class, on the device, about -1 .. 1, with strengths (N,). No step waits for it."""
+        noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators])
+        y = torch.full((len(generators),), number, device=self.device)
+        return self.process.sample_loop(self.sampler)(
+            self.model,
+            to_device(noise, self.device),
+            s=to_device(strengths, self.device),
+            cond_fn=self.cond_fn,
+            model_kwargs={"y": y},
+            generator=generators,
+            progress=progress,
+        )
+
+
+def check_networks(config: EasyDict, path: Path) -> None:
+    """Check the networks' settings, which the checkpoints may have brought, before anything is drawn."""
+    size = (config.dataset.H, config.dataset.W)
+
+    def networks() -> None:
+        with torch.device("meta"):
+            create_diffusion_unet(**model_kwargs(config.unet))
+            if config.classifier is not None:
+                create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
+
+    collect_errors(
+        path,
+        [
+            ("dataset", lambda: check_size(size, config.unet.channel_mult, "dataset.H, dataset.W")),
+            ("unet, classifier", networks),
+            ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
+        ],
+    )
+
+
+def set_up_sampler(config: EasyDict, run: Run, networks: dict[str, tuple[Path, dict]]) -> Sampler:
+    """Load the weights and set up the diffusion process."""
+    size = (config.dataset.H, config.dataset.W)
+    unet = create_diffusion_unet(**model_kwargs(config.unet))
+    load_averaged(unet, *networks["unet"], "the unet section of sample.yaml")
+    precision, cond_fn = resolve_precision(config.amp, run.device), None
+    # Convolutions in bf16 and fp16 are made for channels-last weights; float32 is not faster with them on a CPU.
+    layout = torch.contiguous_format if precision == "off" else torch.channels_last
+    unet.requires_grad_(False).eval().to(run.device, memory_format=layout)
+    if "classifier" in networks:
+        classifier = create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
+        load_averaged(classifier, *networks["classifier"], "the classifier section of sample.yaml")
+        log.info("guidance scale %g", config.classifier_scale)
+        classifier.requires_grad_(False).eval().to(run.device, memory_format=layout)
+        cond_fn = classifier_guidance(classifier, config.classifier_scale, precision)
+    process = SpacedDiffusion(**config.TestSampler)
+    return Sampler(process, unet, cond_fn, config.sampler, precision, size, config.random_seed, run.device)
+
+
+def image_seed(seed: int, name: str, index: int) -> int:
+    """The seed of one image's random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()[:8], "big") >> 1
