@@ -31,11 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.build import build_sdas_dataset, check_sdas_list
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
-from models.sdas import SpacedDiffusion, check_size, create_classifier_unet
+from models.sdas import SpacedDiffusion, check_training_size, create_classifier_unet
 from utils import cli, distributed
 from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
-from utils.errors import RunError
+from utils.errors import RunError, UsageError
 from utils.log import Board, log, progress_bar
 from utils.optim import accumulation_groups, seed_step
 from utils.precision import autocast
@@ -107,17 +107,20 @@ def main() -> None:
 
 def check(config: EasyDict, path: Path) -> None:
     """Check the settings before anything is loaded or trained."""
-    size = config.dataset.input_size
+    size, crop = config.dataset.input_size, config.dataset.crop
 
     def network() -> None:
         with torch.device("meta"):
-            create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
+            create_classifier_unet(**model_kwargs(config.classifier), image_size=crop or size)
+        if crop is not None and config.classifier.classifier_pool == "attention":
+            text = "attention learns a vector for each position, so it cannot guide images larger than dataset.crop"
+            raise UsageError(f"classifier_pool: {text}; set adaptive")
 
     lists = [(split, lambda split=split: check_sdas_list(config, split, "classifier")) for split in ("train", "test")]
     collect_errors(
         path,
         [
-            ("dataset", lambda: check_size(size, config.classifier.channel_mult, "dataset.input_size")),
+            ("dataset", lambda: check_training_size(size, crop, config.classifier.channel_mult)),
             ("classifier", network),
             ("TrainSampler", lambda: SpacedDiffusion(**config.TrainSampler)),
             ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
@@ -132,8 +135,8 @@ def build_network(config: EasyDict, resumed: bool) -> torch.nn.Module:
     start_weights = None if resumed else pretrained_path(config.classifier)
     if start_weights is None and not resumed:
         log.info("training from scratch (classifier.pertrain_path is not set)")
-    kwargs = model_kwargs(config.classifier)
-    return create_classifier_unet(**kwargs, image_size=config.dataset.input_size, pertrain_path=start_weights)
+    kwargs, size = model_kwargs(config.classifier), config.dataset.crop or config.dataset.input_size
+    return create_classifier_unet(**kwargs, image_size=size, pertrain_path=start_weights)
 
 
 def train_one_epoch(

@@ -34,7 +34,7 @@ from datasets.build import build_sdas_dataset, check_sdas_list
 from datasets.loaders import EpochBatches, make_loader
 from datasets.sdas import SDASDataset
 from models.losses import build_criterion
-from models.sdas import SpacedDiffusion, check_size, create_diffusion_unet
+from models.sdas import SpacedDiffusion, check_training_size, create_diffusion_unet
 from utils import cli, distributed
 from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
@@ -105,6 +105,7 @@ def main() -> None:
 
 def check(config: EasyDict, path: Path) -> None:
     """Check the settings before anything is loaded or trained."""
+    sizes = config.dataset.input_size, config.dataset.crop
 
     def network() -> None:
         with torch.device("meta"):
@@ -114,7 +115,7 @@ def check(config: EasyDict, path: Path) -> None:
     collect_errors(
         path,
         [
-            ("dataset", lambda: check_size(config.dataset.input_size, config.unet.channel_mult, "dataset.input_size")),
+            ("dataset", lambda: check_training_size(*sizes, config.unet.channel_mult)),
             ("unet", network),
             ("TrainSampler", lambda: SpacedDiffusion(**config.TrainSampler)),
             ("TestSampler", lambda: SpacedDiffusion(**config.TestSampler)),
@@ -202,7 +203,7 @@ def validate(
             totals += torch.tensor([float(error) * len(indices), len(indices)], dtype=torch.float64)
             if not rows:
                 rows = [("real", first_images(images)), ("DDIM reconstruction", first_images(recon))]
-        rows += sample_rows(training, process, number, test_set.preprocessing.size, stop)
+        rows += sample_rows(training, process, number, test_set.size, stop)
         sheets[name] = contact_sheet(rows)
     gathered = distributed.gather(sheets)
     distributed.all_reduce_sum(totals)

@@ -70,7 +70,8 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
     preprocessing = Preprocessing(tuple(config.input_size), half, half, color_mode, reader.bits)
     augmentation = _augmentation(section) if split == "train" else Augmentation()
     cache_mb = config.cache_mb if split == "train" else 0
-    return SDASDataset(ImageList(samples, Path(root)), classes, preprocessing, augmentation, seed, cache_mb)
+    images, centred = ImageList(samples, Path(root)), split == "test"
+    return SDASDataset(images, classes, preprocessing, augmentation, seed, cache_mb, config.crop, centred)
 
 
 def check_sdas_list(config: dict, split: str, network: str) -> None:

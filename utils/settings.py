@@ -64,6 +64,10 @@ _LOADING = {
 _CHECKPOINT_HELP = "Recompute activations in the backward pass: far less memory, about a third slower."
 _WIDTH_HELP = "Channels of the first level, a multiple of 32. Fixed by the weights that training starts from."
 _START_HELP = "Weights to start from: a file, or null to train from scratch; in sample.yaml, the trained checkpoint"
+_WINDOW_HELP = (
+    "Side in pixels of the windows within which attention looks, if the image is larger; null: the whole image. For "
+    "models that are trained on crops."
+)
 _NETWORK = {
     "classifier_depth": Setting("int", "Residual blocks per level.", 2, low=1, high=32),
     "channel_mult": Setting(
@@ -74,6 +78,7 @@ _NETWORK = {
     "num_head_channels": Setting(
         "int", "Channels per attention head; -1: use num_heads.", 64, low=-1, high=4096, check=_heads_problem
     ),
+    "attention_window": Setting("int?", _WINDOW_HELP, None, low=1, high=MOST_PIXELS),
     "use_checkpoint": Setting("bool", _CHECKPOINT_HELP, False),
     "pertrain_path": Setting("str?", f"{_START_HELP} or the folder with it (the reference's spelling).", None),
     "pretrain_path": Setting("str?", "The same as pertrain_path, which it overrides.", None),
@@ -108,6 +113,10 @@ _CLASSIFIER = {
         choices=("adaptive", "attention", "spatial", "spatial_v2"),
     ),
 }  # fmt: skip
+_CROP_HELP = (
+    "[height, width] of random parts of the resized images to train on; null: whole images. A small model then draws "
+    "their grain, at any size."
+)
 _SCALED_HELP = "Not used here: SDAS scales images to -1 .. 1."
 _SDAS_DATASET = Section(
     {
@@ -125,6 +134,7 @@ _SDAS_DATASET = Section(
             }
         ),
         "input_size": Setting("ints", _INPUT_SIZE_HELP, [256, 256], low=1, high=MOST_PIXELS, length=2),
+        "crop": Setting("ints?", _CROP_HELP, None, low=1, high=MOST_PIXELS, length=2),
         "pixel_mean": Setting("floats?", _SCALED_HELP, None, length=3, legacy=True),
         "pixel_std": Setting("floats?", _SCALED_HELP, None, length=3, legacy=True),
         "batch_size": Setting(

@@ -65,6 +65,7 @@ class AttentionBlock(nn.Module):
         channels: channels of the input.
         num_heads: number of heads, used if num_head_channels is -1.
         num_head_channels: channels per head, or -1.
+        window: longest side, in positions, of the parts within which positions attend to each other; None: no parts.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W)
@@ -73,14 +74,27 @@ class AttentionBlock(nn.Module):
         UsageError: the heads do not divide the channels.
     """
 
-    def __init__(self, channels: int, num_heads: int = 1, num_head_channels: int = -1) -> None:
+    def __init__(
+        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, window: int | None = None
+    ) -> None:
         super().__init__()
+        self.window = window
         self.num_heads = count_heads(channels, num_heads, num_head_channels)
         self.norm = GroupNorm32(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.window is None or max(x.shape[-2:]) <= self.window:
+            return self._attend(x)
+        rows, columns = (-(-side // self.window) for side in x.shape[-2:])
+        bands = [
+            torch.cat([self._attend(part) for part in band.chunk(columns, dim=3)], dim=3)
+            for band in x.chunk(rows, dim=2)
+        ]
+        return torch.cat(bands, dim=2)
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
         n, c, h, w = x.shape
         tokens = x.reshape(n, c, h * w)
         qkv = self.qkv(self.norm(tokens)).reshape(n, self.num_heads, 3, c // self.num_heads, h * w)

@@ -34,6 +34,7 @@ class UNetShape:
         dropout: dropout probability.
         num_heads, num_head_channels: see AttentionBlock.
         use_scale_shift_norm, resblock_updown: see ResBlock; without resblock_updown, plain convolutions resample.
+        attention_window: side in pixels of the windows within which attention looks; None for the whole image.
     """
 
     width: int
@@ -45,6 +46,7 @@ class UNetShape:
     num_head_channels: int
     use_scale_shift_norm: bool
     resblock_updown: bool
+    attention_window: int | None = None
 
     @property
     def factor(self) -> int:
@@ -54,8 +56,9 @@ class UNetShape:
     def res(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
         return ResBlock(channels, 4 * self.width, self.dropout, out_channels, self.use_scale_shift_norm, resample)
 
-    def attention(self, channels: int, num_heads: int | None = None) -> AttentionBlock:
-        return AttentionBlock(channels, num_heads or self.num_heads, self.num_head_channels)
+    def attention(self, channels: int, factor: int, num_heads: int | None = None) -> AttentionBlock:
+        window = None if self.attention_window is None else max(1, self.attention_window // factor)
+        return AttentionBlock(channels, num_heads or self.num_heads, self.num_head_channels, window)
 
     def down(self, channels: int) -> nn.Module:
         return self.res(channels, channels, "down") if self.resblock_updown else Downsample(channels, True)
@@ -79,7 +82,7 @@ class UNetShape:
                 layers: list[nn.Module] = [self.res(channels, mult * self.width)]
                 channels = mult * self.width
                 if factor in self.attention_factors:
-                    layers.append(self.attention(channels))
+                    layers.append(self.attention(channels, factor))
                 stages.append(EmbedSequential(*layers))
                 widths.append(channels)
             if level < len(self.channel_mult) - 1:
@@ -89,7 +92,9 @@ class UNetShape:
         return stages, widths
 
     def middle(self, channels: int) -> EmbedSequential:
-        return EmbedSequential(self.res(channels, channels), self.attention(channels), self.res(channels, channels))
+        return EmbedSequential(
+            self.res(channels, channels), self.attention(channels, self.factor), self.res(channels, channels)
+        )
 
 
 def check_size(size: Sequence[int], channel_mult: Sequence[int], setting: str) -> None:
@@ -105,6 +110,19 @@ def check_size(size: Sequence[int], channel_mult: Sequence[int], setting: str) -
             f"{setting}: {list(size)} does not fit {len(channel_mult)} levels (channel_mult), which need multiples of "
             f"{factor}; the nearest is {nearest}"
         )
+
+
+def check_training_size(size: Sequence[int], crop: Sequence[int] | None, channel_mult: Sequence[int]) -> None:
+    """Refuse sizes of training images, dataset.input_size and dataset.crop, that do not fit a network or each other.
+
+    Raises:
+        UsageError: a size does not fit (see check_size), or a crop is larger than the image.
+    """
+    check_size(size, channel_mult, "dataset.input_size")
+    if crop is not None:
+        check_size(crop, channel_mult, "dataset.crop")
+        if any(part > whole for part, whole in zip(crop, size, strict=True)):
+            raise UsageError(f"dataset.crop: {list(crop)} is larger than dataset.input_size {list(size)}")
 
 
 class UNetTrunk(nn.Module):
@@ -156,7 +174,7 @@ class UNet(UNetTrunk):
                 layers: list[nn.Module] = [shape.res(channels + widths.pop(), mult * shape.width)]
                 channels = mult * shape.width
                 if factor in shape.attention_factors:
-                    layers.append(shape.attention(channels, heads))
+                    layers.append(shape.attention(channels, factor, heads))
                 if level and i == shape.depth:
                     layers.append(shape.up(channels))
                     factor //= 2
@@ -239,6 +257,7 @@ def create_diffusion_unet(
     num_head_channels: int = 64,
     use_scale_shift_norm: bool = True,
     resblock_updown: bool = True,
+    attention_window: int | None = None,
     use_checkpoint: bool = False,
     pertrain_path: str | None = None,
     pretrain_path: str | None = None,
@@ -250,6 +269,7 @@ def create_diffusion_unet(
     Args:
         pertrain_path: file with a bare or wrapped state_dict to start from, or None; logs which tensors fitted. The
             spelling is the reference's; pretrain_path means the same.
+        attention_window: see UNetShape.
         use_checkpoint: recompute activations in the backward pass to save memory.
         image_size, use_fp16: ignored, but accepted as in the reference: the network takes any size, and the trainer
             sets the precision (autocast).
@@ -273,6 +293,7 @@ def create_diffusion_unet(
         num_head_channels,
         use_scale_shift_norm,
         resblock_updown,
+        attention_window,
     )
     model = UNet(shape, 6 if learn_sigma else 3, class_number, num_heads_upsample)
     model.activation_checkpointing = use_checkpoint
@@ -292,6 +313,7 @@ def create_classifier_unet(
     classifier_pool: str = "attention",
     num_head_channels: int = 64,
     dropout: float = 0.0,
+    attention_window: int | None = None,
     use_checkpoint: bool = False,
     pertrain_path: str | None = None,
     pretrain_path: str | None = None,
@@ -312,6 +334,7 @@ def create_classifier_unet(
         num_head_channels,
         classifier_use_scale_shift_norm,
         classifier_resblock_updown,
+        attention_window,
     )
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     model = ClassifierUNet(shape, class_number, classifier_pool, size)

@@ -203,6 +203,24 @@ def test_any_number_of_workers_gives_the_same_samples(tiny_data):
     assert not torch.equal(seen[0][:16].sort(dim=0).values, seen[0][16:].sort(dim=0).values)
 
 
+def test_crops_are_parts_of_the_images_and_lie_elsewhere_in_each_epoch(tiny_data):
+    samples = read_list(tiny_data / "samples" / "train_uni.json", tiny_data / "images")
+    images = ImageList(samples, tiny_data / "images")
+    whole, random, centred = (
+        SDASDataset(images, ["dots", "lines"], PREPROCESSING, Augmentation(), seed=3, crop=crop, centred=centred)
+        for crop, centred in ((None, False), ((8, 12), False), ((8, 12), True))
+    )
+    image = whole[0, 1]["image"]
+    height, width = image.shape[1:]
+    parts = {epoch: random[epoch, 1]["image"] for epoch in range(8)}
+    windows = image.unfold(1, 8, 1).unfold(2, 12, 1).movedim(0, 2)  # (rows, columns, 3, 8, 12)
+    for part in parts.values():
+        assert (windows == part).all(dim=4).all(dim=3).all(dim=2).any()
+    assert len({part.numpy().tobytes() for part in parts.values()}) > 1
+    middle = image[:, (height - 8) // 2 :, (width - 12) // 2 :][:, :8, :12]
+    assert all(torch.equal(centred[epoch, 1]["image"], middle) for epoch in range(2))
+
+
 def test_test_set_reads_masks(tiny_data):
     samples = read_list(tiny_data / "samples" / "test_dots.json", tiny_data / "images")
     dataset = RealNetTestSet(ImageList(samples, tiny_data / "images"), Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3))

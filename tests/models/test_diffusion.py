@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
-from models.sdas.blocks import GroupNorm32, attend
+from models.sdas.blocks import AttentionBlock, GroupNorm32, attend
 from models.sdas.guidance import classifier_guidance
 from models.sdas.noise import draw_noise
 from tests.rule_filled import fill, randn
@@ -268,3 +268,22 @@ def test_attention_and_group_norm_compute_in_float32_under_autocast():
         seen.append(norm(values.bfloat16()))
     exact = norm(values.bfloat16().float())
     torch.testing.assert_close(seen[0].float(), exact, atol=0.02, rtol=0.02)
+
+
+def test_windowed_attention_attends_within_each_window_only():
+    block = AttentionBlock(32, num_head_channels=32, window=4)
+    fill(block)
+    x = randn(0, 2, 32, 8, 6)
+    # Windows of at most 4x4: two rows of 4, two columns of 3.
+    expected = torch.cat([torch.cat([block(p) for p in rows.chunk(2, 3)], 3) for rows in x.chunk(2, 2)], 2)
+    assert torch.equal(block(x), expected)
+    changed = x.clone()
+    changed[..., 4:, 3:] += 1
+    same = torch.isclose(block(changed), block(x)).all(dim=1)
+    assert same[:, :4].all()
+    assert same[:, :, :3].all()
+    assert not same[:, 4:, 3:].any()
+    whole = AttentionBlock(32, num_head_channels=32)
+    whole.load_state_dict(block.state_dict())
+    assert torch.equal(block(x[..., :4, :4]), whole(x[..., :4, :4]))
+    assert not torch.allclose(block(x), whole(x))

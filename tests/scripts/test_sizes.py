@@ -33,12 +33,14 @@ def test_realnet_trains_and_evaluates_at_any_size(size, workspace, monkeypatch, 
     assert image.height >= size[0]
 
 
-def test_sdas_draws_images_that_are_not_square(workspace, monkeypatch, capsys):
-    folders = ["--set", "saver.checkpoints_dir=wide_diffusion/", "--set", "saver.log_dir=wide_log/"]
-    sizes = ["--set", "dataset.input_size=[16, 32]"]
+@pytest.mark.parametrize("crop", [None, [16, 16]])
+def test_sdas_draws_images_that_are_not_square(crop, workspace, monkeypatch, capsys):
+    folders = ["--set", "saver.checkpoints_dir=wide_diffusion/", "--set", "saver.log_dir=wide_log/", "--overwrite"]
+    sizes = ["--set", "dataset.input_size=[16, 32]", "--set", f"dataset.crop={crop or 'null'}"]
     code, _, err = run(train_diffusion.main, [*COMMON, *folders, *sizes], workspace.root, monkeypatch, capsys)
     assert code == 0, err
     folders[1] = "saver.checkpoints_dir=wide_classifier/"
+    sizes += ["--set", "classifier.classifier_pool=adaptive"] if crop else []
     code, _, err = run(train_classifier.main, [*COMMON, *folders, *sizes], workspace.root, monkeypatch, capsys)
     assert code == 0, err
     values = {
@@ -50,6 +52,7 @@ def test_sdas_draws_images_that_are_not_square(workspace, monkeypatch, capsys):
         "workspace.root": "data/tiny/wide_sdas",
     }
     arguments = ["--dataset", "tiny", *(part for key, v in values.items() for part in ("--set", f"{key}={v}"))]
+    arguments += ["--overwrite"]
     code, _, err = run(sample.main, arguments, workspace.root, monkeypatch, capsys)
     assert code == 0, err
     assert Image.open(workspace.data / "wide_sdas/lines/rank0_1.jpg").size == (32, 16)
@@ -60,6 +63,7 @@ def test_sdas_draws_images_that_are_not_square(workspace, monkeypatch, capsys):
     [
         (train_diffusion, ["dataset.input_size=[17, 32]"], "dataset.input_size: [17, 32] does not fit 2 levels"),
         (train_classifier, ["dataset.input_size=[16, 33]"], "dataset.input_size: [16, 33] does not fit 2 levels"),
+        (train_diffusion, ["dataset.crop=[16, 31]"], "dataset.crop: [16, 31] does not fit 2 levels"),
         (sample, ["dataset.H=15", *WIDE], "dataset.H, dataset.W: [15, 16] does not fit 2 levels"),
     ],
 )
@@ -70,3 +74,16 @@ def test_the_nearest_size_that_fits_is_named(script, settings, text, workspace, 
     assert text in err
     assert "the nearest is [16, 32]" in err or "the nearest is [16, 16]" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "setting", "text"),
+    [
+        (train_diffusion, "dataset.crop=[16, 128]", "dataset.crop: [16, 128] is larger than dataset.input_size"),
+        (train_classifier, "dataset.crop=[16, 16]", "classifier_pool: attention learns a vector for each position"),
+    ],
+)
+def test_a_crop_that_cannot_work_is_refused(script, setting, text, workspace, monkeypatch, capsys):
+    code, _, err = run(script.main, ["--dataset", "tiny", "--set", setting], workspace.root, monkeypatch, capsys)
+    assert code == 2
+    assert text in err
