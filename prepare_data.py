@@ -68,6 +68,8 @@ def parse_args() -> argparse.Namespace:
     own.add_argument("--weights", metavar="FILE", help="the backbone's weights (default: pretrain/, else a download)")
     normalization_help = "of the images, as the weights expect it: imagenet, or half (mean and deviation 0.5)"
     own.add_argument("--normalization", choices=tuple(NORMALIZATIONS), default="imagenet", help=normalization_help)
+    diffusion_help = "size of the diffusion model: auto goes by the GPU's memory (docs/synthesis.md)"
+    own.add_argument("--diffusion", choices=("auto", "small", "medium", "paper"), default="auto", help=diffusion_help)
     own.add_argument("--foreground", default="none", help="value of the setting dataset.foreground (default none)")
     return parser.parse_args()
 
@@ -87,7 +89,7 @@ from datasets.images import allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
 from datasets.parts import parts_of
 from datasets.splits import Fingerprint, split_good
-from preparation import findings, placing, settings_files
+from preparation import diffusion_presets, findings, placing, settings_files
 from preparation.classes import UNSPLIT, DatasetOnDisk
 from preparation.duplicates import report_leaks
 from preparation.inspection import inspect, report_bits
@@ -146,11 +148,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--set: overrides settings of the preview; pass --preview, too, or edit the YAML files")
     if args.preview and name in TEXTURES:
         raise UsageError(f"--preview: {name} has no lists to preview")
-    changed = args.parts or args.preset != "auto" or args.backbone or args.weights or args.normalization != "imagenet"
-    if not own and (
-        args.test_fraction is not None or args.input_size or args.foreground != "none" or args.good or changed
+    if not own and any(
+        (
+            *(args.test_fraction is not None, args.input_size, args.foreground != "none", args.good, args.parts),
+            *(args.preset != "auto", args.diffusion != "auto", args.backbone, args.weights),
+            args.normalization != "imagenet",
+        )
     ):
-        options = "--test-fraction, --input-size, --foreground, --good, --parts, --preset and the backbone's options"
+        options = "--test-fraction, --input-size, --foreground, --good, --parts, presets and the backbone's options"
         raise UsageError(f"{options}: not for {name}, which has its own settings")
     if args.test_fraction is not None and not 0 <= args.test_fraction < 1:
         raise UsageError(f"--test-fraction {args.test_fraction}: has to lie in 0 .. 1")
@@ -304,7 +309,8 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     reader = {"max_megapixels": args.max_megapixels} if args.max_megapixels != MEGAPIXELS else {}
     reader |= {"follow_links": True} if args.follow_links else {}
     preset, why = chosen_preset(args.preset)
-    networks = settings_files.Networks(preset, args.backbone, args.weights, args.normalization)
+    diffusion, why_diffusion = diffusion_presets.chosen(args.diffusion)
+    networks = settings_files.Networks(preset, args.backbone, args.weights, args.normalization, diffusion)
     textures = bool(list_images(TEXTURES_DIR))
     told = settings_files.Told(args.foreground, args.parts, reader, textures)
     texts = settings_files.settings_texts(args.dataset, classes, size, told, networks)
@@ -321,10 +327,12 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
         if not textures and preset != "paper":
             text = "  training anomalies are made of the good images; textures in %s would add a kind (data/README.md)"
             log.info(text, TEXTURES_DIR)
-    diffusion = settings_files.diffusion_size(size)
-    if diffusion != size:
+    if "diffusion.yaml" not in kept:
+        log.info("  diffusion.yaml, sample.yaml: %s%s; --diffusion chooses another size", diffusion, why_diffusion)
+    drawn = settings_files.diffusion_size(size)
+    if drawn != size:
         text = "  the diffusion model draws %dx%d, because its sides have to be multiples of %d"
-        log.info(text, *diffusion, settings_files.STEP)
+        log.info(text, *drawn, settings_files.STEP)
     for name, text in kept.items():
         changes = settings_files.kept_values(folder / name, text)
         what = f": it has {'; '.join(changes[:4])}{'; ...' * (len(changes) > 4)}" if changes else ""

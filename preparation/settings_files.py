@@ -15,17 +15,34 @@ import yaml
 
 from datasets.foreground import rule_for
 from models.structures import NORMALIZATIONS, structure_of
+from preparation import diffusion_presets
 from preparation.presets import PRESETS
 from utils.config import differences, read_yaml
 from utils.errors import RunError, UsageError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
+_SDAS = (
+    *(
+        *_ALL,
+        "CLASSES",
+        "MODEL_START",
+        "CROP",
+        "BATCH",
+        "DEPTH",
+        "MULT",
+        "ATTENTION",
+        "HEAD",
+        "WINDOW",
+        "CHECKPOINTING",
+    ),
+    *("STEPS", "ACCUMULATE", "RATE", "SCHEDULE", "BETAS"),
+)
 # The values that each file names.
 FILES = {
-    "diffusion.yaml": (*_ALL, "CLASSES"),
-    "classifier.yaml": (*_ALL, "CLASSES"),
-    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH"),
+    "diffusion.yaml": (*_SDAS, "UNET_WIDTH", "PRETRAINED_UNET", "EPOCHS", "DECAY"),
+    "classifier.yaml": (*_SDAS, "CLASSIFIER_WIDTH", "PRETRAINED_CLASSIFIER", "POOL", "CLASSIFIER_EPOCHS"),
+    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH", "IMAGES_AT_ONCE", "NUMBER", "SAMPLER", "COUNTS", "BETAS"),
     "realnet_unified.yaml": _ALL,
 }
 IMAGES = "images"  # folder under data/<dataset>/
@@ -80,19 +97,21 @@ def kept_values(path: Path, text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Networks:
-    """What realnet.yaml says of the networks.
+    """What the settings say of the networks.
 
     Args:
-        preset: name of a file in experiments/presets/, without its ending.
+        preset: of realnet.yaml: name of a file in experiments/presets/, without its ending.
         backbone: one of models.structures.STRUCTURES, or None for the preset's.
         weights: file of the backbone's weights, or None for pretrain/ or a download.
         normalization: one of models.structures.NORMALIZATIONS, which goes with the weights.
+        diffusion: one of diffusion_presets.PRESETS, of the other files.
     """
 
     preset: str = "paper"
     backbone: str | None = None
     weights: str | None = None
     normalization: str = "imagenet"
+    diffusion: str = "paper"
 
 
 WITHOUT_TEXTURES = "{normal: 0.5, cutpaste: 0.17, self: 0.16, noise: 0.17}"  # anomaly types
@@ -186,13 +205,13 @@ def settings_texts(
         classes: number of classes. One class needs neither a classifier nor a model for all classes.
         size: input size of RealNet.
         told: what the settings say of the images.
-        networks: what realnet.yaml says of the networks.
+        networks: what the settings say of the networks.
 
     Raises:
         RunError: a template was changed so that a value has no place in it.
     """
-    told = told or Told()
-    texts = {"realnet.yaml": realnet_text(dataset, size, told, networks or Networks())}
+    told, networks = told or Told(), networks or Networks()
+    texts = {"realnet.yaml": realnet_text(dataset, size, told, networks)}
     for name, keys in FILES.items():
         if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
             continue
@@ -203,6 +222,7 @@ def settings_texts(
             "CLASSES": classes,
             "HEIGHT": height,
             "WIDTH": width,
+            **diffusion_presets.values_of(networks.diffusion, (height, width)),
         }
         path = TEMPLATES / name
         text = path.read_text(encoding="utf-8")
@@ -213,7 +233,7 @@ def settings_texts(
             text = _replaced(path, section, "classifier: null  # one class\n", text)
         if name != "sample.yaml":
             text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{told.reading}", text)
-        left = re.search("@[A-Z]+@", text)
+        left = re.search("@[A-Z_]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")
         texts[name] = _as_told(path, text, told) if name.startswith("realnet") else text

@@ -4,9 +4,11 @@ import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image, ImageFilter
 
@@ -14,12 +16,13 @@ import prepare_data
 from datasets.build import check_realnet_data
 from datasets.catalog import CATALOG
 from models import check_realnet
-from preparation import settings_files
+from models.sdas import SpacedDiffusion, check_training_size, create_classifier_unet, create_diffusion_unet
+from preparation import diffusion_presets, settings_files
 from preparation.presets import PRESETS, preset_names
 from tests.conftest import REPOSITORY
 from tests.in_process import run
 from tests.layout_trees import image_file, mvtec_class
-from utils.config import load_config
+from utils.config import load_config, model_kwargs
 from utils.distributed import usable_cores
 from utils.errors import RunError, UsageError
 
@@ -197,6 +200,14 @@ def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset
             fractions = [settings.dataset.train.pop("validation_fraction") for settings in (config, benchmark)]
             assert fractions == [0.2, 0]
             assert [settings.evaluator.pop("select") for settings in (config, benchmark)] == ["synthetic", "test"]
+        else:
+            # What makes it fit on a smaller GPU. In sample.yaml, the networks are as their checkpoints say.
+            trainer = "trainer" if "trainer" in config else None
+            own, paper = ((c[trainer] if trainer else c).pop("amp") for c in (config, benchmark))
+            assert (own, paper) == ("auto", "off")
+            if trainer:
+                network = "unet" if "unet" in config else "classifier"
+                assert [c[network].pop("use_checkpoint") for c in (config, benchmark)] == [True, False]
         assert config == benchmark, name
 
 
@@ -205,7 +216,7 @@ def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset
     [
         ("diffusion.yaml", "@HEIGHT@", "256", "diffusion.yaml: @HEIGHT@ is missing"),
         ("sample.yaml", "TestSampler:", "Sampler:", "sample.yaml: .* is missing"),
-        ("diffusion.yaml", "@WIDTH@", "@WIDTH@ @DEPTH@", "diffusion.yaml: @DEPTH@ is not a value"),
+        ("diffusion.yaml", "@WIDTH@", "@WIDTH@ @LENGTH@", "diffusion.yaml: @LENGTH@ is not a value"),
     ],
 )
 def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, tmp_path, monkeypatch):
@@ -215,6 +226,31 @@ def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, t
     monkeypatch.setattr(settings_files, "TEMPLATES", tmp_path)
     with pytest.raises(RunError, match=text):
         settings_files.settings_texts("parts", 1, (256, 256))
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"), [*((preset, (256, 256)) for preset in diffusion_presets.PRESETS), ("small", (96, 32))]
+)
+def test_a_size_of_the_diffusion_model_gives_settings_that_train_and_sample(preset, size, tmp_path):
+    networks = settings_files.Networks(diffusion=preset)
+    texts = settings_files.settings_texts("bolts", 3, size, None, networks)
+    configs = {}
+    for name in ("diffusion", "classifier", "sample"):
+        (tmp_path / f"{name}.yaml").write_text(texts[f"{name}.yaml"])
+        configs[name] = load_config(tmp_path / f"{name}.yaml")
+    diffusion, classifier, sample = (configs[name] for name in ("diffusion", "classifier", "sample"))
+    with torch.device("meta"):
+        unet = create_diffusion_unet(**model_kwargs(diffusion.unet))
+        guide_size = classifier.dataset.crop or classifier.dataset.input_size
+        create_classifier_unet(**model_kwargs(classifier.classifier), image_size=guide_size)
+    millions = {"small": (4, 7), "medium": (50, 65), "paper": (550, 556)}[preset]
+    assert millions[0] < sum(p.numel() for p in unet.parameters()) / 1e6 < millions[1]
+    for config, mult in ((diffusion, diffusion.unet.channel_mult), (classifier, classifier.classifier.channel_mult)):
+        check_training_size(config.dataset.input_size, config.dataset.crop, mult)
+        assert config.TrainSampler.beta_scheduler == sample.TestSampler.beta_scheduler
+    assert diffusion.dataset.crop == classifier.dataset.crop
+    SpacedDiffusion(**sample.TestSampler)
+    assert [sample.dataset.H, sample.dataset.W] == diffusion.dataset.input_size == list(size)
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -308,13 +344,17 @@ def test_own_data_train_without_a_folder_of_textures_and_with_one(textures, tmp_
     check_realnet_data(config.dataset, "bolts")
 
 
-@pytest.mark.parametrize(
-    ("cuda", "preset", "why"), [(True, "standard", "there is a GPU"), (False, "quick", "there is no GPU")]
-)
-def test_the_preset_goes_with_the_device_and_is_told(cuda, preset, why, tmp_path, prepare, monkeypatch):
-    monkeypatch.setattr(prepare_data.torch.cuda, "is_available", lambda: cuda)
+@pytest.mark.parametrize(("memory", "size"), [(23.6, "paper"), (7.7, "medium"), (5.8, "small"), (None, "small")])
+def test_the_presets_go_with_the_device_and_are_told(memory, size, tmp_path, prepare, monkeypatch):
+    card = SimpleNamespace(total_memory=(memory or 0) * 2**30)
+    monkeypatch.setattr(prepare_data.torch.cuda, "is_available", lambda: memory is not None)
+    monkeypatch.setattr(prepare_data.torch.cuda, "get_device_properties", lambda index: card)
     mvtec_class(tmp_path / "shots")
-    assert f"realnet.yaml: preset {preset} ({why}); --preset and --backbone choose others" in prepare()
+    out = prepare()
+    preset, why = ("standard", "there is a GPU") if memory else ("quick", "there is no GPU")
+    assert f"realnet.yaml: preset {preset} ({why}); --preset and --backbone choose others" in out
+    why = f"the GPU has {memory:.0f} GiB" if memory else "there is no GPU"
+    assert f"diffusion.yaml, sample.yaml: {size} ({why}); --diffusion chooses another size" in out
     text = (tmp_path / "experiments/parts/realnet.yaml").read_text()
     assert text.startswith("# realnet.yaml of parts")
     assert f"Preset {preset}." in text
