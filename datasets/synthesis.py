@@ -1,5 +1,6 @@
 """Synthetic anomalies in good images: which type, from which source, under which mask."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,14 @@ class Synthesis:
             for name in classes:
                 folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
                 self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint, tell)
+
+    def summaries(self) -> dict[str, str]:
+        """The number of source images of each kind and a hash of their paths, by which a change is noticed."""
+        hashes = {
+            kind: hashlib.sha256("\n".join(map(str, paths)).encode("utf-8", "backslashreplace")).hexdigest()[:12]
+            for kind, paths in self.sources.items()
+        }
+        return {kind: f"{len(self.sources[kind])} images, {hashes[kind]}" for kind in sorted(hashes)}
 
     def draw(
         self,
