@@ -29,10 +29,12 @@ PLOTS = {
 
 def lines_of(rows: dict[str, Row]) -> list[list[str]]:
     """Cells with a heading, for tables."""
-    body = [
-        [name, *(f"{row[key]:.{3 if abs(row[key]) < 10 else 1}f}" for key in COLUMNS)] for name, row in rows.items()
-    ]
+    body = [[name, *(_number(row[key]) for key in COLUMNS)] for name, row in rows.items()]
     return [["images", *COLUMNS.values()], *body]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def text_of(rows: dict[str, Row]) -> str:
