@@ -4,11 +4,13 @@
     python sample.py --dataset MVTec-AD --class_name bottle --strength 0.1 0.2 --sampler ancestral --steps 20
     python sample.py --dataset MVTec-AD --sampler dpmpp_2m_sde --steps 10
     python sample.py --dataset MVTec-AD --no-classifier --preview
+    python sample.py --dataset MVTec-AD --quality
     torchrun --nproc_per_node=4 sample.py --dataset MVTec-AD
 
 Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. Image i depends on the
 seed, the class and i, but not on the number of ranks. Existing images are not drawn again.
---preview only writes a strip per class over s = 0 .. 0.3, to help choose the strength.
+--preview only writes a strip per class over s = 0 .. 0.3, to help choose the strength. --quality only measures how
+close drawn images are to the training images, over the same strengths (docs/quality.md).
 """
 
 import argparse
@@ -31,7 +33,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--no-classifier", action="store_true", help="sample without guidance")
     parser.add_argument("--seed", type=int, help="seed, instead of random_seed")
-    parser.add_argument("--preview", action="store_true", help="only write a strip over s per class")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--preview", action="store_true", help="only write a strip over s per class")
+    only.add_argument("--quality", action="store_true", help="only measure how close images are to real ones, over s")
+    parser.add_argument("--quality-images", type=int, default=64, metavar="N", help="images of each strength (64)")
     parser.add_argument("--overwrite", action="store_true", help="delete existing images and draw them again")
     return parser.parse_args()
 
@@ -47,6 +52,7 @@ from easydict import EasyDict
 
 from datasets.catalog import known_classes
 from datasets.loaders import SharedBatches
+from evaluation.quality import set_up_quality
 from models.sdas import SpacedDiffusion
 from models.sdas.sampler import Sampler, check_networks, set_up_sampler
 from models.sdas.trained import class_list, load_networks
@@ -84,6 +90,13 @@ def main() -> None:
         classes = class_list(config, networks, known_classes(args.dataset))
         chosen = choose_classes(args.class_name, classes)
         sampler = set_up_sampler(config, run, networks)
+        if args.quality:
+            # dpmpp_2m adds no noise, so s has no effect.
+            strengths = PREVIEW_STRENGTHS if config.sampler != "dpmpp_2m" else PREVIEW_STRENGTHS[:1]
+            quality = set_up_quality(sampler, run, config, out, strengths, args.quality_images)
+            quality.report({name: classes.index(name) for name in chosen}, args.overwrite, board, stop)
+            board.close()
+            return
         for name in chosen:
             number = classes.index(name)
             if args.preview:
@@ -121,7 +134,7 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> N
     if config.sampler == "dpmpp_2m":
         if args.preview:
             raise UsageError("--preview draws a strip over s, but sampler dpmpp_2m adds no noise; use dpmpp_2m_sde")
-        if config.strength[1] > 0:
+        if config.strength[1] > 0 and not args.quality:
             where = "--strength" if args.strength else f"{path}: strength"
             text = "has no effect with sampler dpmpp_2m, which adds no noise; use 0 0, or sampler dpmpp_2m_sde"
             raise UsageError(f"{where}: {config.strength} {text}")

@@ -5,7 +5,8 @@
     python -m torch.distributed.launch --nproc_per_node=4 train_diffusion.py --dataset MVTec-AD
 
 Settings: experiments/<dataset>/diffusion.yaml. Writes diffusion_checkpoints/ckpt_<epoch>.pth.tar, diffusion_log/
-and, at every validation, one contact sheet per class to diffusion_vis/.
+and, at every validation, one contact sheet per class to diffusion_vis/. Validations also measure how far drawn images
+are from training images (KID, docs/quality.md).
 """
 
 import argparse
@@ -33,6 +34,7 @@ from torch.utils.data import DataLoader
 from datasets.build import build_sdas_dataset, check_sdas_list
 from datasets.loaders import EpochBatches, make_loader
 from datasets.sdas import SDASDataset
+from evaluation.validation_kid import set_up_kid
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_training_size, create_diffusion_unet
 from utils import cli, distributed
@@ -89,6 +91,7 @@ def main() -> None:
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process = SpacedDiffusion(**config.TrainSampler)
+        kid = set_up_kid(config, path.parent, train_set, run)
         while not training.is_over:
             batches.set_epoch(progress.epoch, progress.step_in_epoch * config.trainer.accumulate)
             train_one_epoch(training, process, loader, board, saver)
@@ -101,6 +104,8 @@ def main() -> None:
                     saver.save()
                     with saver.save_if_stopped():
                         validate(training, test_set, classes, board, out / config.saver.vis_dir, stop)
+                        if kid is not None:
+                            kid.measure(training, STRENGTHS, board, stop)
 
 
 def check(config: EasyDict, path: Path) -> None:

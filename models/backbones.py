@@ -301,6 +301,31 @@ def find_weights(name: str) -> Path:
     return distributed.on_main(lambda: _find_or_download(name))
 
 
+def missing_weights(name: str) -> str | None:
+    """Which file is missing, in words, if a network's weights are not in pretrain/; None if they are.
+
+    Rank 0 looks; all ranks get its answer.
+    """
+    known = name.startswith(timm_backbones.PREFIX) or name in torchvision.models.list_models(torchvision.models)
+    if not known or distributed.on_main(lambda: _in_pretrain(name)):
+        return None
+    return f"{PRETRAIN_DIR}/{_weights_files(name)[0]}, the weights of {name}, is missing; there is {_at_hand()}"
+
+
+def _weights_files(name: str) -> list[str]:
+    """Names that a network's weights file may have, timm's and torchvision's."""
+    if name.startswith(timm_backbones.PREFIX):
+        return [f"{name.removeprefix(timm_backbones.PREFIX)}.{ending}" for ending in timm_backbones.ENDINGS]
+    urls = [choice.url for choice in torchvision.models.get_model_weights(name)]
+    files = [TIMM_FILES[name]] if name in TIMM_FILES else []
+    return files + [Path(urllib.parse.urlparse(url).path).name for url in urls]
+
+
+def _in_pretrain(name: str) -> Path | None:
+    paths = (Path(PRETRAIN_DIR) / file for file in _weights_files(name))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _at_hand() -> str:
     """Which weights are in pretrain/, in words."""
     files = sorted(path.name for path in Path(PRETRAIN_DIR).glob("*.pt*"))
@@ -311,14 +336,11 @@ def _at_hand() -> str:
 def _find_or_download(name: str) -> Path:
     if name.startswith(timm_backbones.PREFIX):
         return timm_backbones.find_or_download(name.removeprefix(timm_backbones.PREFIX), Path(PRETRAIN_DIR))
-    choices = list(torchvision.models.get_model_weights(name))
+    found = _in_pretrain(name)
+    if found is not None:
+        return found
     # Published results were measured with the first generation of ImageNet weights.
-    first = choices[0]
-    files = [TIMM_FILES[name]] if name in TIMM_FILES else []
-    files += [Path(urllib.parse.urlparse(choice.url).path).name for choice in choices]
-    for file in files:
-        if (Path(PRETRAIN_DIR) / file).is_file():
-            return Path(PRETRAIN_DIR) / file
+    first = next(iter(torchvision.models.get_model_weights(name)))
     path = Path(PRETRAIN_DIR) / Path(urllib.parse.urlparse(first.url).path).name
     try:
         first.get_state_dict(model_dir=PRETRAIN_DIR, check_hash=True, progress=sys.stderr.isatty(), weights_only=True)

@@ -104,7 +104,14 @@ def settings(data: str, out: str) -> dict[str, dict]:
         "diffusion": {
             "dataset": sdas_data,
             "unet": UNET,
-            "trainer": {"max_epoch": 2, "val_freq_epoch": 1, "val_batch_number": 1, "accumulate": 3, "optimizer": ADAM},
+            "trainer": {
+                "max_epoch": 2,
+                "val_freq_epoch": 1,
+                "val_batch_number": 1,
+                "val_kid_images": 0,
+                "accumulate": 3,
+                "optimizer": ADAM,
+            },
             **SAMPLERS,
         },
         "classifier": {

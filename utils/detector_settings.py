@@ -120,6 +120,25 @@ NET = Entries(
     may_be_empty=True,
 )
 
+# In whose features drawn images are compared with real ones.
+FEATURES = Section(
+    {
+        "backbone": Setting(
+            "str?", "Network in whose features drawn images are compared with real ones; null: that of realnet.yaml.",
+            None, check=_weights_problem,
+        ),
+        "weights": Setting("str", "Its weights: auto, random, or a file.", "auto", check=_weights_problem),
+        "layers": Setting("strs?", "Its layers; null: those that are usual for it.", None),
+        "input_size": Setting(
+            "ints", "[height, width] that images are resized to for it.", [256, 256], low=1, high=MOST_PIXELS, length=2
+        ),
+        "normalization": Setting(
+            "str", "What its weights expect: imagenet, or half (mean and deviation of 0.5).", "imagenet",
+            choices=("imagenet", "half"),
+        ),
+    }
+)  # fmt: skip
+
 # ---- losses and metrics ----------------------------------------------------------------------------------------------
 
 _WEIGHT = {"weight": Setting("float", "Factor of this loss in the sum of all.", 1.0, low=0, high=1e6)}

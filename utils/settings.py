@@ -4,7 +4,7 @@ python -m utils.settings > docs/settings.md        writes the page that document
 """
 
 from utils.choices import PRECISIONS
-from utils.detector_settings import AUC, MOST_PIXELS, NET, STRUCTURE, losses
+from utils.detector_settings import AUC, FEATURES, MOST_PIXELS, NET, STRUCTURE, losses
 from utils.names import folder_problem, name_problem
 from utils.setting_types import Section, Setting, settings_page
 
@@ -246,6 +246,10 @@ def _saver(stage: str) -> Section:
 
 # ---- one table per file ----------------------------------------------------------------------------------------------
 
+_KID_HELP = (
+    "Images, over all classes (at least 4 of each), that a validation draws at each strength to measure their distance "
+    "from training images (KID); 0: none."
+)
 _DIFFUSION = Section(
     {
         **_SEED,
@@ -257,6 +261,7 @@ _DIFFUSION = Section(
                 "ema_decay": Setting(
                     "float", "Decay of the averaged weights, which sampling uses; warmed up.", 0.9999, low=0, high=1
                 ),
+                "val_kid_images": Setting("int", _KID_HELP, 32, low=0, high=10**6),
             }
         ),
         "criterion": losses(
@@ -265,6 +270,7 @@ _DIFFUSION = Section(
         ),
         "TrainSampler": _process("ddim1000", "training"),
         "TestSampler": _process("ddim20", "the validation's images"),
+        "features": FEATURES,
         "saver": _saver("diffusion"),
     }
 )  # fmt: skip
@@ -333,6 +339,7 @@ _SAMPLE = Section(
         "unet": Section({**_UNET, "class_number": _FROM_CHECKPOINT}),
         "classifier": Section({**_CLASSIFIER, "class_number": _FROM_CHECKPOINT}, optional=True),
         "TestSampler": _process("ddim20", "sampling"),
+        "features": FEATURES,
         "workspace": Section(
             {"root": Setting("str", "Folder of the images; each class gets a folder in it.", check=folder_problem)}
         ),

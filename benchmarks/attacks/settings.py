@@ -213,7 +213,7 @@ NULLABLE = {
 OF_NULL = {
     "bits": int, "ema_decay": float, "clip_max_norm": float, "pixel_mean": list, "pixel_std": list, "classes": list,
     "alpha": float, "meta_file": str, "sdas_dir": str, "version": str, "pretrain_path": str, "pertrain_path": str,
-    "dtd_dir": str,
+    "dtd_dir": str, "backbone": str, "layers": list,
 }  # fmt: skip
 ANY_SIZE = {
     "max_epoch", "sample_number", "max_bad_steps", "keep", "keep_pictures", "max_megapixels", "cache_mb",
