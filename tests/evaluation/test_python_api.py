@@ -1,6 +1,7 @@
 """The detector in a Python program: what it takes, what it gives, and what it refuses."""
 
 import doctest
+import re
 import shutil
 
 import cv2
@@ -13,6 +14,7 @@ import export
 from datasets.given_images import from_array, from_pillow
 from datasets.images import read_image
 from evaluation.detector import Detector
+from tests.conftest import REPOSITORY
 from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.errors import RunError, UsageError
@@ -38,6 +40,24 @@ def test_the_example_in_the_detector_s_docstring_runs(detector, monkeypatch):
     example = doctest.DocTestFinder().find(Detector, "Detector", globs=names)[0]
     result = doctest.DocTestRunner().run(example)
     assert (result.attempted, result.failed) == (6, 0)
+
+
+def test_the_example_in_the_docs_runs(detector, tmp_path, monkeypatch, capsys):
+    page = (REPOSITORY / "docs/deployment.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    places = {"experiments/demo/realnet_checkpoints/gravel": CLASS_FOLDER, "new_images": f"{TEST_FOLDER}/spot"}
+    for name, place in places.items():
+        assert name in example
+        example = example.replace(name, place)
+    monkeypatch.chdir(detector.root)
+    names = {}
+    exec(example, names)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("score 0.")
+    assert "map (64, 64)" in lines[0]
+    found = [names["detector"](path) for path in names["paths"]]
+    flagged = [path.name for path, result in zip(names["paths"], found, strict=True) if result.is_anomalous]
+    assert [line.partition(":")[0] for line in lines[1:]] == flagged
 
 
 # ---- what equals what ------------------------------------------------------------------------------------------------
