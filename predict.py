@@ -6,6 +6,7 @@
     python predict.py --checkpoint FILE --input large.png --output results --tile 256 --overlap 64
     python predict.py --checkpoint FILE --input new_images --output results --target-fpr 0.05
     python predict.py --checkpoint FILE --input new_images --output results --continue         (after Ctrl-C)
+    python predict.py --checkpoint FILE --watch camera --output results --on-anomaly "notify {}"
 
 Writes scores.csv and scores.jsonl (one line per image, as soon as it is done), heatmaps/ and masks/ (at the images' own
 size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside the checkpoint, else those of the good
@@ -14,6 +15,12 @@ images, scores are normalised: 0.5 is the threshold (--raw-scores writes them as
 cannot be read or scored are reported on stderr and skipped; the exit code is then 1. Mask folders and earlier results
 below the input folder are not scored. Up to 20 images, their scores are also printed. Images are read, scored and drawn
 at the same time.
+
+--watch scores the images that are in a folder, then those that arrive, each once it is complete, until Ctrl-C or
+SIGTERM ends it (exit code 0). It goes on with results in --output, so a restart scores no image twice. An image that
+cannot be read is named once, and tried again when it changes. --on-anomaly runs a program, not a shell, for each
+anomalous image; {} is the image's path, and REALNET_IMAGE, REALNET_SCORE, REALNET_THRESHOLD, REALNET_HEATMAP and
+REALNET_MASK are in its environment. See docs/deployment.md.
 """
 
 import argparse
@@ -23,13 +30,17 @@ from datasets.folders import MEGAPIXELS
 from utils import arguments
 from utils.choices import FORMATS, NO_PICTURES, PNG
 
+INTERVAL = 1.0  # seconds between two looks of --watch
+
 
 def parse_args() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     model_help = "checkpoint, class folder with a checkpoint, or .onnx or .pt2 file"
     parser.add_argument("--checkpoint", required=True, help=model_help)
     parser.add_argument("--config", help="realnet.yaml, for checkpoints that hold no settings")
-    parser.add_argument("--input", required=True, help="image, folder, list of images, or - for paths on stdin")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", help="image, folder, list of images, or - for paths on stdin")
+    source.add_argument("--watch", metavar="FOLDER", type=Path, help="score the images in a folder as they arrive")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument("--class_name", help="use this class's thresholds, if the model serves several")
     fpr_help = "share of good images that may be called anomalous, by held-out good images (default: 0.01)"
@@ -47,6 +58,10 @@ def parse_args() -> argparse.Namespace:
     pictures.add_argument("--heatmaps", choices=FORMATS, default=PNG, help=heat_help)
     pictures.add_argument("--no-pictures", action="store_true", help="write no heat maps or masks")
     arguments.add_precision(parser)
+    interval_help = f"seconds between two looks of --watch ({INTERVAL:g})"
+    parser.add_argument("--interval", type=float, metavar="SECONDS", help=interval_help)
+    command_help = "with --watch: program to run for each anomalous image; {} is its path"
+    parser.add_argument("--on-anomaly", metavar="COMMAND", help=command_help)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing results in the folder")
     existing.add_argument(
@@ -61,109 +76,190 @@ arguments.parse_early(__name__, parse_args)
 import math
 import signal
 import sys
-from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
-from datasets.build import preprocessing_of
-from datasets.images import allow_megapixels, count_pages, pixels_of
-from evaluation.detector import NOT_FINITE, Detection, Detector, Tiles, as_one_process, checkpoint_path, tiles_of
-from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, Input, find_inputs
-from evaluation.prediction_files import TABLE, Pictures, Results, rounded
+from datasets.images import allow_megapixels
+from evaluation.anomaly_command import CommandQueue, parse_command
+from evaluation.detector import Detector, Tiles, as_one_process, checkpoint_path, tiles_of
+from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, find_inputs
+from evaluation.prediction import Predictor, Scored
+from evaluation.prediction_files import TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
+from evaluation.watching import FolderWatch, pause
 from utils import cli
-from utils.errors import RunError, UsageError
+from utils.distributed import Run
+from utils.errors import UsageError
 from utils.lock import folder_lock
 from utils.log import log, log_to_terminal
 from utils.names import shown
-from utils.prefetch import PIXELS_AHEAD, groups, prefetch
+from utils.signals import StopRequest, stop_requests
 
 FEW_IMAGES = 20  # whose scores are printed too
-PIXELS_DRAWN = 32_000_000  # of images that are drawn, or wait for it
-
-
-@dataclass(frozen=True)
-class ReadInput:
-    """An input with its image (H,W,3) uint8, or None and the reason why it cannot be read."""
-
-    source: Input
-    image: np.ndarray | None
-    problem: str = ""
-    pages: int = 1
-
-
-@dataclass(frozen=True)
-class Scored:
-    """An image with its detection, or with the reason why there is none; then its pictures, and their name."""
-
-    read: ReadInput
-    detection: Detection | None = None
-    problem: str = ""
-    name: str = ""
-    pictures: Pictures | None = None
-
-    @property
-    def source(self) -> Input:
-        return self.read.source
+BATCH = 8
 
 
 def main() -> None:
     as_one_process()
     args = parse_args()
     check_arguments(args)
-    batch = args.batch_size or (1 if args.input == "-" else 8)
-    tiles = tiles_of(args.tile, args.overlap, batch)
     log_to_terminal()
-    signal.signal(signal.SIGTERM, interrupt)
-    detector = Detector.load(args.checkpoint, args.config, args.device, args.precision)
-    detector = detector.with_thresholds(choose_thresholds(detector.thresholds, tiles, args))
-    preprocessing = preprocessing_of(detector.config.dataset)
-    reader = detector.config.dataset.image_reader.kwargs
-    allow_megapixels(args.max_megapixels or reader.max_megapixels)
+    if args.watch:
+        with stop_requests(Run(0, 1, torch.device("cpu"))) as stop:
+            watch(args, stop)
+    else:
+        signal.signal(signal.SIGTERM, interrupt)
+        predict(args)
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Score the images of --input."""
+    # Paths on stdin may arrive one by one.
+    predictor = load(args, 1 if args.input == "-" else BATCH, at_once=args.input == "-")
+    reader = predictor.detector.config.dataset.image_reader.kwargs
     inputs = find_inputs(args.input, reader.image_dir, sys.stdin, args.output, reader.follow_links)
-
-    def read(source: Input) -> ReadInput:
-        try:
-            return ReadInput(source, preprocessing.read_full(source.path), pages=count_pages(source.path))
-        except UsageError as error:
-            return ReadInput(source, None, str(error))
-        # Whatever one image raises must not end the run.
-        except Exception as error:
-            return ReadInput(source, None, f"{source.path}: {type(error).__name__}: {error}")
-
-    options = {"overwrite": args.overwrite, "resume": args.resume}
-    options |= {"heat_maps": NO_PICTURES if args.no_pictures else args.heatmaps, "masks": not args.no_pictures}
-    # Paths on stdin may arrive one by one. Working ahead would delay the results of earlier ones.
-    ahead = 0 if args.input == "-" else 2 * batch
-    run = run_of(args, tiles, detector.thresholds)
-    with folder_lock(args.output), Results(args.output, detector.thresholds, run, **options) as results:
+    tally = Tally(predictor.detector.thresholds)
+    with folder_lock(args.output), open_results(args, predictor, resume=args.resume) as results:
         left = (source for source in inputs.images if source.name not in results.done)
-        images = prefetch(read, left, ahead, lambda source: pixels_of(source.path))
         count = None if inputs.count is None else max(0, inputs.count - len(results.done))
         if results.done:
             others = "all are done" if count == 0 else "the others follow"
             log.info("%d images were scored before; %s", len(results.done), others)
+        bar = tqdm(total=count, desc="images", leave=False, disable=None)
         try:
-            scored = score(detector, images, tiles, batch, ahead)
-            unreadable, failed = write(scored, results, count, ahead)
+            with closing(predictor.run(left, results)) as done, bar:
+                for item in done:
+                    bar.update()
+                    tally.add(item, printed=count is None or count <= FEW_IMAGES)
         except KeyboardInterrupt:
             log.info("stopped after %d images; the same command with --continue scores the others", results.count)
             raise
     for problem in inputs.problems:
         report("unreadable", problem)
-    unreadable += len(inputs.problems)
-    verdicts = f", {results.anomalous} anomalous" if detector.thresholds.image is not None else ""
-    scored = f", {failed} not scored" if failed else ""
-    table = args.output / TABLE
-    log.info("%s: %d images%s, %d unreadable%s", table, results.count, verdicts, unreadable, scored)
-    if unreadable or failed:
+    tally.unreadable += len(inputs.problems)
+    failed = f", {tally.failed} not scored" if tally.failed else ""
+    tally.summarise(results, f"{tally.unreadable} unreadable{failed}")
+    if tally.unreadable or tally.failed:
         sys.exit(1)
+
+
+def watch(args: argparse.Namespace, stop: StopRequest) -> None:
+    """Score the images of --watch, then those that arrive there, until a signal ends it."""
+    command = None if args.on_anomaly is None else parse_command(args.on_anomaly)
+    interval = INTERVAL if args.interval is None else args.interval
+    predictor = load(args, BATCH)
+    thresholds = predictor.detector.thresholds
+    if command and thresholds.image is None:
+        raise UsageError("--on-anomaly: there is no threshold, so no image is anomalous; evaluate, or pass --threshold")
+    tally = Tally(thresholds)
+    with (
+        folder_lock(args.output),
+        open_results(args, predictor, resume=not args.overwrite) as results,
+        CommandQueue(command) as commands,
+    ):
+        folder = FolderWatch(args.watch, args.output, results.done)
+        log.info("watching %s (%d images were scored before); Ctrl-C ends it", args.watch, len(results.done))
+        while not stop.signal:
+            # What is in hand when a signal arrives is still written; the next start finds the others.
+            complete = takewhile(lambda source: not stop.signal, folder.look())
+            with closing(predictor.run(complete, results)) as done:
+                for item in done:
+                    if not item.problem or folder.failed(item.source.name):
+                        tally.add(item, printed=True)
+                    if not item.problem:
+                        folder.scored(item.source.name)
+                    if item.detection is not None and item.detection.is_anomalous and not item.problem:
+                        commands.add(item.source.path, variables_of(item, results))
+            pause(interval, stop)
+    tally.summarise(results, f"{len(folder.broken)} that could not be scored")
+
+
+def variables_of(item: Scored, results: Results) -> dict[str, str]:
+    """What --on-anomaly finds in its environment beside the image's path; empty for a picture that is not written."""
+    pictures = {"HEATMAP": item.pictures.heat_map, "MASK": item.pictures.mask}
+    written = {name: str((results.folder / path).resolve()) if path else "" for name, path in pictures.items()}
+    numbers = {
+        "SCORE": f"{results.thresholds.normalised(item.detection.score):.6f}",
+        "THRESHOLD": str(results.threshold),
+    }
+    return {f"REALNET_{name}": value for name, value in (numbers | written).items()}
+
+
+@dataclass
+class Tally:
+    """Says what became of images, and counts those without a score.
+
+    Args:
+        thresholds: those of the verdicts; scores are printed as they normalise them.
+    """
+
+    thresholds: Thresholds
+    unreadable: int = 0
+    failed: int = 0
+    paged: list[str] = field(default_factory=list)
+
+    def add(self, item: Scored, printed: bool) -> None:
+        """Count an image, and name it if it has no score, or if its score is to be printed."""
+        if item.read.image is None:
+            report("unreadable", item.problem)
+            self.unreadable += 1
+            return
+        if item.problem:
+            report("not scored", f"{item.source.path}: {item.problem}")
+            self.failed += 1
+            return
+        if printed:
+            verdict = {None: "", True: "  anomalous", False: "  normal"}[item.detection.is_anomalous]
+            log.info("%.4f%s  %s", self.thresholds.normalised(item.detection.score), verdict, item.source.name)
+        if item.read.pages > 1:
+            self.paged.append(f"{item.source.name} ({item.read.pages})")
+
+    def summarise(self, results: Results, without: str) -> None:
+        """The last line, and what should be known about images with several pages.
+
+        Args:
+            without: how many images have no score.
+        """
+        if self.paged:
+            names = ", ".join(self.paged[:3]) + (", ..." if len(self.paged) > 3 else "")
+            log.info("images with several pages, of which the first was scored: %d, %s", len(self.paged), names)
+        verdicts = f", {results.anomalous} anomalous" if self.thresholds.image is not None else ""
+        log.info("%s: %d images%s, %s", results.folder / TABLE, results.count, verdicts, without)
+
+
+def load(args: argparse.Namespace, batch: int, at_once: bool = False) -> Predictor:
+    """The detector with its thresholds, and how it is used.
+
+    Args:
+        batch: images in one forward pass, unless --batch-size says it.
+        at_once: whether each image has its result before the next one is asked for.
+    """
+    batch = args.batch_size or batch
+    tiles = tiles_of(args.tile, args.overlap, batch)
+    detector = Detector.load(args.checkpoint, args.config, args.device, args.precision)
+    detector = detector.with_thresholds(choose_thresholds(detector.thresholds, tiles, args))
+    if args.max_megapixels:
+        allow_megapixels(args.max_megapixels)
+    return Predictor(detector, tiles, batch, ahead=0 if at_once else 2 * batch)
+
+
+def open_results(args: argparse.Namespace, predictor: Predictor, resume: bool) -> Results:
+    thresholds = predictor.detector.thresholds
+    heat_maps = NO_PICTURES if args.no_pictures else args.heatmaps
+    run, masks = run_of(args, predictor.tiles, thresholds), not args.no_pictures
+    return Results(args.output, thresholds, run, heat_maps, masks, overwrite=args.overwrite, resume=resume)
+
+
+def report(kind: str, problem: str) -> None:
+    """Name an image without a result on stderr."""
+    tqdm.write(f"{kind}: {shown(problem)}", file=sys.stderr)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -183,11 +279,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--max-megapixels {args.max_megapixels:g}: has to be a number above 0")
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: at least 1")
+    if args.interval is not None and not (math.isfinite(args.interval) and args.interval > 0):
+        raise UsageError(f"--interval {args.interval:g}: has to be a number of seconds above 0")
+    for option, value in (("--interval", args.interval), ("--on-anomaly", args.on_anomaly)):
+        if value is not None and not args.watch:
+            raise UsageError(f"{option} needs --watch")
+    if args.watch and not args.watch.is_dir():
+        raise UsageError(f"--watch {args.watch}: is not a folder")
     existing = [path for path in (args.output / TABLE, args.output / SCORES) if path.exists()]
     foreign = [path for path in (args.output / HEAT_MAPS, args.output / MASKS) if path.exists() and not existing]
     if foreign:
         raise UsageError(f"{foreign[0]} exists, but is no result of predict.py; choose another --output")
-    if existing and not (args.overwrite or args.resume):
+    if existing and not (args.overwrite or args.resume or args.watch):
         advice = "choose another --output, or pass --overwrite, or --continue after an interrupted run"
         raise UsageError(f"{existing[0]} already exists; {advice}")
 
@@ -238,7 +341,7 @@ def run_of(args: argparse.Namespace, tiles: Tiles | None, thresholds: Thresholds
     return {
         "checkpoint": str(model.resolve()),
         "checkpoint_time": datetime.fromtimestamp(model.stat().st_mtime).isoformat(timespec="seconds"),
-        "input": args.input if args.input == "-" else str(Path(args.input).resolve()),
+        "input": args.input if args.input == "-" else str((args.watch or Path(args.input)).resolve()),
         "tile": args.tile,
         "overlap": tiles.overlap if tiles else None,
         "threshold": rounded(thresholds.image),
@@ -246,119 +349,6 @@ def run_of(args: argparse.Namespace, tiles: Tiles | None, thresholds: Thresholds
         "raw_scores": thresholds.scale is None,
         "precision": args.precision,
     }
-
-
-def report(kind: str, problem: str) -> None:
-    """Name an image without a result on stderr."""
-    tqdm.write(f"{kind}: {shown(problem)}", file=sys.stderr)
-
-
-# ---- the steps after reading, each in threads of its own -------------------------------------------------------------
-
-
-def score(
-    detector: Detector, images: Iterator[ReadInput], tiles: Tiles | None, batch: int, ahead: int
-) -> Generator[Scored, None, None]:
-    """Score images batch by batch."""
-    # Tiles are batches of their own, so that one large image is held at a time.
-    batches = groups(images, 1 if tiles else batch, image_pixels, PIXELS_AHEAD)
-    waiting = detector.at_once + 1 if ahead else 0
-    for scored in prefetch(
-        lambda group: score_batch(detector, group, tiles),
-        batches,
-        waiting,
-        lambda group: sum(map(image_pixels, group)),
-        threads=detector.at_once,
-    ):
-        yield from scored
-
-
-def score_batch(detector: Detector, group: list[ReadInput], tiles: Tiles | None) -> list[Scored]:
-    """The results of images, in their order."""
-    detections = iter(detect(detector, [item.image for item in group if item.image is not None], tiles))
-    scored = []
-    for item in group:
-        found = None if item.image is None else next(detections)
-        if isinstance(found, Detection):
-            scored.append(Scored(item, found) if found.finite else Scored(item, problem=NOT_FINITE))
-        else:
-            scored.append(Scored(item, problem=found or item.problem))
-    return scored
-
-
-def image_pixels(item: ReadInput) -> int:
-    return 0 if item.image is None else item.image.shape[0] * item.image.shape[1]
-
-
-def detect(detector: Detector, images: list[np.ndarray], tiles: Tiles | None) -> list[Detection | str]:
-    """The result of each image, or the reason why there is none."""
-    if not images:
-        return []
-    try:
-        return list(detector.detect(images, tiles))
-    # Memory may be too small for the batch or for one image.
-    except Exception as error:
-        if len(images) == 1:
-            return [f"{type(error).__name__}: {error}".splitlines()[0][:200]]
-    return [result for image in images for result in detect(detector, [image], tiles)]
-
-
-def write(scored: Generator[Scored, None, None], results: Results, count: int | None, ahead: int) -> tuple[int, int]:
-    """Draw images and write the results in order; returns how many could not be read, and not be scored."""
-    unreadable = failed = 0
-    paged: list[str] = []
-    bar = tqdm(total=count, desc="images", leave=False, disable=None)
-    named = (item if item.problem else replace(item, name=results.name(item.source)) for item in scored)
-    drawn = prefetch(
-        lambda item: draw(results, item), named, ahead, lambda item: image_pixels(item.read), PIXELS_DRAWN, drain=True
-    )
-    # Closed before the folder's lock is released: what threads are still writing is then whole, and no more is scored.
-    with closing(scored), closing(drawn):
-        for item in drawn:
-            bar.update()
-            source, problem = item.source, item.problem or add(results, item)
-            if item.read.image is None:
-                report("unreadable", problem)
-                unreadable += 1
-            elif problem:
-                report("not scored", f"{source.path}: {problem}")
-                failed += 1
-            else:
-                detection = item.detection
-                if count is None or count <= FEW_IMAGES:
-                    verdict = {None: "", True: "  anomalous", False: "  normal"}[detection.is_anomalous]
-                    log.info("%.4f%s  %s", results.thresholds.normalised(detection.score), verdict, source.name)
-                if item.read.pages > 1:
-                    paged.append(f"{source.name} ({item.read.pages})")
-    bar.close()
-    if paged:
-        names = ", ".join(paged[:3]) + (", ..." if len(paged) > 3 else "")
-        log.info("images with several pages, of which the first was scored: %d, %s", len(paged), names)
-    return unreadable, failed
-
-
-def draw(results: Results, item: Scored) -> Scored:
-    """Write the pictures of an image that was scored."""
-    if item.problem:
-        return item
-    try:
-        return replace(item, pictures=results.draw(item.name, item.read.image, item.detection))
-    except (RunError, UsageError):
-        # The folder cannot be written to, which holds for all images.
-        raise
-    except Exception as error:
-        return replace(item, problem=f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def add(results: Results, item: Scored) -> str:
-    """Write the line of an image; returns what is wrong with it, if anything."""
-    try:
-        results.add(item.source, item.read.image, item.detection, item.pictures)
-    except (RunError, UsageError):
-        raise
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return ""
 
 
 if __name__ == "__main__":

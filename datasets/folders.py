@@ -63,7 +63,7 @@ def find_images(folder: str | Path, leave_out: Callable[[Path], bool] = lambda p
         if identity in entered:
             continue
         entered.add(identity)
-        for path in (current / name for name in names if _visible(name)):
+        for path in (current / name for name in names if is_visible(name)):
             if os.path.isdir(path):
                 if leave_out(path):
                     found.left_out.append(path)
@@ -137,7 +137,8 @@ def not_read(others: Iterable[Path]) -> str:
     return f"{len(others)} {'file was' if len(others) == 1 else 'files were'} not read: {endings}"
 
 
-def _visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
+    """Whether a file or folder counts: killed runs and operating systems leave hidden ones behind."""
     return not name.startswith(".") and name != "__MACOSX"
 
 

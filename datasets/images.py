@@ -54,10 +54,16 @@ def read_image(
         >>> read_image(file, size=(15, 20)).shape
         (15, 20, 3)
     """
-    opened = _open(path, bits)
-    _refuse_floats(path, opened)
+    return as_rgb(_open(path, bits), path, size, grey, bits)
+
+
+def as_rgb(
+    opened: Image.Image, name: str | Path, size: Sequence[int] | None, grey: bool, bits: int | None
+) -> np.ndarray:
+    """An upright image that Pillow has opened, as read_image returns it."""
+    _refuse_floats(name, opened)
     if opened.mode.startswith("I;16") or opened.mode == "I":
-        opened = Image.fromarray(_eight_bits(np.asarray(opened, dtype=np.uint32), bits))
+        opened = Image.fromarray(eight_bits(np.asarray(opened, dtype=np.uint32), bits))
     opened = opened.convert("L" if grey else "RGB")
     if size is not None and opened.size != (size[1], size[0]):
         opened = opened.resize((size[1], size[0]), RESAMPLING)
@@ -95,7 +101,7 @@ def read_mask(path: str | Path, size: Sequence[int] | None = None) -> np.ndarray
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright image, read from the file's header only."""
-    with _reporting(path), open_image(path) as opened:
+    with reporting(path), open_image(path) as opened:
         # The newer versions of Pillow give the size of a TIFF as it is upright; its tags say how it is stored.
         tags = getattr(opened, "tag_v2", {})
         width, height = tags.get(256, opened.width), tags.get(257, opened.height)
@@ -140,7 +146,7 @@ def count_pages(path: str | Path) -> int:
 def header_problem(path: str | Path) -> str | None:
     """Why an image cannot be read, as far as its header tells, or None."""
     try:
-        with _reporting(path), open_image(path) as opened:
+        with reporting(path), open_image(path) as opened:
             _refuse_floats(path, opened)
     except UsageError as error:
         return str(error)
@@ -154,8 +160,8 @@ def same_aspect_ratio(first: Sequence[int], second: Sequence[int]) -> bool:
 
 
 def _open(path: str | Path, bits: int | None = None) -> Image.Image:
-    with _reporting(path), open_image(path) as opened:
-        if bits is not None and _is_deep_colour(opened):
+    with reporting(path), open_image(path) as opened:
+        if bits is not None and is_deep_colour(opened):
             # OpenCV turns a TIFF upright itself.
             orientation = 1 if opened.format == "TIFF" else opened.getexif().get(ExifTags.Base.Orientation, 1)
             opened = _read_deep_colour(path, bits)
@@ -164,7 +170,7 @@ def _open(path: str | Path, bits: int | None = None) -> Image.Image:
         return ImageOps.exif_transpose(opened)
 
 
-def _is_deep_colour(opened: Image.Image) -> bool:
+def is_deep_colour(opened: Image.Image) -> bool:
     """Whether an image that is not loaded yet has several channels of 16 bits, of which Pillow keeps the upper 8."""
     return len(opened.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", []))
 
@@ -174,11 +180,11 @@ def _read_deep_colour(path: str | Path, bits: int) -> Image.Image:
     values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise UsageError(f"{path}: its 16-bit colours cannot be read; save it as PNG or TIFF without compression")
-    return Image.fromarray(_eight_bits(values[..., 2::-1], bits))
+    return Image.fromarray(eight_bits(values[..., 2::-1], bits))
 
 
-def _eight_bits(values: np.ndarray, bits: int | None) -> np.ndarray:
-    """Values of which `bits` bits are filled (None: 16), as uint8."""
+def eight_bits(values: np.ndarray, bits: int | None) -> np.ndarray:
+    """16-bit values, which `bits` bits are filled (None: 16), as uint8."""
     return (values >> ((bits or 16) - 8)).clip(0, 255).astype(np.uint8)
 
 
@@ -188,7 +194,7 @@ def _refuse_floats(path: str | Path, opened: Image.Image) -> None:
 
 
 @contextmanager
-def _reporting(path: str | Path) -> Iterator[None]:
+def reporting(path: str | Path) -> Iterator[None]:
     """Turn any exception that Pillow raises on a broken file into a one-line UsageError."""
     try:
         yield

@@ -1,33 +1,33 @@
 """Load a trained detector (a RealNet checkpoint, or a model that export.py wrote) and score images with it."""
 
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from easydict import EasyDict
 
 from datasets.build import preprocessing_of
-from datasets.images import resize
+from datasets.given_images import GivenImage, is_one_image, name_of, pixels_given, read_given
+from datasets.images import allow_megapixels, resize
 from evaluation.exported import load_program
+from evaluation.exported_onnx import load_onnx
 from evaluation.metrics import image_scores
 from evaluation.score import pooling_window
-from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
+from evaluation.thresholds import Thresholds
 from evaluation.tiling import resize_map, tiled_map
 from evaluation.trained_model import TrainedModel, load_trained
 from utils import distributed
 from utils.checkpoint import BEST, has_finite_weights
-from utils.config import checked, load_config
+from utils.config import load_config
 from utils.device import to_device, use_exact_kernels
 from utils.errors import RunError, UsageError
-from utils.files import verify_checksums
 from utils.precision import FP32, autocast, check_forward_precision
+from utils.prefetch import PIXELS_AHEAD, groups, prefetch
 
 MOST_AT_ONCE = 4  # batches, each of which takes memory
 NOT_FINITE = "the model's weights, score or anomaly map hold values that are not numbers, so there is no verdict"
@@ -111,8 +111,13 @@ class Detector:
     Example, with the path of a class's checkpoint folder and the path of an image:
         >>> detector = Detector.load(checkpoints)
         >>> result = detector(image_path)
-        >>> result.map.shape, 0 <= result.score <= 1, result.is_anomalous in (True, False)
-        ((64, 64), True, True)
+        >>> result.map.shape, result.mask.dtype, 0 <= result.score <= 1, result.is_anomalous in (True, False)
+        ((64, 64), dtype('bool'), True, True)
+        >>> detector(Image.open(image_path)).score == result.score
+        True
+        >>> pictures = [image_path, np.zeros((48, 80), np.uint8), np.full((30, 40, 3), 0.5)]
+        >>> [found.map.shape for found in detector.predict_many(pictures)]
+        [(64, 64), (48, 80), (30, 40)]
     """
 
     config: EasyDict
@@ -142,13 +147,17 @@ class Detector:
         if path.suffix in (".onnx", ".pt2") and precision != FP32:
             raise UsageError(f"--precision {precision}: {path} runs in {FP32} only; use the checkpoint instead")
         if path.suffix == ".onnx":
-            return _from_onnx(path)
-        if path.suffix == ".pt2":
-            trained, thresholds = load_program(path)
+            detector = cls(*load_onnx(path))
         else:
-            trained = load_trained(path, None if config is None else load_config(config, script="realnet"), config)
-            thresholds = trained.thresholds(path)
-        return cls.of(trained, thresholds, distributed.pick_device(device), precision)
+            if path.suffix == ".pt2":
+                trained, thresholds = load_program(path)
+            else:
+                trained = load_trained(path, None if config is None else load_config(config, script="realnet"), config)
+                thresholds = trained.thresholds(path)
+            detector = cls.of(trained, thresholds, distributed.pick_device(device), precision)
+        # For the whole process: the limit is Pillow's.
+        allow_megapixels(detector.config.dataset.image_reader.kwargs.max_megapixels)
+        return detector
 
     @classmethod
     def of(
@@ -179,19 +188,68 @@ class Detector:
         """The same model with other thresholds."""
         return replace(self, thresholds=thresholds)
 
-    def __call__(self, image: str | Path | np.ndarray) -> Detection:
-        """Score one image: a file, or (H,W,3) uint8 RGB of any size.
+    def __call__(self, image: GivenImage) -> Detection:
+        """Score one image of any size.
+
+        Args:
+            image: the path of a file; a Pillow image; or an array (H,W) grey, (H,W,3) RGB (not OpenCV's BGR) or
+                (H,W,4), uint8, uint16 or floats in [0, 1].
 
         Raises:
+            UsageError: the file is missing or damaged, or the array is not such an image.
             RunError: the model's result is not finite.
         """
-        source = "the image"
-        if not isinstance(image, np.ndarray):
-            source, image = image, preprocessing_of(self.config.dataset).read_full(image)
-        detection = next(self.detect([image]))
-        if not detection.finite:
-            raise RunError(f"{source}: {NOT_FINITE}")
-        return detection
+        return next(self._finite([read_given(image, preprocessing_of(self.config.dataset))], [name_of(image)]))
+
+    def predict_many(self, images: Iterable[GivenImage], batch_size: int = 8) -> Iterator[Detection]:
+        """Score images one by one as they are asked for, in their order, which need not fit into memory together.
+
+        Files are read in threads, ahead of what is asked for; with a batch size of 1, an image is taken only when its
+        result is asked for, as images of a camera have to be.
+
+        Args:
+            images: what detector(image) takes, of any sizes.
+            batch_size: images in one forward pass.
+
+        Raises:
+            UsageError: an image cannot be read (the results of those before it come first); there is none; `images`
+                is one image; or the batch size is below 1.
+            RunError: a result is not finite.
+        """
+        if is_one_image(images):
+            raise UsageError("predict_many() takes several images, and this is one; call detector(image)")
+        if batch_size < 1:
+            raise UsageError(f"batch_size {batch_size}: at least 1")
+        return self._in_batches(images, batch_size)
+
+    def _in_batches(self, images: Iterable[GivenImage], batch_size: int) -> Iterator[Detection]:
+        preprocessing = preprocessing_of(self.config.dataset)
+
+        def read(item: tuple[int, GivenImage]) -> np.ndarray | UsageError:
+            try:
+                return read_given(item[1], preprocessing)
+            # Kept for its turn: the images before it come first.
+            except UsageError as error:
+                return UsageError(f"image {item[0]}: {error}")
+
+        ahead, count = (0 if batch_size == 1 else 2 * batch_size), 0
+        given = prefetch(read, enumerate(images), ahead, lambda item: pixels_given(item[1]))
+        for group in groups(given, batch_size, pixels_given, PIXELS_AHEAD):
+            failed = next((i for i, item in enumerate(group) if isinstance(item, UsageError)), len(group))
+            if failed:
+                yield from self._finite(group[:failed], [f"image {count + i}" for i in range(failed)])
+            if failed < len(group):
+                raise group[failed]
+            count += len(group)
+        if not count:
+            raise UsageError("predict_many() got no image")
+
+    def _finite(self, images: Sequence[np.ndarray], names: Sequence[str]) -> Iterator[Detection]:
+        """The results of images (H,W,3) uint8; raises RunError at one that is not finite."""
+        for name, detection in zip(names, self.detect(images), strict=True):
+            if not detection.finite:
+                raise RunError(f"{name}: {NOT_FINITE}")
+            yield detection
 
     def detect(self, images: Sequence[np.ndarray], tiles: Tiles | None = None) -> Iterator[Detection]:
         """Score images (H,W,3) uint8 of any sizes: all in one batch, or each one in tiles.
@@ -263,52 +321,3 @@ def checkpoint_path(path: str | Path) -> Path:
             found = ", ".join([*exported, *classes][:5])
             raise UsageError(f"--checkpoint {path}: name one of those that the folder holds: {found}")
     raise UsageError(f"--checkpoint {file} does not exist; train_realnet.py writes it")
-
-
-def _from_onnx(path: Path) -> Detector:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise RunError(f"{path}: onnxruntime is not installed; pip install -r requirements-export.txt") from None
-    verify_checksums(path)
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
-        metadata = session.get_modelmeta().custom_metadata_map
-        config = checked(json.loads(metadata["config"]), path, "realnet")
-        exported, fingerprint = json.loads(metadata["thresholds"]), metadata["fingerprint"]
-        _check_tensors(session, config)
-    except UsageError:
-        raise
-    except Exception as error:
-        # onnxruntime raises a dozen types of errors on files that export.py did not write.
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} is not a model that export.py wrote ({reason})") from None
-    # A thresholds file beside the model overrides the thresholds exported with it.
-    beside = matching_thresholds(path, fingerprint)
-    thresholds = beside or (thresholds_from(exported, str(path)) if exported else None)
-
-    def infer(images: torch.Tensor) -> np.ndarray:
-        maps = session.run(["anomaly_map"], {"image": images.numpy()})[0]
-        if maps.shape != (len(images), *images.shape[2:]) or maps.dtype.kind != "f":
-            raise RunError(f"{path}: gives {maps.dtype} maps {maps.shape} for images {tuple(images.shape)}")
-        # nan is said elsewhere; the margin is for rounding.
-        if maps.size and (maps.min() < -1e-3 or maps.max() > 1 + 1e-3):
-            raise RunError(f"{path}: gives maps with values outside 0 .. 1")
-        return maps
-
-    return Detector(config, thresholds, infer)
-
-
-def _check_tensors(session: Any, config: EasyDict) -> None:
-    """Raise ValueError if the input or the output of an ONNX model is not what export.py writes."""
-    inputs = {entry.name: entry for entry in session.get_inputs()}
-    wanted = [3, *config.dataset.input_size]
-    if list(inputs) != ["image"] or inputs["image"].type != "tensor(float)":
-        raise ValueError(f"its inputs are {', '.join(inputs)[:80]}, not one float tensor called image")
-    shape = inputs["image"].shape
-    if list(shape[1:]) != wanted:
-        raise ValueError(f"its input has the shape {shape}, and its settings say {wanted} after the batch")
-    if isinstance(shape[0], int):
-        raise ValueError(f"it takes {shape[0]} images at once, and no other number")
-    if "anomaly_map" not in [entry.name for entry in session.get_outputs()]:
-        raise ValueError("it has no output called anomaly_map")

@@ -91,15 +91,16 @@ def find_inputs(
     return Inputs(inputs, len(inputs))
 
 
+def no_input(path: Path, results: Path | None) -> bool:
+    """Whether a folder below the input holds masks, or results as those in the folder `results`, a resolved path."""
+    drawn = path.name in (HEAT_MAPS, MASKS) and (path.parent / SCORES).is_file()
+    masks = is_mask_folder(path) or (names_masks(path) and _holds_masks(path))
+    return drawn or masks or _holds_own_pictures(path) or (results is not None and path.resolve() == results)
+
+
 def _in_folder(folder: Path, output: Path | None) -> Inputs:
     results = output.resolve() if output else None
-
-    def leave_out(path: Path) -> bool:
-        drawn = path.name in (HEAT_MAPS, MASKS) and (path.parent / SCORES).is_file()
-        masks = is_mask_folder(path) or (names_masks(path) and _holds_masks(path))
-        return drawn or masks or _holds_own_pictures(path) or (results is not None and path.resolve() == results)
-
-    found = find_images(folder, leave_out)
+    found = find_images(folder, lambda path: no_input(path, results))
     images, masks = _without_masks(found.images)
     _tell_left_out(folder, found, len(masks))
     if not images:
@@ -126,14 +127,25 @@ def _holds_masks(folder: Path) -> bool:
 
 
 def _without_masks(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The images, and the masks that lie beside them: x_mask.png beside x.jpg."""
-    stems = {(path.parent, path.stem) for path in paths}
+    """The images, and the masks that lie beside them."""
+    stems = {path.parent / path.stem for path in paths}
     images: list[Path] = []
     masks: list[Path] = []
     for path in paths:
-        base = _MASK_ENDING.sub("", path.stem)
-        (masks if base != path.stem and (path.parent, base) in stems else images).append(path)
+        image = image_of_mask(path)
+        (masks if image is not None and image in stems else images).append(path)
     return images, masks
+
+
+def image_of_mask(path: Path) -> Path | None:
+    """The path, without ending, of the image whose mask this may be; None if its name is not that of a mask.
+
+    Example:
+        >>> image_of_mask(Path("lot/x_mask.png")).as_posix(), image_of_mask(Path("lot/x.png"))
+        ('lot/x', None)
+    """
+    base = _MASK_ENDING.sub("", path.stem)
+    return None if base == path.stem else path.parent / base
 
 
 def _tell_left_out(folder: Path, found: FoundImages, masks: int) -> None:

@@ -23,7 +23,7 @@ LIBRARIES = {
 # Optional libraries: a script may import them, but must run without them.
 EXTRAS = {
     "export.py": {"onnx", "onnxruntime", "onnxscript"},
-    "evaluation/detector.py": {"onnxruntime"},
+    "evaluation/exported_onnx.py": {"onnxruntime"},
     "models/timm_backbones.py": {"timm", "safetensors", "huggingface_hub"},
 }
 SOURCES = [*ROOT.glob("*.py"), *(path for package in sorted(PACKAGES) for path in (ROOT / package).rglob("*.py"))]

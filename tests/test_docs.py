@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY
 from utils.setting_types import Setting, constraint, rows, settings_page
@@ -12,9 +13,9 @@ from utils.settings import SETTINGS
 
 KEYS = [(f"{file}.{key}", setting) for file, section in SETTINGS.items() for key, setting in rows(section)]
 PUBLIC = [
-    "datasets.anomaly", "datasets.foreground", "datasets.images", "datasets.lists", "datasets.loaders",
-    "datasets.local_anomalies", "datasets.perlin", "evaluation.metrics",
-    "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
+    "datasets.anomaly", "datasets.foreground", "datasets.given_images", "datasets.images", "datasets.lists",
+    "datasets.loaders", "datasets.local_anomalies", "datasets.perlin", "evaluation.inputs",
+    "evaluation.metrics", "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
     "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
     "models.sdas.diffusion", "models.sdas.unet", "models.structures", "models.subspace", "utils.optim",
 ]  # fmt: skip
@@ -40,7 +41,9 @@ def test_examples_in_docstrings_hold(name, monkeypatch):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("docs/*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(REPOSITORY.glob("docs/*.md")), REPOSITORY / "CONTRIBUTING.md"], ids=lambda path: path.name
+)
 def test_pages_name_existing_files(path: Path):
     """Links between the pages, and the modules that they name, lead to files."""
     import re
@@ -51,3 +54,16 @@ def test_pages_name_existing_files(path: Path):
             assert (path.parent / target).exists(), f"{path}: {target} does not exist"
     for module in re.findall(r"`((?:datasets|evaluation|models|preparation|utils|tests)/[\w/]+\.py)`", text):
         assert (REPOSITORY / module).is_file(), f"{path}: {module} does not exist"
+
+
+def test_the_citation_file_is_that_of_the_paper():
+    content = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    # What version 1.2.0 of the format requires, of the file and of a reference.
+    assert {"cff-version", "message", "title", "authors"} <= content.keys()
+    assert content["cff-version"] == "1.2.0"
+    assert "independent re-implementation" in content["message"]
+    paper = content["preferred-citation"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert paper["type"] == "conference-paper"
+    assert [author["family-names"] for author in paper["authors"]] == ["Zhang", "Xu", "Zhou"]
+    assert paper["year"] == 2024

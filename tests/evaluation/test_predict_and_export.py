@@ -1,7 +1,6 @@
 """predict.py and export.py, with a detector trained by the scripts."""
 
 import csv
-import doctest
 import json
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from PIL import Image
 
 import export
 import predict
-from evaluation.detector import Detector
 from evaluation.thresholds import Thresholds, sidecar, write_thresholds
 from tests.conftest import REPOSITORY
 from tests.in_process import run
@@ -256,26 +254,6 @@ def test_missing_extras_are_named(missing, detector, tmp_path, monkeypatch, caps
     assert code == 1
     assert f"{missing} is not installed; pip install -r requirements-export.txt" in err
     assert (REPOSITORY / "requirements-export.txt").is_file()
-
-
-def test_the_example_in_the_detector_s_docstring_runs(detector, monkeypatch):
-    monkeypatch.chdir(detector.root)
-    names = {"Detector": Detector, "checkpoints": CLASS_FOLDER, "image_path": f"{TEST_FOLDER}/spot/000.png"}
-    example = doctest.DocTestFinder().find(Detector, "Detector", globs=names)[0]
-    result = doctest.DocTestRunner().run(example)
-    assert (result.attempted, result.failed) == (3, 0)
-
-
-def test_a_detector_takes_files_and_arrays_of_any_size(detector):
-    loaded = Detector.load(detector.root / CLASS_FOLDER, device="cpu")
-    path = detector.root / TEST_FOLDER / "spot/000.png"
-    from_file, from_array = loaded(path), loaded(np.asarray(Image.open(path).convert("RGB")))
-    assert from_file.score == from_array.score
-    assert from_file.is_anomalous == (from_file.score >= loaded.thresholds.image)
-    np.testing.assert_array_equal(from_file.mask, from_file.map >= loaded.thresholds.pixel)
-    assert loaded(np.zeros((50, 90, 3), np.uint8)).map.shape == (50, 90)
-    unevaluated = loaded.with_thresholds(None)(path)
-    assert (unevaluated.mask, unevaluated.is_anomalous) == (None, None)
 
 
 def test_each_class_of_a_multi_class_model_has_its_own_thresholds(detector, tmp_path, monkeypatch, capsys):
