@@ -6,7 +6,7 @@
     python predict.py --checkpoint FILE --input large.png --output results --tile 256 --overlap 64
     python predict.py --checkpoint FILE --input new_images --output results --target-fpr 0.05
     python predict.py --checkpoint FILE --input new_images --output results --continue         (after Ctrl-C)
-    python predict.py --checkpoint FILE --watch camera --output results --on-anomaly "notify {}"
+    python predict.py --checkpoint FILE --watch camera --output results --on-anomaly "./notify.sh {}"
 
 Writes scores.csv and scores.jsonl (one line per image, as soon as it is done), heatmaps/ and masks/ (at the images' own
 size). Verdicts follow the thresholds that evaluation_realnet.py wrote beside the checkpoint, else those of the good
