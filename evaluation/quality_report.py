@@ -22,7 +22,7 @@ PLOTS = {
     "KID": ({"drawn": "kid"}, True),
     "Precision and recall": ({"precision": "precision", "recall": "recall"}, False),
     "Density and coverage": ({"density": "density", "coverage": "coverage"}, False),
-    "Distance to the nearest training image": ({"drawn": "nearest"}, True),
+    "Nearest training image": ({"drawn": "nearest"}, True),
     "Diversity": ({"drawn": "diversity"}, True),
 }
 
@@ -78,7 +78,8 @@ def plots_of(rows: dict[str, Row], strengths: Sequence[float]) -> list[Plot]:
             twice = 2 * _over_strength(rows, strengths, "kid_error")
             band = {"low": curves["drawn"] - twice, "high": curves["drawn"] + twice}
         values = np.concatenate([*curves.values(), *band.values()])
-        y_range = min(0.0, float(values.min())), max(1e-6, 1.05 * float(values.max()))
+        # The plots without a line of real images are those of shares.
+        y_range = min(0.0, float(values.min())), max(1e-6 if with_real else 1.0, 1.05 * float(values.max()))
         plot, pale = (
             curve_plot(title, {name: (xs, ys) for name, ys in part.items()}, "strength s", "", x_range, y_range)
             for part in (curves, band)

@@ -57,7 +57,7 @@ def call(monkeypatch, capsys):
     return run_it
 
 
-QUALITY = ("--no-classifier", "--quality", "--quality-images", "8")
+QUALITY = ("--no-classifier", "--steps", "2", "--set", "dataset.batch_size=28", "--quality", "--quality-images", "8")
 
 
 def rows_in(workspace: Workspace) -> dict:
@@ -97,7 +97,7 @@ def test_quality_is_measured_beside_real_images_and_noise_and_only_once(untraine
 def measured(run, root: str) -> dict[str, dict[str, float]]:
     os.chdir(root)
     config = load_config("experiments/tiny/sample.yaml", script="sample")
-    config.classifier = None
+    config.classifier, config.TestSampler.section_counts = None, "ddim2"
     sampler = set_up_sampler(config, run, load_networks(config))
     quality = set_up_quality(sampler, run, config, Path("experiments/tiny"), (0.0, 0.2), 8)
     return quality.measure("dots", 0, StopRequest(run))
