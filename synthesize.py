@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 arguments.parse_early(__name__, parse_args)
 
+import logging
 import math
 import time
 from collections import Counter
@@ -90,7 +91,7 @@ def main() -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
-        log_to_terminal("INFO" if run.is_main else "ERROR")
+        log_to_terminal(logging.INFO if run.is_main else logging.ERROR)
         for class_name in classes:
             synthesize(config, class_name, args, run, stop)
         log.info("Next: python prepare_data.py --dataset NAME --root %s --preview", args.output)
