@@ -45,6 +45,7 @@ PRESETS: dict[str, dict[str, object]] = {
     # 58 M parameters: a GPU of 8 GB.
     "medium": {
         **_FROM_SCRATCH,
+        "CHECKPOINTING": True,
         "CROP": 128,
         "UNET_WIDTH": 96,
         "CLASSIFIER_WIDTH": 64,
@@ -57,7 +58,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "RATE": "1e-4",
         "SCHEDULE": "{type: cosine, warmup_steps: 500}",
         "DECAY": 0.9995,
-        "IMAGES_AT_ONCE": 16,
+        "IMAGES_AT_ONCE": 8,
         "NUMBER": 256,
     },
     # 553 M parameters, whole images: the settings of the benchmarks, but for what makes them fit on a GPU of 24 GB.
