@@ -109,7 +109,7 @@ def build_realnet_train_set(
     Args:
         held_out: file names of good images that are not trained on.
     """
-    train, images = config.train, _training_images(config, class_name)
+    train, images = config.train, training_images(config, class_name)
     images = ImageList([sample for sample in images.samples if sample.filename not in held_out], images.image_dir)
     preprocessing, synthesis = preprocessing_of(config), _synthesis(train)
     rules = foreground_rules(config, images, preprocessing)
@@ -117,7 +117,7 @@ def build_realnet_train_set(
     return RealNetTrainSet(cached, synthesis, _augmentation(train), seed)
 
 
-def _training_images(config: dict, class_name: str) -> ImageList:
+def training_images(config: dict, class_name: str) -> ImageList:
     """All good images of a class's training list."""
     root, path = _image_folder(config), config.train.meta_file.replace("{}", class_name)
     images = ImageList(_good_samples(config, path, None), Path(root))
@@ -138,7 +138,7 @@ def choose_held_out(
         progress: wraps the images that are read, to show how far it is.
     """
     fraction = config.train.validation_fraction
-    images = _training_images(config, class_name)
+    images = training_images(config, class_name)
     if not fraction:
         return []
     parts = parts_of(config.train.parts, [sample.filename for sample in images.samples])
@@ -163,7 +163,7 @@ def build_held_out_set(
     config: dict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
 ) -> HeldOutSet:
     """The validation set of the images that a training set leaves out; anomalies of its types and of LOCAL."""
-    every = _training_images(config, class_name)
+    every = training_images(config, class_name)
     parts = parts_of(config.train.parts, [sample.filename for sample in every.samples])
     images = ImageList([sample for sample in every.samples if sample.filename in held_out], every.image_dir)
     trained = [name for name, share in train_set.synthesis.anomaly_types.items() if share > 0 and name != "normal"]

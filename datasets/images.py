@@ -280,8 +280,11 @@ class Augmentation:
     rotate: bool = False
     jitter: float = 0.0
 
-    def __call__(self, arrays: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """Apply the same random flips and turn to all arrays (H,W,...), and jitter to the first, a uint8 image."""
+    def __call__(self, arrays: Sequence[np.ndarray], rng: np.random.Generator, images: int = 1) -> list[np.ndarray]:
+        """Apply the same random flips and turn to all arrays (H,W,...), and jitter to the first ones, uint8 images.
+
+        The first array decides which turns there are, and its mean is that of all images.
+        """
         arrays = list(arrays)
         if self.hflip and rng.random() < 0.5:
             arrays = [a[:, ::-1] for a in arrays]
@@ -295,7 +298,8 @@ class Augmentation:
             contrast, brightness = rng.uniform(1 - self.jitter, 1 + self.jitter, 2)
             mean = float(arrays[0].mean())
             values = ((np.arange(256) - mean) * contrast + mean) * brightness
-            arrays[0] = np.clip(values + 0.5, 0, 255).astype(np.uint8)[arrays[0]]
+            table = np.clip(values + 0.5, 0, 255).astype(np.uint8)
+            arrays[:images] = [table[image] for image in arrays[:images]]
         return [np.ascontiguousarray(a) for a in arrays]
 
 

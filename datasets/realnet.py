@@ -11,7 +11,7 @@ from datasets.catalog import ForegroundRule
 from datasets.foreground import apply_rule
 from datasets.images import Augmentation, Preprocessing, SharedCache, read_mask, read_size, same_aspect_ratio
 from datasets.lists import ImageList, Sample
-from datasets.synthesis import Synthesis
+from datasets.synthesis import Anomaly, Synthesis
 from utils.errors import UsageError
 
 
@@ -104,20 +104,30 @@ class RealNetTrainSet(Dataset):
         """The resized image (H,W,3) uint8 and its foreground (H,W) uint8 in {0, 1}."""
         return self.cached.read(index)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | bool]:
-        epoch, index = key
+    def draw(self, epoch: int, index: int, full: np.ndarray | None = None) -> tuple[list[np.ndarray], Anomaly | None]:
+        """An image as it is trained on, (H,W,3) uint8, and its anomaly, or None if it stays normal.
+
+        Args:
+            full: the same image at another size, which is augmented in the same way and returned behind the image.
+        """
         rng = np.random.default_rng([self.seed, epoch, index])
-        image, foreground = self.augmentation(self.read(index), rng)
+        image, foreground = self.read(index)
+        images = [image] if full is None else [image, full]
+        *images, foreground = self.augmentation([*images, foreground], rng, images=len(images))
 
         def other() -> np.ndarray:
             return self.read(self._other(index, rng))[0]
 
         clsname = self.samples[index].clsname
-        anomalous, mask = self.synthesis.anomaly(image, foreground, clsname, other, self.preprocessing, rng, self.types)
-        gt = self.preprocessing.tensor(image)
-        changed = anomalous is not None
+        drawn = self.synthesis.draw(images[0], foreground, clsname, other, self.preprocessing, rng, self.types)
+        return images, drawn
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | bool]:
+        (image,), drawn = self.draw(*key)
+        gt, changed = self.preprocessing.tensor(image), drawn is not None
+        mask = drawn.mask if changed else np.zeros(image.shape[:2], np.uint8)
         return {
-            "image": self.preprocessing.tensor(anomalous) if changed else gt,
+            "image": self.preprocessing.tensor(drawn.blend(image)) if changed else gt,
             "gt_image": gt,
             "mask": torch.from_numpy(mask[None].astype(np.float32)),
             "changed": changed,

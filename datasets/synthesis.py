@@ -1,11 +1,13 @@
 """Synthetic anomalies in good images: which type, from which source, under which mask."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,51 @@ ATTEMPTS = 20  # source images in a row that may turn out to be broken while the
 DRAWS = 10  # of a local anomaly, until one changes the foreground by at least VISIBLE grey levels
 VISIBLE = 3.0
 WITHOUT_FOLDER = "dataset.train.anomaly_types: {normal: 0.5, cutpaste: 0.25, noise: 0.25}, which needs no other images"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that an anomaly was made of.
+
+    Args:
+        path: of the image.
+        state: that of the random generator before the texture was augmented; None for images taken as they are.
+    """
+
+    path: Path
+    state: dict[str, Any] | None = None
+
+    def read(self, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """The image, (H,W,3) uint8, augmented as it was, but read by another function, e.g. at another size."""
+        image = read(self.path)
+        if self.state is None:
+            return image
+        rng = np.random.default_rng()
+        rng.bit_generator.state = self.state
+        return augment_texture(image, rng)
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """What is blended into a good image.
+
+    Args:
+        type: a name of anomaly_types.
+        source: (H,W,3) uint8.
+        mask: (H,W) uint8 in {0, 1}, not empty.
+        opacity: delta of anomaly.blend.
+        file: what the source was read from; None if it was made of good images.
+    """
+
+    type: str
+    source: np.ndarray
+    mask: np.ndarray
+    opacity: float
+    file: SourceFile | None = None
+
+    def blend(self, image: np.ndarray) -> np.ndarray:
+        """The good image with the anomaly, (H,W,3) float32 in [0, 255]."""
+        return blend(image, self.source, self.mask, self.opacity)
 
 
 @dataclass(frozen=True)
@@ -66,6 +113,44 @@ class Synthesis:
                 folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
                 self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint, tell)
 
+    def summaries(self) -> dict[str, str]:
+        """The number of source images of each kind and a hash of their paths, by which a change is noticed."""
+        hashes = {
+            kind: hashlib.sha256("\n".join(map(str, paths)).encode("utf-8", "backslashreplace")).hexdigest()[:12]
+            for kind, paths in self.sources.items()
+        }
+        return {kind: f"{len(self.sources[kind])} images, {hashes[kind]}" for kind in sorted(hashes)}
+
+    def draw(
+        self,
+        image: np.ndarray,
+        foreground: np.ndarray,
+        clsname: str,
+        other: Callable[[], np.ndarray],
+        preprocessing: Preprocessing,
+        rng: np.random.Generator,
+        types: dict[str, float] | None = None,
+    ) -> Anomaly | None:
+        """Draw an anomaly for a good image (RealNet, section 3.1); None if the image stays normal.
+
+        Args:
+            image: (H,W,3) uint8.
+            foreground: (H,W) uint8 in {0, 1}, where anomalies may lie.
+            other: returns another good image of the class, of the same shape; called only where the type needs one.
+            types: probabilities that take the place of anomaly_types.
+        """
+        chosen, file = _drawn(self.anomaly_types if types is None else types, rng), None
+        if chosen == "normal":
+            return None
+        if chosen in LOCAL:
+            source, mask, opacity = self._local(chosen, image, foreground, other, rng)
+        else:
+            source, opacity, file = self.draw_source(chosen, clsname, preprocessing, rng)
+            mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
+        if not mask.any():
+            return None
+        return Anomaly(chosen, self.matched(source, image), mask, opacity, file)
+
     def anomaly(
         self,
         image: np.ndarray,
@@ -76,31 +161,20 @@ class Synthesis:
         rng: np.random.Generator,
         types: dict[str, float] | None = None,
     ) -> tuple[np.ndarray | None, np.ndarray]:
-        """Draw a training sample of a good image (RealNet, section 3.1).
-
-        Args:
-            image: (H,W,3) uint8.
-            foreground: (H,W) uint8 in {0, 1}, where anomalies may lie.
-            other: returns another good image of the class, of the same shape; called only where the type needs one.
-            types: probabilities that take the place of anomaly_types.
+        """Draw as `draw` does, and blend.
 
         Returns:
             The anomalous image, (H,W,3) float32 in [0, 255], or None if it stays normal; and its mask, (H,W) uint8 in
             {0, 1}.
         """
-        chosen = _drawn(self.anomaly_types if types is None else types, rng)
-        if chosen == "normal":
+        drawn = self.draw(image, foreground, clsname, other, preprocessing, rng, types)
+        if drawn is None:
             return None, np.zeros(image.shape[:2], np.uint8)
-        if chosen in LOCAL:
-            source, mask, delta = self._local(chosen, image, foreground, other, rng)
-        else:
-            source, delta = self.draw_source(chosen, clsname, preprocessing, rng)
-            mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
-        if not mask.any():
-            return None, mask
-        if self.match_grey and is_grey(image):
-            source = grey(source)
-        return blend(image, source, mask, delta), mask
+        return drawn.blend(image), drawn.mask
+
+    def matched(self, source: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """The source, grey where the image is grey and match_grey asks for it."""
+        return grey(source) if self.match_grey and is_grey(image) else source
 
     def _local(
         self,
@@ -122,14 +196,15 @@ class Synthesis:
 
     def draw_source(
         self, chosen: str, clsname: str, preprocessing: Preprocessing, rng: np.random.Generator
-    ) -> tuple[np.ndarray, float]:
-        """Draw an image of a folder, (H,W,3) uint8, and its opacity."""
+    ) -> tuple[np.ndarray, float, SourceFile]:
+        """Draw an image of a folder, (H,W,3) uint8, its opacity, and its file."""
         paths = self.sources["dtd" if chosen == "dtd" else f"sdas/{clsname}"]
         index = int(rng.integers(len(paths)))
-        source = _first_readable(paths, index, preprocessing.read)
+        path, source = _first_readable(paths, index, preprocessing.read)
         if chosen == "sdas":
-            return source, float(rng.uniform(*self.sdas_transparency_range))
-        return augment_texture(source, rng), float(rng.uniform(*self.dtd_transparency_range))
+            return source, float(rng.uniform(*self.sdas_transparency_range)), SourceFile(path)
+        file = SourceFile(path, rng.bit_generator.state)
+        return augment_texture(source, rng), float(rng.uniform(*self.dtd_transparency_range)), file
 
 
 def _drawn(types: dict[str, float], rng: np.random.Generator) -> str:
@@ -177,8 +252,8 @@ def _header_problems(paths: tuple[Path, ...]) -> list[str | None]:
         return list(pool.map(header_problem, paths, chunksize=64))
 
 
-def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """The image at `index`, or the next one that can be decoded, so that a broken one does not end the training.
+def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], np.ndarray]) -> tuple[Path, np.ndarray]:
+    """Path and image at `index`, or the next one that can be decoded, so that a broken one does not end the training.
 
     Raises:
         UsageError: the next ATTEMPTS images are all broken.
@@ -186,7 +261,7 @@ def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], np
     for step in range(ATTEMPTS):
         path = paths[(index + step) % len(paths)]
         try:
-            return read(path)
+            return path, read(path)
         except UsageError as error:
             _warn_once(str(error))
     raise UsageError(f"{paths[index]} and the {ATTEMPTS - 1} images after it cannot be read; are they still there?")

@@ -1,0 +1,234 @@
+"""Folders of pairs: what synthesize.py writes for a class, and how it goes on where it was stopped.
+
+    <folder>/test/<type>/<number>.png, ground_truth/<type>/<number>_mask.png    pairs, masks of 0 and 255
+    <folder>/train/good/, test/good/                                            good images (good_images.place_good)
+    <folder>/pairs.csv                                                          a line for each pair: COLUMNS
+    <folder>/pairs.json                                                         the settings that the pairs depend on
+    <folder>/preview.png                                                        the first ones as a sheet
+    <folder>/annotations.json, yolo/                                            with --format coco, --format yolo
+
+MVTec-AD's layout, so that prepare_data.py reads it.
+"""
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.images import read_image, read_mask
+from datasets.pair_formats import coco_annotations, yolo_lines, yolo_settings
+from datasets.pairs import Pair
+from utils.config import changed_settings
+from utils.errors import UsageError
+from utils.files import append_text, link_file, remove_parts, write_text
+from utils.names import csv_cell
+from utils.pictures import contact_sheet, outline, thumbnail, write_image
+
+COLUMNS = ("image", "mask", "good", "source", "type", "opacity", "strength", "seed", "epoch", "index")
+TABLE, RECORD, PREVIEW, COCO, YOLO = "pairs.csv", "pairs.json", "preview.png", "annotations.json", "yolo"
+FOLDERS = ("test", "ground_truth", "train", YOLO)
+JOURNAL = ".pairs.rank{}.jsonl"  # what a run has written so far; the table is written at its end
+YOLO_PART = 5  # every fifth good image's pairs are validated on
+SHEET_PAIRS, SHEET_COLUMNS, CELL = 12, 6, 192
+_OUTLINE = (255, 40, 40)
+
+Row = dict[str, str]
+
+
+class PairFolder:
+    """The folder of a class; only one run at a time may use it (lock.folder_lock).
+
+    Args:
+        path: of the folder.
+        types: the anomaly types of its pairs, in the order of their category numbers.
+        seed: of the draws.
+    """
+
+    def __init__(self, path: Path, types: Sequence[str], seed: int) -> None:
+        self.path, self.types, self.seed = path, list(types), seed
+
+    def check(self, record: dict[str, Any], overwrite: bool) -> None:
+        """Refuse a folder whose files are others than this run's.
+
+        Args:
+            record: what the pairs depend on; JSON values.
+
+        Raises:
+            UsageError: it holds something else than pairs, or (unless overwrite) pairs of another record.
+        """
+        known = self.path / RECORD
+        if not known.is_file():
+            others = sorted(path.name for path in self.path.glob("*") if not path.name.startswith("."))
+            if others:
+                advice = "which synthesize.py has not written; choose another --output"
+                raise UsageError(f"{self.path}: holds {', '.join(others[:3])}, {advice}")
+            return
+        try:
+            earlier = json.loads(known.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            earlier = None
+        if overwrite:
+            return
+        if not isinstance(earlier, dict):
+            raise UsageError(f"{known}: is not readable; pass --overwrite to draw all pairs again")
+        changes = changed_settings(earlier, json.loads(json.dumps(record)))
+        if changes:
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            what = f"holds pairs of other settings ({'; '.join(changes[:3])}{more})"
+            raise UsageError(f"{self.path}: {what}; choose another --output, or pass --overwrite to delete them")
+
+    def begin(self, record: dict[str, Any], overwrite: bool) -> None:
+        """Remove what a killed run left half-written, and (overwrite) all earlier pairs; write the record."""
+        remove_parts(self.path, nested=True)
+        if overwrite:
+            for path in [*self._journals(), *(self.path / name for name in (TABLE, PREVIEW, COCO))]:
+                path.unlink(missing_ok=True)
+            for name in FOLDERS:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        write_text(self.path / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    def rows(self) -> dict[int, Row]:
+        """The lines of the pairs whose files are there, by number."""
+        lines = [*self._table(), *(row for path in self._journals() for row in _lines(path))]
+        rows = {_number(row): row for row in lines}
+        return {
+            number: rows[number]
+            for number in sorted(rows)
+            if all((self.path / rows[number][name]).is_file() for name in ("image", "mask"))
+        }
+
+    def write(self, number: int, pair: Pair) -> Row:
+        """Write a pair's two files; returns its line. Threads may call it for several pairs at once."""
+        image, mask = f"test/{pair.type}/{number:06d}.png", f"ground_truth/{pair.type}/{number:06d}_mask.png"
+        write_image(self.path / image, pair.image)
+        write_image(self.path / mask, pair.mask * np.uint8(255))
+        return {
+            "image": image,
+            "mask": mask,
+            "good": csv_cell(pair.good),
+            "source": csv_cell(pair.source.as_posix()) if pair.source else "",
+            "type": pair.type,
+            "opacity": f"{pair.opacity:.4f}",
+            "strength": "" if pair.strength is None else f"{pair.strength:.4f}",
+            "seed": str(self.seed),
+            "epoch": str(pair.epoch),
+            "index": str(pair.index),
+        }
+
+    def note(self, row: Row, rank: int) -> None:
+        """Note that a pair's files are complete, so that a later run need not draw it again."""
+        append_text(self.path / JOURNAL.format(rank), json.dumps(row) + "\n")
+
+    def finish(self, rows: dict[int, Row]) -> None:
+        """Write the table and the sheet; what was noted is in the table now."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+        write_text(self.path / TABLE, text.getvalue())
+        write_image(self.path / PREVIEW, self._sheet(list(rows.values())[:SHEET_PAIRS]))
+        for path in self._journals():
+            path.unlink()
+
+    def mask(self, row: Row) -> np.ndarray:
+        """The mask of a pair, (H,W) uint8 in {0, 1}."""
+        return read_mask(self.path / row["mask"])
+
+    # ---- other formats -----------------------------------------------------------------------------------------------
+
+    def write_coco(self, rows: dict[int, Row], masks: Iterable[np.ndarray]) -> None:
+        """Write COCO's annotations.json: instances with exact run lengths; categories are the types, from 1 on."""
+        images, annotations = [], []
+        for (number, row), mask in zip(rows.items(), masks, strict=True):
+            height, width = mask.shape
+            images.append({"id": number, "file_name": row["image"], "width": width, "height": height})
+            annotations += coco_annotations(mask, number, 1 + self.types.index(row["type"]), 1 + len(annotations))
+        categories = [{"id": 1 + number, "name": name} for number, name in enumerate(self.types)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        write_text(self.path / COCO, json.dumps(content) + "\n")
+
+    def write_yolo(self, rows: dict[int, Row], masks: Iterable[np.ndarray]) -> None:
+        """Write yolo/: data.yaml, images/{train,val}/ (the same files by another name) and labels/{train,val}/.
+
+        The pairs of every fifth good image are validated on, so that no good image is on both sides.
+        """
+        folder, splits = self.path / YOLO, set()
+        for row, mask in zip(rows.values(), masks, strict=True):
+            split = "val" if int(row["index"]) % YOLO_PART == YOLO_PART - 1 else "train"
+            splits.add(split)
+            name = f"{split}/{row['type']}_{Path(row['image']).stem}"
+            image, label = folder / f"images/{name}.png", folder / f"labels/{name}.txt"
+            if not image.is_file():
+                link_file(self.path / row["image"], image)
+            if not label.is_file():
+                write_text(label, yolo_lines(mask, self.types.index(row["type"])))
+        write_text(folder / "data.yaml", yolo_settings(self.types, "val" in splits))
+
+    # ---- the parts ---------------------------------------------------------------------------------------------------
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.path.glob(JOURNAL.format("*")))
+
+    def _table(self) -> list[Row]:
+        path = self.path / TABLE
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for line, row in enumerate(rows, 2):
+            if not _is_complete(row):
+                advice = "pass --overwrite to draw all pairs again"
+                raise UsageError(f"{path}, line {line}: is not as synthesize.py has written it; {advice}")
+        return rows
+
+    def _sheet(self, rows: Sequence[Row]) -> np.ndarray:
+        """Images above the same images with their masks outlined, with types and opacities."""
+        lines = []
+        for start in range(0, len(rows), SHEET_COLUMNS):
+            part = rows[start : start + SHEET_COLUMNS]
+            images = [read_image(self.path / row["image"]) for row in part]
+            outlined = []
+            for row, image in zip(part, images, strict=True):
+                # Outlined after shrinking, where a line of one pixel stays visible.
+                cell = thumbnail(image, CELL).copy()
+                outline(cell, read_mask(self.path / row["mask"], cell.shape[:2]) > 0, _OUTLINE)
+                outlined.append(_cell(cell))
+            captions = ", ".join(f"{row['type']} {float(row['opacity']):.2f}" for row in part)
+            lines += [(captions, [_cell(thumbnail(image, CELL)) for image in images]), ("", outlined)]
+        return contact_sheet(lines)
+
+
+def _cell(image: np.ndarray) -> np.ndarray:
+    """The image in the corner of a white square."""
+    square = np.full((CELL, CELL, 3), 255, np.uint8)
+    square[: image.shape[0], : image.shape[1]] = image
+    return square
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    """The lines of a journal; the last one may be cut off."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and _is_complete(row):
+            yield row
+
+
+def _number(row: Row) -> int:
+    return int(Path(row["image"]).stem)
+
+
+def _is_complete(row: dict) -> bool:
+    """Whether a line has the columns, and numbers where numbers belong."""
+    try:
+        _number(row), float(row["opacity"]), int(row["index"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return set(row) == set(COLUMNS)

@@ -1,0 +1,133 @@
+"""Pairs of an image with a synthetic anomaly and its mask: training's own draws, at the input or the full size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from datasets.images import read_image
+from datasets.realnet import RealNetTrainSet
+from datasets.synthesis import Anomaly
+from utils.errors import RunError
+
+ATTEMPTS = 20  # on one good image, until a draw changes something
+IMAGES = 10  # good images in a row that are tried
+LATER = 1_000_000  # epochs between two attempts, so that they are no other pair's
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image with an anomaly, and where it comes from.
+
+    Args:
+        image: (H,W,3) uint8 RGB.
+        mask: (H,W) uint8 in {0, 1}, not empty.
+        type: of the anomaly.
+        good: file name of the good image, as in its list.
+        opacity: of the source over the good image, in [0, 1].
+        epoch, index: of the draw (RealNetTrainSet.draw).
+        source: file that the anomaly was made of; None if it was made of good images.
+        strength: s of the diffusion process that drew the source, as far as it is known.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    type: str
+    good: str
+    opacity: float
+    epoch: int
+    index: int
+    source: Path | None = None
+    strength: float | None = None
+
+
+class TrainingPairs:
+    """Makes pair i of a class: the sample that training draws for (epoch, index) = divmod(i, number of images).
+
+    Where that draw changes nothing (an empty mask), the same image is drawn again as in an epoch far beyond those of
+    training, up to ATTEMPTS times, then the images after it.
+
+    At full size, the good image is blended at its own size, inside the mask of the input size, enlarged. Outside of it,
+    every pixel is the image's very pixel. What differs from training: the border of the mask is smooth; a source that
+    is a file is read and augmented at the full size, where it has more detail; of a source that is made of good images,
+    the difference from the image is enlarged, so that the image's finest grain stays. All pixels are 8 bits RGB, as
+    they are read for training (images.read_image).
+
+    Args:
+        train_set: the good images; its types have no `normal`.
+        indices: of the images of the class in the train set.
+        full_size: whether to make pairs of the images' own sizes instead of the input size.
+    """
+
+    def __init__(self, train_set: RealNetTrainSet, indices: Sequence[int], full_size: bool) -> None:
+        self.train_set, self.indices, self.full_size = train_set, list(indices), full_size
+
+    def __call__(self, i: int) -> Pair:
+        """Make a pair; it depends on the settings, the seed and i only.
+
+        Raises:
+            RunError: nothing can be drawn on IMAGES good images.
+        """
+        epoch, start = divmod(i, len(self.indices))
+        images = min(IMAGES, len(self.indices))
+        for number in range(images * ATTEMPTS):
+            index = self.indices[(start + number // ATTEMPTS) % len(self.indices)]
+            pair = self._drawn(epoch + number * LATER, index)
+            if pair is not None:
+                return pair
+        first = self.train_set.samples[self.indices[start]].filename
+        raise RunError(
+            f"{first}: no anomaly shows on it or the {images - 1} images after it, in {ATTEMPTS} draws each; is their "
+            "foreground empty (dataset.foreground; prepare_data.py --preview shows it)?"
+        )
+
+    def _drawn(self, epoch: int, index: int) -> Pair | None:
+        train_set = self.train_set
+        full = train_set.preprocessing.read_full(train_set.images.path(index)) if self.full_size else None
+        images, drawn = train_set.draw(epoch, index, full)
+        image = images[-1]
+        if drawn is not None and self.full_size:
+            drawn = self._enlarged(drawn, *images)
+        if drawn is None:
+            return None
+        path = drawn.file.path if drawn.file else None
+        good = train_set.samples[index].filename
+        return Pair(blended(drawn, image), drawn.mask, drawn.type, good, drawn.opacity, epoch, index, path)
+
+    def _enlarged(self, drawn: Anomaly, image: np.ndarray, full: np.ndarray) -> Anomaly | None:
+        """The anomaly for the image at its full size; None if nothing is left of its mask."""
+        height, width = full.shape[:2]
+        mask = enlarged_mask(drawn.mask, (height, width))
+        if not mask.any():
+            return None
+        if drawn.file is None:
+            change = cv2.subtract(drawn.source, image, dtype=cv2.CV_16S)
+            change = cv2.resize(change, (width, height), interpolation=cv2.INTER_LINEAR)
+            source = cv2.add(change, full, dtype=cv2.CV_8U)
+        else:
+            preprocessing = self.train_set.preprocessing
+            grey = preprocessing.color_mode == "GRAY"
+            read = partial(read_image, size=(height, width), grey=grey, bits=preprocessing.bits)
+            source = self.train_set.synthesis.matched(drawn.file.read(read), full)
+        return Anomaly(drawn.type, source, mask, drawn.opacity, drawn.file)
+
+
+def enlarged_mask(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """A mask in {0, 1} at another size (height, width), where its linear interpolation is above 0.5."""
+    if mask.shape == tuple(size):
+        return mask
+    values = cv2.resize(mask.astype(np.float32), (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    return (values > 0.5).astype(np.uint8)
+
+
+def blended(anomaly: Anomaly, image: np.ndarray) -> np.ndarray:
+    """The image with the anomaly, (H,W,3) uint8, rounded; computed in the box of the mask only."""
+    x, y, width, height = cv2.boundingRect(anomaly.mask)
+    box = (slice(y, y + height), slice(x, x + width))
+    part = Anomaly(anomaly.type, anomaly.source[box], anomaly.mask[box], anomaly.opacity)
+    result = image.copy()
+    result[box] = np.clip(np.round(part.blend(image[box])), 0, 255).astype(np.uint8)
+    return result

@@ -1,0 +1,322 @@
+"""Write pairs of an image with a synthetic anomaly and its mask: training's own anomalies, as files.
+
+    python synthesize.py --dataset MVTec-AD --class_name bottle --count 1000 --output pairs
+    python synthesize.py --dataset MVTec-AD --class_name all --types sdas=0.5,dtd=0.5 --format coco --output pairs
+    python synthesize.py --dataset MyParts --types cutpaste,self,noise --size native --format yolo --output pairs
+    torchrun --nproc_per_node=4 synthesize.py --dataset MVTec-AD --class_name all --output pairs
+
+Settings: experiments/<dataset>/realnet.yaml. Writes, per class, <output>/<class>/test/<type>/<number>.png with
+ground_truth/<type>/<number>_mask.png, the good images to train/good/ and test/good/, pairs.csv and preview.png; the
+output is a data set that prepare_data.py reads. Pair i depends on the settings, the seed and i only. Existing pairs are
+not drawn again: the same command goes on where it was stopped, or adds pairs with a larger --count.
+"""
+
+import argparse
+
+from utils import arguments
+from utils.settings import SETTINGS
+
+TYPES = SETTINGS["realnet"].keys["dataset"].keys["train"].keys["anomaly_types"].choices
+NORMAL = "normal"
+MVTEC, COCO, YOLO = FORMATS = ("mvtec", "coco", "yolo")
+NATIVE, INPUT = SIZES = ("native", "input")
+MOST = 1_000_000  # pairs of a class, whose numbers have six digits
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.run_parser(__doc__)
+    parser.add_argument("--class_name", help="one class, several separated by commas, or all")
+    parser.add_argument("--count", type=int, default=1000, help="pairs of each class (default 1000)")
+    parser.add_argument("--output", required=True, help="folder that gets a folder for each class")
+    types_help = "anomaly types with their shares: sdas=0.5,dtd=0.5, or sdas,dtd (dataset.train.anomaly_types)"
+    parser.add_argument("--types", help=types_help)
+    parser.add_argument(
+        "--format", choices=FORMATS, default=MVTEC, help="also write annotations.json, or the folder yolo/ (mvtec)"
+    )
+    size_help = "the good images' own size, or dataset.input_size as in training (native)"
+    parser.add_argument("--size", choices=SIZES, default=NATIVE, help=size_help)
+    parser.add_argument("--seed", type=int, help="seed of the draws, instead of random_seed")
+    parser.add_argument("--overwrite", action="store_true", help="delete existing pairs and draw them again")
+    return parser.parse_args()
+
+
+arguments.parse_early(__name__, parse_args)
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from easydict import EasyDict
+
+from datasets.build import (
+    build_realnet_test_set,
+    build_realnet_train_set,
+    check_realnet_data,
+    choose_held_out,
+    training_images,
+)
+from datasets.good_images import good_names, place_good
+from datasets.lists import UNIFIED, ImageList, class_names, listed_classes
+from datasets.pair_folders import PairFolder
+from datasets.pairs import Pair, TrainingPairs
+from datasets.realnet import RealNetTrainSet
+from utils import cli, distributed
+from utils.config import collect_errors, load_config, plain
+from utils.distributed import Run, usable_cores
+from utils.errors import Stopped, UsageError
+from utils.lock import folder_lock
+from utils.log import log, log_to_terminal, progress_bar
+from utils.prefetch import prefetch
+from utils.run_record import identity_of
+from utils.signals import StopRequest, signal_name, stop_requests
+
+# Settings of dataset.train that the record of a folder need not hold: it has the images themselves, by their names.
+NOT_RECORDED = ("meta_file", "sdas_dir", "dtd_dir", "anomaly_types", "validation_fraction", "parts")
+
+
+def main() -> None:
+    args = parse_args()
+    path = cli.config_path(args, "realnet")
+    config = load_config(path, args.set, "realnet")
+    apply_arguments(config, args)
+    classes = check(config, path, args.class_name)
+    # Pairs are made in threads; within each, more threads would only get in each other's way.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
+        log_to_terminal("INFO" if run.is_main else "ERROR")
+        for class_name in classes:
+            synthesize(config, class_name, args, run, stop)
+        log.info("Next: python prepare_data.py --dataset NAME --root %s --preview", args.output)
+
+
+# ---- arguments and checks --------------------------------------------------------------------------------------------
+
+
+def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
+    """Apply the command line to the settings, and check what can be checked without the data."""
+    if not 1 <= args.count <= MOST:
+        raise UsageError(f"--count {args.count}: at least 1, at most {MOST}")
+    if args.seed is not None and args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: at least 0")
+    if args.seed is None:
+        args.seed = config.random_seed
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output}: is a file; name a folder")
+    config.dataset.train.anomaly_types = chosen_types(args.types, config.dataset.train.anomaly_types)
+
+
+def chosen_types(text: str | None, trained: dict[str, float]) -> dict[str, float]:
+    """The shares of the anomaly types, which add up to 1, in the order of TYPES.
+
+    Args:
+        text: of --types; shares need not add up to 1, and are equal without numbers.
+        trained: those of the settings, which are taken without `normal` if there is no text.
+
+    Example:
+        >>> chosen_types("dtd=3,sdas=1", {}), chosen_types(None, {"normal": 0.5, "dtd": 0.25, "noise": 0.25})
+        ({'sdas': 0.25, 'dtd': 0.75}, {'dtd': 0.5, 'noise': 0.5})
+    """
+    shares = dict(trained) if text is None else parsed_types(text)
+    known = {name: shares[name] for name in TYPES if name != NORMAL and shares.get(name, 0) > 0}
+    total = sum(known.values())
+    if not known:
+        where = "dataset.train.anomaly_types" if text is None else f"--types {text}"
+        raise UsageError(f"{where}: no type of anomaly has a share above 0")
+    return {name: share / total for name, share in known.items()}
+
+
+def parsed_types(text: str) -> dict[str, float]:
+    """The shares in the text of --types, as they are there."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = (word.strip() for word in part.partition("="))
+        if name == NORMAL:
+            raise UsageError(f"--types {text}: every pair has an anomaly, so {NORMAL} is no type of it")
+        if name not in TYPES:
+            raise UsageError(f"--types {text}: {name!r} is no type; known are {', '.join(TYPES[1:])}")
+        if name in shares:
+            raise UsageError(f"--types {text}: {name} is there twice")
+        try:
+            shares[name] = float(number) if "=" in part else 1.0
+        except ValueError:
+            raise UsageError(f"--types {text}: {number!r} is not a number; expected e.g. {name}=0.5") from None
+        if not 0 <= shares[name] < math.inf:
+            raise UsageError(f"--types {text}: the share of {name} has to be 0 or more")
+    if len({"=" in part for part in text.split(",")}) > 1:
+        raise UsageError(f"--types {text}: give every type a share, or none")
+    return shares
+
+
+def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
+    """Check the data's settings before anything is drawn; returns the classes."""
+    classes: list[str] = []
+
+    def choose_classes() -> None:
+        classes.extend(cli.chosen_classes(class_name, config.dataset.train.meta_file, listed_classes, UNIFIED))
+
+    def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
+        yield "--class_name", choose_classes
+        for name in classes:
+            yield "dataset", lambda name=name: check_realnet_data(config.dataset, name)
+
+    collect_errors(path, checks())
+    return classes
+
+
+# ---- a class ---------------------------------------------------------------------------------------------------------
+
+
+def synthesize(config: EasyDict, class_name: str, args: argparse.Namespace, run: Run, stop: StopRequest) -> None:
+    """Write the pairs of a training list: of a class, or of each class of a list of all classes."""
+    held_out = hold_out(config, class_name, run, stop)
+    train_set = build_realnet_train_set(config.dataset, class_name, args.seed, held_out)
+    others = good_test_images(config, class_name, held_out)
+    unified = class_name == UNIFIED
+    for name in class_names(train_set.samples) if unified else [class_name]:
+        indices = train_set.images.of_class(name) if unified else list(range(len(train_set)))
+        tested = ImageList([s for s in others.samples if not unified or s.clsname == name], others.image_dir)
+        make = TrainingPairs(train_set, indices, args.size == NATIVE)
+        folder = PairFolder(Path(args.output) / name, list(config.dataset.train.anomaly_types), args.seed)
+        record = record_of(config, args, train_set, indices, tested)
+        with folder_lock(folder.path, run):
+            began = time.monotonic()
+            existing = begin(folder, record, make, args.overwrite, run)
+            # Twice as many threads as cores: about half of their time, they wait for the disk.
+            threads = 2 * min(config.dataset.workers, max(1, usable_cores() // run.world_size))
+            draw_pairs(folder, make, existing, args.count, threads, run, stop)
+            goods = [(train_set.images, indices, "train/good"), (tested, range(len(tested)), "test/good")]
+            for images, chosen, place in goods:
+                place_images(images, chosen, folder.path / place, train_set, args.size, run, stop)
+            distributed.barrier()
+            distributed.on_main(partial(finish, folder, args, threads, run, stop, existing, began))
+
+
+def hold_out(config: EasyDict, class_name: str, run: Run, stop: StopRequest) -> list[str]:
+    """The good images that training leaves out, by file name: no pairs are made of them."""
+
+    def choose() -> list[str]:
+        bar = partial(progress_bar, run=run, description="near-duplicates", stop=stop)
+        return choose_held_out(config.dataset, class_name, config.random_seed, bar)
+
+    return distributed.on_main(choose)
+
+
+def good_test_images(config: EasyDict, class_name: str, held_out: list[str]) -> ImageList:
+    """Good images of which there are no pairs: those that training leaves out, else those of the test list."""
+    if held_out:
+        images, chosen = training_images(config.dataset, class_name), set(held_out)
+        return ImageList([sample for sample in images.samples if sample.filename in chosen], images.image_dir)
+    images = build_realnet_test_set(config.dataset, class_name).images
+    return ImageList([sample for sample in images.samples if sample.label == 0], images.image_dir)
+
+
+def record_of(
+    config: EasyDict, args: argparse.Namespace, train_set: RealNetTrainSet, indices: list[int], tested: ImageList
+) -> dict[str, Any]:
+    """What the files of a folder depend on, but for the contents of the images."""
+    data = plain(config.dataset)
+    train = {name: value for name, value in data["train"].items() if name not in NOT_RECORDED}
+    reader = {name: data["image_reader"]["kwargs"][name] for name in ("color_mode", "bits")}
+    used = ImageList([train_set.samples[index] for index in indices], train_set.images.image_dir)
+    return {
+        "seed": args.seed,
+        "types": dict(config.dataset.train.anomaly_types),
+        "size": args.size,
+        "input_size": data["input_size"],
+        "type": data["type"],
+        "foreground": data["foreground"],
+        **reader,
+        "train": train,
+        "good": used.summary(),
+        "test_good": tested.summary(),
+        "sources": train_set.synthesis.summaries(),
+    }
+
+
+def begin(
+    folder: PairFolder, record: dict[str, Any], make: Callable[[int], Pair], overwrite: bool, run: Run
+) -> dict[int, dict[str, str]]:
+    """Check the folder and make it ready; returns the lines of the pairs that it holds."""
+    distributed.on_main(lambda: folder.check(record, overwrite))
+    if overwrite:
+        # What cannot be drawn fails here, before anything is deleted.
+        make(0)
+        distributed.barrier()
+    distributed.on_main(lambda: folder.begin(record, overwrite))
+    existing = folder.rows()
+    # No rank may write before every rank has listed the folder.
+    distributed.barrier()
+    return existing
+
+
+def draw_pairs(
+    folder: PairFolder,
+    make: Callable[[int], Pair],
+    existing: dict[int, dict[str, str]],
+    count: int,
+    threads: int,
+    run: Run,
+    stop: StopRequest,
+) -> None:
+    """Draw and write this rank's share of the missing ones of the pairs 0 .. count - 1.
+
+    Raises:
+        Stopped: a signal stopped the run after a pair; the same command continues from there.
+    """
+    missing = [number for number in range(count) if number not in existing][run.rank :: run.world_size]
+    rows = prefetch(lambda number: folder.write(number, make(number)), missing, ahead=2 * threads, threads=threads)
+    try:
+        for row in progress_bar(rows, run, folder.path.name, len(missing), stop):
+            folder.note(row, run.rank)
+    except Stopped as stopped:
+        log.info("%s: stopped; the same command without --overwrite goes on", signal_name(stopped.signal))
+        raise
+
+
+def place_images(
+    images: ImageList,
+    indices: Sequence[int],
+    folder: Path,
+    train_set: RealNetTrainSet,
+    size: str,
+    run: Run,
+    stop: StopRequest,
+) -> None:
+    """Put this rank's share of good images into a folder; those that are there stay."""
+    places = list(zip(indices, good_names(images, indices), strict=True))[run.rank :: run.world_size]
+    for index, name in progress_bar(places, run, f"{folder.parent.name}/{folder.name}", stop=stop):
+        place_good(images.path(index), folder / name, train_set.preprocessing, size == NATIVE)
+
+
+def finish(
+    folder: PairFolder,
+    args: argparse.Namespace,
+    threads: int,
+    run: Run,
+    stop: StopRequest,
+    existing: dict[int, dict[str, str]],
+    began: float,
+) -> None:
+    """Write the table, the sheet and the format that was asked for, and say what there is."""
+    rows = folder.rows()
+    if args.format != MVTEC:
+        masks = prefetch(folder.mask, rows.values(), ahead=2 * threads, threads=threads)
+        bar = progress_bar(masks, run, args.format, len(rows), stop)
+        (folder.write_coco if args.format == COCO else folder.write_yolo)(rows, bar)
+    folder.finish(rows)
+    types = ", ".join(f"{name} {count}" for name, count in Counter(row["type"] for row in rows.values()).most_common())
+    kept = f"; {len(existing)} of them existed already (--overwrite draws them again)" if existing else ""
+    seconds = time.monotonic() - began
+    log.info("%s: %d pairs (%s) in %s, %.1f s%s", folder.path.name, len(rows), types, folder.path, seconds, kept)
+
+
+if __name__ == "__main__":
+    cli.run(main)
