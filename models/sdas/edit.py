@@ -19,7 +19,8 @@ from utils.device import to_device
 from utils.errors import RunError
 from utils.pictures import to_uint8
 
-VISIBLE = 12.0  # grey levels by which the mean of 3 x 3 pixels differs where an image counts as changed
+VISIBLE = 6.0  # grey levels by which the mean of a square differs where an image counts as changed
+SQUARE = 5  # side of that square, in pixels
 CLOSING = 5  # side of the ellipse that closes gaps of the mask, in pixels
 LEAST_SHARE = 5e-4  # of an image's pixels, below which a change is too small to be an anomaly
 
@@ -79,8 +80,8 @@ def edit_inside(
 def put_back(image: np.ndarray, mask: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Add what an edit at the model's size has changed to an image at its own size, whose grain stays.
 
-    From the border of the mask inwards, the change fades in over the width of a pixel of the model; if the sizes are
-    equal, it is there at once.
+    From the border of the mask inwards, the change fades in over half a pixel of the model; if the sizes are equal, it
+    is there at once.
 
     Args:
         image: (H,W,3) uint8.
@@ -95,14 +96,14 @@ def put_back(image: np.ndarray, mask: np.ndarray, before: np.ndarray, after: np.
     if change.shape[:2] != mask.shape:
         smaller = height < change.shape[0]
         change = cv2.resize(change, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
-    pixel = max(1.0, height / before.shape[0], width / before.shape[1])
+    fade = max(1.0, height / before.shape[0] / 2, width / before.shape[1] / 2)
     distance = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    weight = np.minimum(distance / pixel, 1)[..., None]
+    weight = np.minimum(distance / fade, 1)[..., None]
     return np.clip(np.round(image + weight * change), 0, 255).astype(np.uint8)
 
 
 def changed_mask(image: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Where an edit shows: the mean of 3 x 3 pixels differs by VISIBLE in a channel; small gaps are closed.
+    """Where an edit shows: the mean of a square of pixels differs by VISIBLE in a channel; small gaps are closed.
 
     Means are compared, as the grain of an image is drawn anew even where nothing else has changed.
 
@@ -113,7 +114,7 @@ def changed_mask(image: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.
     Returns:
         (H,W) uint8 in {0, 1}; all zeros if it would be less than LEAST_SHARE of the image.
     """
-    difference = cv2.blur(edited.astype(np.float32) - image, (3, 3))
+    difference = cv2.blur(edited.astype(np.float32) - image, (SQUARE, SQUARE))
     shows = (np.abs(difference).max(axis=2) >= VISIBLE).astype(np.uint8)
     ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (CLOSING, CLOSING))
     shows = cv2.morphologyEx(shows, cv2.MORPH_CLOSE, ellipse) * mask
@@ -129,12 +130,14 @@ class GoodImage:
         reduced: (h,w,3) uint8, the same at the model's size.
         mask: (H,W) uint8 in {0, 1}, where it may change.
         seed: of its random numbers, see sampler.image_seed.
+        grey: whether the three channels have to stay equal.
     """
 
     image: np.ndarray
     reduced: np.ndarray
     mask: np.ndarray
     seed: int
+    grey: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,10 @@ def edit_images(
 
 def _finish(good: GoodImage, after: np.ndarray, strength: float, depth: float) -> Edit:
     """The edit of a good image at its own size; what does not show is left as it was."""
+    if good.grey:
+        # The mean change of the channels: an image that the model leaves as it is stays so.
+        change = (after.astype(np.float32) - good.reduced).mean(axis=2, keepdims=True)
+        after = np.clip(np.round(good.reduced + change), 0, 255).astype(np.uint8)
     edited = put_back(good.image, good.mask, good.reduced, after)
     mask = changed_mask(good.image, edited, good.mask)
     return Edit(np.where(mask[..., None] > 0, edited, good.image), mask, strength, depth)
