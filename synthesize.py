@@ -45,7 +45,7 @@ arguments.parse_early(__name__, parse_args)
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ from datasets.build import (
     choose_held_out,
     training_images,
 )
-from datasets.good_images import good_names, place_good
+from datasets.good_images import good_places, place_good
 from datasets.lists import UNIFIED, ImageList, class_names, listed_classes
 from datasets.pair_folders import PairFolder
 from datasets.pairs import Pair, TrainingPairs
@@ -192,9 +192,10 @@ def synthesize(config: EasyDict, class_name: str, args: argparse.Namespace, run:
             # Twice as many threads as cores: about half of their time, they wait for the disk.
             threads = 2 * min(config.dataset.workers, max(1, usable_cores() // run.world_size))
             draw_pairs(folder, make, existing, args.count, threads, run, stop)
-            goods = [(train_set.images, indices, "train/good"), (tested, range(len(tested)), "test/good")]
-            for images, chosen, place in goods:
-                place_images(images, chosen, folder.path / place, train_set, args.size, run, stop)
+            goods = good_places(train_set.images, indices, folder.path / "train/good")
+            goods += good_places(tested, range(len(tested)), folder.path / "test/good")
+            put = partial(place_good, train_set.preprocessing, args.size == NATIVE)
+            place_all(put, goods, threads, run, stop)
             distributed.barrier()
             distributed.on_main(partial(finish, folder, args, threads, run, stop, existing, began))
 
@@ -281,19 +282,18 @@ def draw_pairs(
         raise
 
 
-def place_images(
-    images: ImageList,
-    indices: Sequence[int],
-    folder: Path,
-    train_set: RealNetTrainSet,
-    size: str,
+def place_all(
+    put: Callable[[tuple[Path, Path]], None],
+    places: list[tuple[Path, Path]],
+    threads: int,
     run: Run,
     stop: StopRequest,
 ) -> None:
-    """Put this rank's share of good images into a folder; those that are there stay."""
-    places = list(zip(indices, good_names(images, indices), strict=True))[run.rank :: run.world_size]
-    for index, name in progress_bar(places, run, f"{folder.parent.name}/{folder.name}", stop=stop):
-        place_good(images.path(index), folder / name, train_set.preprocessing, size == NATIVE)
+    """Put this rank's share of the good images where they belong; those that are there stay."""
+    mine = places[run.rank :: run.world_size]
+    done = prefetch(put, mine, ahead=2 * threads, threads=threads)
+    for _ in progress_bar(done, run, "good images", len(mine), stop):
+        pass
 
 
 def finish(

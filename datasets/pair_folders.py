@@ -188,26 +188,28 @@ class PairFolder:
 
     def _sheet(self, rows: Sequence[Row]) -> np.ndarray:
         """Images above the same images with their masks outlined, with types and opacities."""
-        lines = []
+        images = [thumbnail(read_image(self.path / row["image"]), CELL) for row in rows]
+        outlined = [image.copy() for image in images]
+        for row, image in zip(rows, outlined, strict=True):
+            # Outlined after shrinking, where a line of one pixel stays visible.
+            outline(image, read_mask(self.path / row["mask"], image.shape[:2]) > 0, _OUTLINE)
+        size = tuple(max(image.shape[axis] for image in images) for axis in (0, 1))
+        sheets = []
         for start in range(0, len(rows), SHEET_COLUMNS):
-            part = rows[start : start + SHEET_COLUMNS]
-            images = [read_image(self.path / row["image"]) for row in part]
-            outlined = []
-            for row, image in zip(part, images, strict=True):
-                # Outlined after shrinking, where a line of one pixel stays visible.
-                cell = thumbnail(image, CELL).copy()
-                outline(cell, read_mask(self.path / row["mask"], cell.shape[:2]) > 0, _OUTLINE)
-                outlined.append(_cell(cell))
-            captions = ", ".join(f"{row['type']} {float(row['opacity']):.2f}" for row in part)
-            lines += [(captions, [_cell(thumbnail(image, CELL)) for image in images]), ("", outlined)]
-        return contact_sheet(lines)
+            part = slice(start, start + SHEET_COLUMNS)
+            captions = [f"{row['type']} {float(row['opacity']):.2f}" for row in rows[part]]
+            captions += [""] * (min(len(rows), SHEET_COLUMNS) - len(captions))
+            lines = [("", [_cell(image, size) for image in shown[part]]) for shown in (images, outlined)]
+            sheets.append(contact_sheet(lines, captions))
+        width = max(sheet.shape[1] for sheet in sheets)
+        return np.concatenate([_cell(sheet, (sheet.shape[0], width)) for sheet in sheets])
 
 
-def _cell(image: np.ndarray) -> np.ndarray:
-    """The image in the corner of a white square."""
-    square = np.full((CELL, CELL, 3), 255, np.uint8)
-    square[: image.shape[0], : image.shape[1]] = image
-    return square
+def _cell(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """The image in the corner of a white one of size (height, width)."""
+    cell = np.full((*size, 3), 255, np.uint8)
+    cell[: image.shape[0], : image.shape[1]] = image
+    return cell
 
 
 def _lines(path: Path) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Pairs of an image with a synthetic anomaly and its mask: training's own draws, at the input or the full size."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from datasets.images import read_image
-from datasets.realnet import RealNetTrainSet
+from datasets.realnet import Draw, RealNetTrainSet
 from datasets.synthesis import Anomaly
 from utils.errors import RunError
 
@@ -52,11 +52,14 @@ class TrainingPairs:
     Where that draw changes nothing (an empty mask), the same image is drawn again as in an epoch far beyond those of
     training, up to ATTEMPTS times, then the images after it.
 
-    At full size, the good image is blended at its own size, inside the mask of the input size, enlarged. Outside of it,
-    every pixel is the image's very pixel. What differs from training: the border of the mask is smooth; a source that
-    is a file is read and augmented at the full size, where it has more detail; of a source that is made of good images,
-    the difference from the image is enlarged, so that the image's finest grain stays. All pixels are 8 bits RGB, as
-    they are read for training (images.read_image).
+    At full size, the good image is blended at its own size. Outside of the mask, every pixel is the image's very pixel
+    (but for the augmentation of the settings: flips, turns, jitter). It differs from the input size in this:
+     - sdas, dtd: the mask of the input size is enlarged, with smooth borders; the source is read and augmented at the
+       full size, where it has more detail.
+     - cutpaste, self, noise: the same draw is made again of the full-size images. Lengths are shares of the image, so
+       place and shape agree but for rounding, and for turned parts of an image whose aspect ratio is not the input's.
+
+    All pixels are 8 bits RGB, as they are read for training (images.read_image).
 
     Args:
         train_set: the good images; its types have no `normal`.
@@ -88,33 +91,39 @@ class TrainingPairs:
 
     def _drawn(self, epoch: int, index: int) -> Pair | None:
         train_set = self.train_set
-        full = train_set.preprocessing.read_full(train_set.images.path(index)) if self.full_size else None
-        images, drawn = train_set.draw(epoch, index, full)
-        image = images[-1]
-        if drawn is not None and self.full_size:
-            drawn = self._enlarged(drawn, *images)
-        if drawn is None:
+        full = self._read_full(index) if self.full_size else None
+        drawn = train_set.draw(epoch, index, full)
+        anomaly, image = drawn.anomaly, drawn.image
+        if anomaly is not None and self.full_size:
+            anomaly, image = self._at_full_size(drawn, anomaly), drawn.full
+        if anomaly is None:
             return None
-        path = drawn.file.path if drawn.file else None
+        path = anomaly.file.path if anomaly.file else None
         good = train_set.samples[index].filename
-        return Pair(blended(drawn, image), drawn.mask, drawn.type, good, drawn.opacity, epoch, index, path)
+        return Pair(blended(anomaly, image), anomaly.mask, anomaly.type, good, anomaly.opacity, epoch, index, path)
 
-    def _enlarged(self, drawn: Anomaly, image: np.ndarray, full: np.ndarray) -> Anomaly | None:
+    def _at_full_size(self, drawn: Draw, anomaly: Anomaly) -> Anomaly | None:
         """The anomaly for the image at its full size; None if nothing is left of its mask."""
-        height, width = full.shape[:2]
-        mask = enlarged_mask(drawn.mask, (height, width))
+        size = drawn.full.shape[:2]
+        if anomaly.local is None:
+            mask = enlarged_mask(anomaly.mask, size)
+            source = anomaly.file.read(partial(self._read, size=size))
+        else:
+            other = drawn.full if drawn.other is None else self._read_full(drawn.other, size)
+            source, mask = anomaly.local.make(drawn.full, other)
+            mask = mask * enlarged_mask(drawn.foreground, size)
         if not mask.any():
             return None
-        if drawn.file is None:
-            change = cv2.subtract(drawn.source, image, dtype=cv2.CV_16S)
-            change = cv2.resize(change, (width, height), interpolation=cv2.INTER_LINEAR)
-            source = cv2.add(change, full, dtype=cv2.CV_8U)
-        else:
-            preprocessing = self.train_set.preprocessing
-            grey = preprocessing.color_mode == "GRAY"
-            read = partial(read_image, size=(height, width), grey=grey, bits=preprocessing.bits)
-            source = self.train_set.synthesis.matched(drawn.file.read(read), full)
-        return Anomaly(drawn.type, source, mask, drawn.opacity, drawn.file)
+        source = self.train_set.synthesis.matched(source, drawn.full)
+        return replace(anomaly, source=source, mask=mask)
+
+    def _read_full(self, index: int, size: Sequence[int] | None = None) -> np.ndarray:
+        """A good image, (H,W,3) uint8, at its own or another size."""
+        return self._read(self.train_set.images.path(index), size)
+
+    def _read(self, path: Path, size: Sequence[int] | None) -> np.ndarray:
+        preprocessing = self.train_set.preprocessing
+        return read_image(path, size, preprocessing.color_mode == "GRAY", preprocessing.bits)
 
 
 def enlarged_mask(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -129,7 +138,7 @@ def blended(anomaly: Anomaly, image: np.ndarray) -> np.ndarray:
     """The image with the anomaly, (H,W,3) uint8, rounded; computed in the box of the mask only."""
     x, y, width, height = cv2.boundingRect(anomaly.mask)
     box = (slice(y, y + height), slice(x, x + width))
-    part = Anomaly(anomaly.type, anomaly.source[box], anomaly.mask[box], anomaly.opacity)
+    part = replace(anomaly, source=anomaly.source[box], mask=anomaly.mask[box])
     result = image.copy()
     result[box] = np.clip(np.round(part.blend(image[box])), 0, 255).astype(np.uint8)
     return result

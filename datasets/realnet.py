@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -51,6 +52,24 @@ class CachedImages:
         if self.cache.has_room(index):
             self.cache.put(index, np.dstack([image, foreground]))
         return image, foreground
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a training sample is made of.
+
+    Args:
+        image: (H,W,3) uint8, augmented. foreground: (H,W) uint8 in {0, 1}.
+        anomaly: None if the image stays normal.
+        other: index of the second image that the anomaly is made of, if there is one.
+        full: the image at another size, augmented in the same way, if it was given.
+    """
+
+    image: np.ndarray
+    foreground: np.ndarray
+    anomaly: Anomaly | None
+    other: int | None
+    full: np.ndarray | None
 
 
 class RealNetTrainSet(Dataset):
@@ -104,30 +123,32 @@ class RealNetTrainSet(Dataset):
         """The resized image (H,W,3) uint8 and its foreground (H,W) uint8 in {0, 1}."""
         return self.cached.read(index)
 
-    def draw(self, epoch: int, index: int, full: np.ndarray | None = None) -> tuple[list[np.ndarray], Anomaly | None]:
-        """An image as it is trained on, (H,W,3) uint8, and its anomaly, or None if it stays normal.
+    def draw(self, epoch: int, index: int, full: np.ndarray | None = None) -> Draw:
+        """Draw what a sample is made of.
 
         Args:
-            full: the same image at another size, which is augmented in the same way and returned behind the image.
+            full: the same image at another size.
         """
         rng = np.random.default_rng([self.seed, epoch, index])
         image, foreground = self.read(index)
         images = [image] if full is None else [image, full]
         *images, foreground = self.augmentation([*images, foreground], rng, images=len(images))
+        others: list[int] = []
 
         def other() -> np.ndarray:
-            return self.read(self._other(index, rng))[0]
+            others.append(self._other(index, rng))
+            return self.read(others[-1])[0]
 
         clsname = self.samples[index].clsname
-        drawn = self.synthesis.draw(images[0], foreground, clsname, other, self.preprocessing, rng, self.types)
-        return images, drawn
+        anomaly = self.synthesis.draw(images[0], foreground, clsname, other, self.preprocessing, rng, self.types)
+        return Draw(images[0], foreground, anomaly, others[0] if others else None, images[1] if images[1:] else None)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | bool]:
-        (image,), drawn = self.draw(*key)
-        gt, changed = self.preprocessing.tensor(image), drawn is not None
-        mask = drawn.mask if changed else np.zeros(image.shape[:2], np.uint8)
+        drawn = self.draw(*key)
+        gt, changed = self.preprocessing.tensor(drawn.image), drawn.anomaly is not None
+        mask = drawn.anomaly.mask if changed else np.zeros(drawn.image.shape[:2], np.uint8)
         return {
-            "image": self.preprocessing.tensor(drawn.blend(image)) if changed else gt,
+            "image": self.preprocessing.tensor(drawn.anomaly.blend(drawn.image)) if changed else gt,
             "gt_image": gt,
             "mask": torch.from_numpy(mask[None].astype(np.float32)),
             "changed": changed,

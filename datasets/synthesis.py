@@ -42,11 +42,29 @@ class SourceFile:
     def read(self, read: Callable[[Path], np.ndarray]) -> np.ndarray:
         """The image, (H,W,3) uint8, augmented as it was, but read by another function, e.g. at another size."""
         image = read(self.path)
-        if self.state is None:
-            return image
-        rng = np.random.default_rng()
-        rng.bit_generator.state = self.state
-        return augment_texture(image, rng)
+        return image if self.state is None else augment_texture(image, _generator(self.state))
+
+
+@dataclass(frozen=True)
+class LocalDraw:
+    """How an anomaly was made of good images.
+
+    Args:
+        type: a type of local_anomalies.
+        state: that of the random generator before.
+        scales: of the Perlin noise, for the types that have it.
+    """
+
+    type: str
+    state: dict[str, Any]
+    scales: tuple[int, ...]
+
+    def make(self, image: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and mask, as the type's function returns them, for the same images at another size.
+
+        The generator gives places that are as far from the borders, in shares of the sides.
+        """
+        return LOCAL[self.type](image, other, _generator(self.state), *self.scales)
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,7 @@ class Anomaly:
         mask: (H,W) uint8 in {0, 1}, not empty.
         opacity: delta of anomaly.blend.
         file: what the source was read from; None if it was made of good images.
+        local: how it was made of good images; None if it was read.
     """
 
     type: str
@@ -66,6 +85,7 @@ class Anomaly:
     mask: np.ndarray
     opacity: float
     file: SourceFile | None = None
+    local: LocalDraw | None = None
 
     def blend(self, image: np.ndarray) -> np.ndarray:
         """The good image with the anomaly, (H,W,3) float32 in [0, 255]."""
@@ -139,17 +159,14 @@ class Synthesis:
             other: returns another good image of the class, of the same shape; called only where the type needs one.
             types: probabilities that take the place of anomaly_types.
         """
-        chosen, file = _drawn(self.anomaly_types if types is None else types, rng), None
+        chosen = _drawn(self.anomaly_types if types is None else types, rng)
         if chosen == "normal":
             return None
         if chosen in LOCAL:
-            source, mask, opacity = self._local(chosen, image, foreground, other, rng)
-        else:
-            source, opacity, file = self.draw_source(chosen, clsname, preprocessing, rng)
-            mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
-        if not mask.any():
-            return None
-        return Anomaly(chosen, self.matched(source, image), mask, opacity, file)
+            return self._local(chosen, image, foreground, other, rng)
+        source, opacity, file = self.draw_source(chosen, clsname, preprocessing, rng)
+        mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
+        return Anomaly(chosen, self.matched(source, image), mask, opacity, file) if mask.any() else None
 
     def anomaly(
         self,
@@ -183,16 +200,17 @@ class Synthesis:
         foreground: np.ndarray,
         other: Callable[[], np.ndarray],
         rng: np.random.Generator,
-    ) -> tuple[np.ndarray, np.ndarray, float]:
-        """Draw (source, mask, opacity) of a type of local_anomalies; if DRAWS do not show, the mask is empty."""
+    ) -> Anomaly | None:
+        """Draw an anomaly of a type of local_anomalies; None if DRAWS do not show."""
         second = other() if chosen == "cutpaste" else image
         scales = (self.min_perlin_scale, self.perlin_scale) if chosen == "self" else ()
         for _ in range(DRAWS):
+            draw = LocalDraw(chosen, rng.bit_generator.state, scales)
             source, mask = LOCAL[chosen](image, second, rng, *scales)
-            mask, delta = mask * foreground, float(rng.uniform(*OPACITY[chosen]))
-            if mask.any() and visibility(image, source, mask, delta) >= VISIBLE:
-                return source, mask, delta
-        return image, np.zeros_like(foreground), 0.0
+            mask, opacity = mask * foreground, float(rng.uniform(*OPACITY[chosen]))
+            if mask.any() and visibility(image, source, mask, opacity) >= VISIBLE:
+                return Anomaly(chosen, self.matched(source, image), mask, opacity, local=draw)
+        return None
 
     def draw_source(
         self, chosen: str, clsname: str, preprocessing: Preprocessing, rng: np.random.Generator
@@ -205,6 +223,13 @@ class Synthesis:
             return source, float(rng.uniform(*self.sdas_transparency_range)), SourceFile(path)
         file = SourceFile(path, rng.bit_generator.state)
         return augment_texture(source, rng), float(rng.uniform(*self.dtd_transparency_range)), file
+
+
+def _generator(state: dict[str, Any]) -> np.random.Generator:
+    """A random generator in a state that another one had."""
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state
+    return rng
 
 
 def _drawn(types: dict[str, float], rng: np.random.Generator) -> str:
