@@ -19,10 +19,10 @@ from utils.device import to_device
 from utils.errors import RunError
 from utils.pictures import to_uint8
 
-VISIBLE = 6.0  # grey levels by which the mean of a square differs where an image counts as changed
+VISIBLE = 8.0  # grey levels by which the mean of a square differs where an image counts as changed
 SQUARE = 5  # side of that square, in pixels
 CLOSING = 5  # side of the ellipse that closes gaps of the mask, in pixels
-LEAST_SHARE = 5e-4  # of an image's pixels, below which a change is too small to be an anomaly
+LEAST_SHARE = 5e-4  # of an image's pixels, below which a connected change is too small to be an anomaly
 
 
 def start_of(process: SpacedDiffusion, depth: float) -> int:
@@ -112,13 +112,16 @@ def changed_mask(image: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.
         mask: (H,W) uint8 in {0, 1}, to which the result is limited.
 
     Returns:
-        (H,W) uint8 in {0, 1}; all zeros if it would be less than LEAST_SHARE of the image.
+        (H,W) uint8 in {0, 1}, without parts that are less than LEAST_SHARE of the image.
     """
     difference = cv2.blur(edited.astype(np.float32) - image, (SQUARE, SQUARE))
     shows = (np.abs(difference).max(axis=2) >= VISIBLE).astype(np.uint8)
     ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (CLOSING, CLOSING))
     shows = cv2.morphologyEx(shows, cv2.MORPH_CLOSE, ellipse) * mask
-    return shows if shows.mean() >= LEAST_SHARE else np.zeros_like(mask)
+    _, parts, stats, _ = cv2.connectedComponentsWithStats(shows, connectivity=8)
+    large = stats[:, cv2.CC_STAT_AREA] >= LEAST_SHARE * mask.size
+    large[0] = False  # what has not changed
+    return large[parts].astype(np.uint8)
 
 
 @dataclass(frozen=True)
