@@ -81,7 +81,7 @@ from preparation.edit_pairs import Editing, set_up_editing
 from utils import cli, distributed
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run, usable_cores
-from utils.errors import Stopped, UsageError
+from utils.errors import RunError, Stopped, UsageError
 from utils.lock import folder_lock
 from utils.log import log, log_to_terminal, progress_bar
 from utils.prefetch import prefetch
@@ -349,6 +349,9 @@ def finish(
 ) -> None:
     """Write the table, the sheet and the format that was asked for, and say what there is."""
     rows = folder.rows()
+    lost = set(range(args.count)) - set(rows)
+    if lost:
+        raise RunError(f"{folder.path}: {len(lost)} pairs have vanished, e.g. number {min(lost)}; run it once more")
     if args.format != MVTEC:
         masks = prefetch(folder.mask, rows.values(), ahead=2 * threads, threads=threads)
         bar = progress_bar(masks, run, args.format, len(rows), stop)

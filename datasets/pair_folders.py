@@ -90,6 +90,9 @@ class PairFolder:
                 path.unlink(missing_ok=True)
             for name in FOLDERS:
                 shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in self._journals():
+            # What follows a line that was cut off must not become a part of it.
+            append_text(path, "\n")
         write_text(self.path / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def rows(self) -> dict[int, Row]:
@@ -195,15 +198,14 @@ class PairFolder:
             # Outlined after shrinking, where a line of one pixel stays visible.
             outline(image, read_mask(self.path / row["mask"], image.shape[:2]) > 0, _OUTLINE)
         size = tuple(max(image.shape[axis] for image in images) for axis in (0, 1))
-        sheets = []
-        for start in range(0, len(rows), SHEET_COLUMNS):
-            part = slice(start, start + SHEET_COLUMNS)
+        columns, sheets = min(len(rows), SHEET_COLUMNS), []
+        for start in range(0, len(rows), columns):
+            part = slice(start, start + columns)
             captions = [f"{row['type']} {float(row['opacity']):.2f}" for row in rows[part]]
-            captions += [""] * (min(len(rows), SHEET_COLUMNS) - len(captions))
-            lines = [("", [_cell(image, size) for image in shown[part]]) for shown in (images, outlined)]
+            blank = [np.full((*size, 3), 255, np.uint8)] * (columns - len(captions))
+            lines = [("", [*(_cell(image, size) for image in shown[part]), *blank]) for shown in (images, outlined)]
             sheets.append(contact_sheet(lines, captions))
-        width = max(sheet.shape[1] for sheet in sheets)
-        return np.concatenate([_cell(sheet, (sheet.shape[0], width)) for sheet in sheets])
+        return np.concatenate(sheets)
 
 
 def _cell(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
