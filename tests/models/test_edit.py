@@ -189,3 +189,15 @@ def test_edits_of_larger_images_change_where_their_masks_say_and_depend_on_their
     np.testing.assert_array_equal(alone.image, edits[1].image)
     assert (alone.strength, alone.depth) == (edits[1].strength, edits[1].depth)
     assert len({edit.depth for edit in edits}) == 3
+
+
+def test_a_grey_image_stays_grey_if_that_is_asked_for():
+    sampler = sampler_of(lambda x, t, y: Gaussian(0.4, 0.1)(x, t))
+    image, mask = np.full((24, 24, 3), 80, np.uint8), np.ones((24, 24), np.uint8)
+    colour, grey = (
+        edit_images(sampler, 0, [GoodImage(image, image[:SIDE, :SIDE], mask, 1, flag)], [0.3, 0.3], [0.6, 0.6])[0]
+        for flag in (False, True)
+    )
+    assert np.ptp(colour.image, axis=2).max() > 10
+    assert not np.ptp(grey.image, axis=2).any()
+    assert grey.mask.any()
