@@ -254,6 +254,11 @@ def test_images_are_drawn_with_guidance(sampler, gpu):
     process = SpacedDiffusion(1000, "ddim2", "linear", rescale_timesteps=True)
     drawing = Sampler(process, unet, guidance, sampler, "off", (16, 16), 0, GPU)
     assert drawing.draw("dots", 0, range(2), 0.1, 0.2).shape == (2, 16, 16, 3)
+
+
+def test_images_are_edited(gpu):
+    process = SpacedDiffusion(1000, "logsnr3", "linear")
+    drawing = Sampler(process, create_diffusion_unet(**UNET).to(GPU), None, "dpmpp_2m_sde", "off", (16, 16), 0, GPU)
     image, mask = np.zeros((20, 20, 3), np.uint8), np.ones((20, 20), np.uint8)
     goods = [GoodImage(image, image[:16, :16], mask, seed) for seed in range(2)]
     edits = edit_images(drawing, 0, goods, [0.1, 0.2], [0.2, 1.0])
