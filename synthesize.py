@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 arguments.parse_early(__name__, parse_args)
 
+import logging
 import math
 import time
 from collections import Counter
@@ -102,7 +103,7 @@ def main() -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
-        log_to_terminal("INFO" if run.is_main else "ERROR")
+        log_to_terminal(logging.INFO if run.is_main else logging.ERROR)
         editing = None
         if args.source == EDIT:
             editing = set_up_editing(path.with_name("sample.yaml"), args.dataset, args.strength, args.depth, run)

@@ -118,8 +118,10 @@ def _corners(points: np.ndarray) -> np.ndarray:
 def yolo_settings(types: Sequence[str], validated: bool) -> str:
     """data.yaml: where YOLO finds images and labels, and what the categories are called.
 
+    Without `path`, Ultralytics takes the folder of the file itself.
+
     Args:
         validated: whether there are images to validate on; else those of the training are named.
     """
     names = "".join(f"  {number}: {name}\n" for number, name in enumerate(types))
-    return f"path: .\ntrain: images/train\nval: images/{'val' if validated else 'train'}\nnames:\n{names}"
+    return f"train: images/train\nval: images/{'val' if validated else 'train'}\nnames:\n{names}"

@@ -13,8 +13,8 @@ from utils.settings import SETTINGS
 KEYS = [(f"{file}.{key}", setting) for file, section in SETTINGS.items() for key, setting in rows(section)]
 PUBLIC = [
     "datasets.anomaly", "datasets.foreground", "datasets.images", "datasets.lists", "datasets.loaders",
-    "datasets.local_anomalies", "datasets.perlin", "evaluation.metrics",
-    "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
+    "datasets.local_anomalies", "datasets.good_images", "datasets.pair_formats", "datasets.perlin",
+    "evaluation.metrics", "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
     "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
     "models.sdas.diffusion", "models.sdas.unet", "models.structures", "models.subspace", "utils.optim",
 ]  # fmt: skip
