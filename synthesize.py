@@ -10,7 +10,8 @@ Settings: experiments/<dataset>/realnet.yaml. Writes, per class, <output>/<class
 ground_truth/<type>/<number>_mask.png, the good images to train/good/ and test/good/, pairs.csv and preview.png; the
 output is a data set that prepare_data.py reads. Pair i depends on the settings, the seed and i only. Existing pairs are
 not drawn again: the same command goes on where it was stopped, or adds pairs with a larger --count.
---source edit draws anomalies on good images by the diffusion model of sample.yaml beside realnet.yaml (docs/edit.md).
+--source edit draws anomalies on good images by the diffusion model of the sample.yaml beside realnet.yaml. More in
+docs/synthesis.md.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from utils.pictures import contact_sheet, thumbnail, to_uint8
 STEP_IMAGES = 3
 MOST_STEPS = 20  # columns of a sheet; of more steps, some are shown
 LEAST_SIDE, MOST_SIDE = 64, 160  # of a picture in a sheet of steps, in pixels
+LEAST_RECONSTRUCTION_SIDE = 128  # which has room for the captions
 DIFFERENCE_FACTOR = 4
 
 
@@ -61,7 +62,10 @@ def reconstruction_sheet(names: Sequence[str], images: np.ndarray, recon: np.nda
     """
     differences = np.abs(images.astype(np.int16) - recon).max(axis=3) * DIFFERENCE_FACTOR
     cells = zip(images, recon, differences.clip(0, 255).astype(np.uint8), strict=True)
-    rows = [(name, [_enlarged(picture) for picture in row]) for name, row in zip(names, cells, strict=True)]
+    rows = [
+        (name, [_enlarged(picture, LEAST_RECONSTRUCTION_SIDE) for picture in row])
+        for name, row in zip(names, cells, strict=True)
+    ]
     return contact_sheet(rows, ["image", "reconstruction", f"{DIFFERENCE_FACTOR} x difference"])
 
 
@@ -71,10 +75,10 @@ def _pictures(images: torch.Tensor) -> np.ndarray:
 
 
 def _shown(image: np.ndarray) -> np.ndarray:
-    return thumbnail(_enlarged(image), MOST_SIDE)
+    return thumbnail(_enlarged(image, LEAST_SIDE), MOST_SIDE)
 
 
-def _enlarged(image: np.ndarray) -> np.ndarray:
-    """The image, or whole pixels repeated until its longer side has LEAST_SIDE."""
-    factor = -(-LEAST_SIDE // max(image.shape[:2]))
+def _enlarged(image: np.ndarray, least: int) -> np.ndarray:
+    """The image, its pixels repeated until its longer side has `least`."""
+    factor = -(-least // max(image.shape[:2]))
     return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST) if factor > 1 else image

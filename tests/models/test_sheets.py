@@ -47,9 +47,9 @@ def test_reconstructions_are_close_for_a_model_that_knows_the_data():
     assert np.abs(recon.astype(int) - images).mean() < 3
     assert not np.array_equal(recon[0], recon[1])
     sheet = reconstruction_sheet(["a.png", "b.png"], images, recon)
-    top = 2 * CAPTION + 64 + GAP + CAPTION
-    row = sheet[top : top + 64]
-    np.testing.assert_array_equal(row[:, :64], images[1])
-    np.testing.assert_array_equal(row[:, 68:132], recon[1])
+    top = 2 * CAPTION + 128 + GAP + CAPTION
+    row = sheet[top : top + 128 : 2]  # enlarged twofold
+    np.testing.assert_array_equal(row[:, :128:2], images[1])
+    np.testing.assert_array_equal(row[:, 132:260:2], recon[1])
     difference = np.abs(images[1].astype(int) - recon[1]).max(axis=2)
-    np.testing.assert_array_equal(row[:, 136:, 0], (4 * difference).clip(0, 255))
+    np.testing.assert_array_equal(row[:, 264::2, 0], (4 * difference).clip(0, 255))

@@ -241,7 +241,7 @@ def test_images_are_reconstructed_with_their_differences(diffusion):
     assert len(means) == 3
     sheet = np.asarray(Image.open(diffusion.out / "sample_vis/dots_reconstruction.png")).astype(int)
     top = 18 + 18
-    image, recon, difference = (sheet[top : top + 64 : 4, left : left + 64 : 4] for left in (0, 68, 136))
+    image, recon, difference = (sheet[top : top + 128 : 8, left : left + 128 : 8] for left in (0, 132, 264))
     np.testing.assert_array_equal(image, read_image(photos[0], (16, 16)))
     assert np.abs(image - recon).mean() == pytest.approx(means[0], abs=0.01)
     np.testing.assert_array_equal(difference[..., 0], (4 * np.abs(image - recon).max(axis=2)).clip(0, 255))
