@@ -5,12 +5,16 @@
     python sample.py --dataset MVTec-AD --sampler dpmpp_2m_sde --steps 10
     python sample.py --dataset MVTec-AD --no-classifier --preview
     python sample.py --dataset MVTec-AD --quality
+    python sample.py --dataset MVTec-AD --save-steps
+    python sample.py --dataset MVTec-AD --class_name bottle --reconstruct photo.png
     torchrun --nproc_per_node=4 sample.py --dataset MVTec-AD
 
 Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. Image i depends on the
 seed, the class and i, but not on the number of ranks. Existing images are not drawn again.
 --preview only writes a strip per class over s = 0 .. 0.3, to help choose the strength. --quality only measures how
-close drawn images are to the training images, over the same strengths (docs/quality.md).
+close drawn images are to the training images, over the same strengths (docs/synthesis.md). --save-steps only writes a
+sheet per class of what every step leaves of a few images, and of the x_0 that it predicts. --reconstruct only writes a
+sheet of given images of a class, inverted to noise and sampled back by DDIM. All of them go to saver.vis_dir.
 """
 
 import argparse
@@ -36,6 +40,8 @@ def parse_args() -> argparse.Namespace:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--preview", action="store_true", help="only write a strip over s per class")
     only.add_argument("--quality", action="store_true", help="only measure how close images are to real ones, over s")
+    only.add_argument("--save-steps", action="store_true", help="only write a sheet of the steps per class")
+    only.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="only reconstruct these images of a class")
     parser.add_argument("--quality-images", type=int, default=64, metavar="N", help="images of each strength (64)")
     parser.add_argument("--overwrite", action="store_true", help="delete existing images and draw them again")
     return parser.parse_args()
@@ -43,6 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 arguments.parse_early(__name__, parse_args)
 
+import os
 import re
 from pathlib import Path
 
@@ -51,10 +58,12 @@ import torch
 from easydict import EasyDict
 
 from datasets.catalog import known_classes
+from datasets.images import read_image
 from datasets.loaders import SharedBatches
 from evaluation.quality import set_up_quality
 from models.sdas import SpacedDiffusion
 from models.sdas.sampler import Sampler, check_networks, set_up_sampler
+from models.sdas.sheets import reconstruction_sheet, reconstructions, step_sheet
 from models.sdas.trained import class_list, load_networks
 from utils import cli, distributed
 from utils.config import collect_errors, load_config
@@ -62,14 +71,16 @@ from utils.device import use_fast_kernels
 from utils.distributed import Run
 from utils.errors import Stopped, UsageError
 from utils.files import remove_parts
+from utils.job_progress import JobProgress
 from utils.lock import folder_lock
-from utils.log import log, progress_bar, set_up_logging
+from utils.log import Board, log, set_up_logging
 from utils.pictures import contact_sheet, write_image
 from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, signal_name, stop_requests
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 PREVIEW_ROWS = 2
+MOST_RECONSTRUCTIONS = 64  # rows of a sheet
 IMAGE_NAME = re.compile(r"rank\d+_(\d+)\.jpg")
 
 
@@ -90,26 +101,17 @@ def main() -> None:
         classes = class_list(config, networks, known_classes(args.dataset))
         chosen = choose_classes(args.class_name, classes)
         sampler = set_up_sampler(config, run, networks)
+        numbers = {name: classes.index(name) for name in chosen}
         if args.quality:
             # dpmpp_2m adds no noise, so s has no effect.
             strengths = PREVIEW_STRENGTHS if config.sampler != "dpmpp_2m" else PREVIEW_STRENGTHS[:1]
             quality = set_up_quality(sampler, run, config, out, strengths, args.quality_images)
-            quality.report({name: classes.index(name) for name in chosen}, args.overwrite, board, stop)
-            board.close()
-            return
-        for name in chosen:
-            number = classes.index(name)
-            if args.preview:
-                if run.is_main:
-                    path = out / config.saver.vis_dir / f"{name}.png"
-                    strip = preview(sampler, name, number)
-                    write_image(path, strip)
-                    board.add_image(f"sdas/{name}", strip, 0)
-                    log.info("%s: strengths %g .. %g in %s", name, PREVIEW_STRENGTHS[0], PREVIEW_STRENGTHS[-1], path)
-            else:
-                folder = Path(config.workspace.root) / name
-                with folder_lock(folder, run):
-                    draw_class(sampler, run, config, folder, number, args.overwrite, stop)
+            quality.report(numbers, args.overwrite, board, stop)
+        elif args.preview or args.save_steps or args.reconstruct:
+            if run.is_main:
+                write_pictures(sampler, args, config, numbers, out / config.saver.vis_dir, board)
+        else:
+            draw_classes(sampler, run, config, numbers, args.overwrite, stop)
         board.close()
 
 
@@ -131,6 +133,8 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> N
     if len(config.strength) != 2 or not 0 <= config.strength[0] <= config.strength[1]:
         where = "--strength" if args.strength else f"{path}: strength"
         raise UsageError(f"{where}: {config.strength} is not a range [low, high] with 0 <= low <= high")
+    if args.reconstruct and len(args.reconstruct) > MOST_RECONSTRUCTIONS:
+        raise UsageError(f"--reconstruct: {len(args.reconstruct)} images; one sheet holds {MOST_RECONSTRUCTIONS}")
     if config.sampler == "dpmpp_2m":
         if args.preview:
             raise UsageError("--preview draws a strip over s, but sampler dpmpp_2m adds no noise; use dpmpp_2m_sde")
@@ -150,6 +154,31 @@ def choose_classes(wanted: str, classes: list[str]) -> list[str]:
     return chosen
 
 
+# ---- the images of the data set --------------------------------------------------------------------------------------
+
+
+def draw_classes(
+    sampler: Sampler, run: Run, config: EasyDict, numbers: dict[str, int], overwrite: bool, stop: StopRequest
+) -> None:
+    """Draw the missing images of each class, by name and number."""
+    folders = {name: Path(config.workspace.root) / name for name in numbers}
+    batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
+    own = {i for batch in batches for i in batch}
+    drawn = {name: set() if overwrite else drawn_indices(folder) for name, folder in folders.items()}
+    missing = [set(range(config.sample_number)) - indices for indices in drawn.values()]
+    progress = JobProgress(sum(map(len, missing)), sum(len(indices & own) for indices in missing), run)
+    for name, number in numbers.items():
+        with folder_lock(folders[name], run):
+            draw_class(sampler, run, config, folders[name], number, overwrite, stop, progress)
+    progress.close()
+
+
+def drawn_indices(folder: Path) -> set[int]:
+    """The indices of the images in a class's folder."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {int(match[1]) for name in names if (match := IMAGE_NAME.fullmatch(name))}
+
+
 def draw_class(
     sampler: Sampler,
     run: Run,
@@ -158,6 +187,7 @@ def draw_class(
     number: int,
     overwrite: bool,
     stop: StopRequest,
+    progress: JobProgress,
 ) -> None:
     """Draw the missing ones of a class's images 0 .. sample_number - 1; ranks share the batches.
 
@@ -175,10 +205,10 @@ def draw_class(
         for path in folder.glob("rank*_*.jpg") if overwrite else ():
             path.unlink()
     distributed.barrier()
-    existing = {int(match[1]) for path in folder.glob("rank*_*.jpg") if (match := IMAGE_NAME.fullmatch(path.name))}
+    existing = drawn_indices(folder)
     # No rank may write before every rank has listed the folder.
     distributed.barrier()
-    for indices in progress_bar(batches, run, folder.name):
+    for indices in batches:
         missing = [i for i in indices if i not in existing]
         if not missing:
             continue
@@ -187,19 +217,64 @@ def draw_class(
         for i, image in zip(indices, images, strict=True):
             if i not in existing:
                 write_image(folder / f"rank{run.rank}_{i}.jpg", image)
+        progress.add(len(missing), folder.name)
         if stop.signal:
             log.info("%s: stopped; the same command without --overwrite goes on", signal_name(stop.signal))
             raise Stopped(stop.signal)
     distributed.barrier()
     kept = len(existing & set(range(config.sample_number)))
     log.info(
-        "%s: %d images in %s, %d of them existed already%s",
+        "%s: %d images in %s, %d of them existed already%s%s",
         folder.name,
         config.sample_number,
         folder,
         kept,
         " (--overwrite draws them again)" if kept else "",
+        f"; {progress.summary}" if progress.left else "",
     )
+
+
+# ---- pictures for people ---------------------------------------------------------------------------------------------
+
+
+def write_pictures(
+    sampler: Sampler,
+    args: argparse.Namespace,
+    config: EasyDict,
+    numbers: dict[str, int],
+    vis_dir: Path,
+    board: Board,
+) -> None:
+    """Write what --preview, --save-steps or --reconstruct ask for, for each class, by name and number."""
+    if args.reconstruct and len(numbers) > 1:
+        raise UsageError(f"--reconstruct: --class_name is missing, one of {', '.join(numbers)}")
+    for name, number in numbers.items():
+        if args.preview:
+            picture, kind, path = preview(sampler, name, number), "sdas", vis_dir / f"{name}.png"
+            text = f"strengths {PREVIEW_STRENGTHS[0]:g} .. {PREVIEW_STRENGTHS[-1]:g}"
+        elif args.save_steps:
+            picture, kind, path = (
+                step_sheet(sampler, name, number, config.strength),
+                "steps",
+                vis_dir / f"{name}_steps.png",
+            )
+            text = f"{sampler.process.num_timesteps} steps of sampling"
+        else:
+            picture, kind = reconstruction(sampler, number, args.reconstruct, config), "reconstruction"
+            path, text = vis_dir / f"{name}_reconstruction.png", "images, reconstructions and their differences"
+        write_image(path, picture)
+        board.add_image(f"{kind}/{name}", picture, 0)
+        log.info("%s: %s in %s", name, text, path)
+
+
+def reconstruction(sampler: Sampler, number: int, paths: list[str], config: EasyDict) -> np.ndarray:
+    """A sheet of image files, their DDIM reconstructions, and the differences, whose mean is logged."""
+    images = np.stack([read_image(path, sampler.size) for path in paths])
+    size = config.dataset.batch_size
+    recon = np.concatenate([reconstructions(sampler, number, images[i : i + size]) for i in range(0, len(paths), size)])
+    for path, difference in zip(paths, np.abs(images.astype(np.int16) - recon).mean(axis=(1, 2, 3)), strict=True):
+        log.info("%s: differs from its reconstruction by %.2f grey levels on average", path, difference)
+    return reconstruction_sheet([Path(path).name for path in paths], images, recon)
 
 
 def preview(sampler: Sampler, name: str, number: int) -> np.ndarray:

@@ -3,12 +3,15 @@
     python synthesize.py --dataset MVTec-AD --class_name bottle --count 1000 --output pairs
     python synthesize.py --dataset MVTec-AD --class_name all --types sdas=0.5,dtd=0.5 --format coco --output pairs
     python synthesize.py --dataset MyParts --types cutpaste,self,noise --size native --format yolo --output pairs
+    python synthesize.py --dataset MVTec-AD --class_name bottle --source edit --depth 0.2 0.6 --output pairs
     torchrun --nproc_per_node=4 synthesize.py --dataset MVTec-AD --class_name all --output pairs
 
 Settings: experiments/<dataset>/realnet.yaml. Writes, per class, <output>/<class>/test/<type>/<number>.png with
 ground_truth/<type>/<number>_mask.png, the good images to train/good/ and test/good/, pairs.csv and preview.png; the
 output is a data set that prepare_data.py reads. Pair i depends on the settings, the seed and i only. Existing pairs are
 not drawn again: the same command goes on where it was stopped, or adds pairs with a larger --count.
+--source edit draws anomalies on good images by the diffusion model of the sample.yaml beside realnet.yaml. More in
+docs/synthesis.md.
 """
 
 import argparse
@@ -17,7 +20,10 @@ from utils import arguments
 from utils.settings import SETTINGS
 
 TYPES = SETTINGS["realnet"].keys["dataset"].keys["train"].keys["anomaly_types"].choices
-NORMAL = "normal"
+NORMAL, EDIT = "normal", "edit"
+BLENDED = tuple(name for name in TYPES if name not in (NORMAL, EDIT))
+SOURCES = ("blend", EDIT)
+DEPTH, STRENGTH = (0.2, 0.6), (0.1, 0.3)  # defaults of --source edit
 MVTEC, COCO, YOLO = FORMATS = ("mvtec", "coco", "yolo")
 NATIVE, INPUT = SIZES = ("native", "input")
 MOST = 1_000_000  # pairs of a class, whose numbers have six digits
@@ -30,6 +36,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder that gets a folder for each class")
     types_help = "anomaly types with their shares: sdas=0.5,dtd=0.5, or sdas,dtd (dataset.train.anomaly_types)"
     parser.add_argument("--types", help=types_help)
+    source_help = "blend sources into good images, as training does, or edit them by the diffusion model (blend)"
+    parser.add_argument("--source", choices=SOURCES, default="blend", help=source_help)
+    depth_help = "edit: range of the depth, the share of the timesteps that images are noised to (0.2 0.6)"
+    parser.add_argument("--depth", nargs=2, type=float, metavar=("LOW", "HIGH"), help=depth_help)
+    strength_help = "edit: range of the strength s (0.1 0.3)"
+    parser.add_argument("--strength", nargs=2, type=float, metavar=("LOW", "HIGH"), help=strength_help)
     parser.add_argument(
         "--format", choices=FORMATS, default=MVTEC, help="also write annotations.json, or the folder yolo/ (mvtec)"
     )
@@ -67,6 +79,7 @@ from datasets.lists import UNIFIED, ImageList, class_names, listed_classes
 from datasets.pair_folders import PairFolder
 from datasets.pairs import Pair, TrainingPairs
 from datasets.realnet import RealNetTrainSet
+from preparation.edit_pairs import Editing, set_up_editing
 from utils import cli, distributed
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run, usable_cores
@@ -78,7 +91,7 @@ from utils.run_record import identity_of
 from utils.signals import StopRequest, signal_name, stop_requests
 
 # Settings of dataset.train that the record of a folder need not hold: it has the images themselves, by their names.
-NOT_RECORDED = ("meta_file", "sdas_dir", "dtd_dir", "anomaly_types", "validation_fraction", "parts")
+NOT_RECORDED = ("meta_file", "sdas_dir", "dtd_dir", "edit_dir", "anomaly_types", "validation_fraction", "parts")
 
 
 def main() -> None:
@@ -92,8 +105,11 @@ def main() -> None:
     torch.set_num_threads(1)
     with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
         log_to_terminal(logging.INFO if run.is_main else logging.ERROR)
+        editing = None
+        if args.source == EDIT:
+            editing = set_up_editing(path.with_name("sample.yaml"), args.dataset, args.strength, args.depth, run)
         for class_name in classes:
-            synthesize(config, class_name, args, run, stop)
+            synthesize(config, class_name, args, editing, run, stop)
         log.info("Next: python prepare_data.py --dataset NAME --root %s --preview", args.output)
 
 
@@ -111,7 +127,27 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output}: is a file; name a folder")
+    if args.source == EDIT:
+        check_edit(args)
+        # Nothing is blended; this type opens no folder.
+        config.dataset.train.anomaly_types = {"noise": 1.0}
+        return
+    for option in ("depth", "strength"):
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option}: belongs to --source edit")
     config.dataset.train.anomaly_types = chosen_types(args.types, config.dataset.train.anomaly_types)
+
+
+def check_edit(args: argparse.Namespace) -> None:
+    """Check the options of --source edit, and set their defaults."""
+    if args.types is not None:
+        raise UsageError("--types: belongs to --source blend; an edit has the type edit")
+    args.depth, args.strength = args.depth or DEPTH, args.strength or STRENGTH
+    for option, most in (("depth", 1), ("strength", 100)):
+        low, high = getattr(args, option)
+        if not 0 <= low <= high <= most:
+            text = f"is not a range with 0 <= low <= high <= {most}"
+            raise UsageError(f"--{option} {low:g} {high:g}: {text}")
 
 
 def chosen_types(text: str | None, trained: dict[str, float]) -> dict[str, float]:
@@ -126,7 +162,7 @@ def chosen_types(text: str | None, trained: dict[str, float]) -> dict[str, float
         ({'sdas': 0.25, 'dtd': 0.75}, {'dtd': 0.5, 'noise': 0.5})
     """
     shares = dict(trained) if text is None else parsed_types(text)
-    known = {name: shares[name] for name in TYPES if name != NORMAL and shares.get(name, 0) > 0}
+    known = {name: shares[name] for name in BLENDED if shares.get(name, 0) > 0}
     total = sum(known.values())
     if not known:
         where = "dataset.train.anomaly_types" if text is None else f"--types {text}"
@@ -141,8 +177,10 @@ def parsed_types(text: str) -> dict[str, float]:
         name, _, number = (word.strip() for word in part.partition("="))
         if name == NORMAL:
             raise UsageError(f"--types {text}: every pair has an anomaly, so {NORMAL} is no type of it")
+        if name == EDIT:
+            raise UsageError(f"--types {text}: pairs of the type {EDIT} are made by --source edit, without --types")
         if name not in TYPES:
-            raise UsageError(f"--types {text}: {name!r} is no type; known are {', '.join(TYPES[1:])}")
+            raise UsageError(f"--types {text}: {name!r} is no type; known are {', '.join(BLENDED)}")
         if name in shares:
             raise UsageError(f"--types {text}: {name} is there twice")
         try:
@@ -175,7 +213,9 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
 # ---- a class ---------------------------------------------------------------------------------------------------------
 
 
-def synthesize(config: EasyDict, class_name: str, args: argparse.Namespace, run: Run, stop: StopRequest) -> None:
+def synthesize(
+    config: EasyDict, class_name: str, args: argparse.Namespace, editing: Editing | None, run: Run, stop: StopRequest
+) -> None:
     """Write the pairs of a training list: of a class, or of each class of a list of all classes."""
     held_out = hold_out(config, class_name, run, stop)
     train_set = build_realnet_train_set(config.dataset, class_name, args.seed, held_out)
@@ -184,9 +224,13 @@ def synthesize(config: EasyDict, class_name: str, args: argparse.Namespace, run:
     for name in class_names(train_set.samples) if unified else [class_name]:
         indices = train_set.images.of_class(name) if unified else list(range(len(train_set)))
         tested = ImageList([s for s in others.samples if not unified or s.clsname == name], others.image_dir)
-        make = TrainingPairs(train_set, indices, args.size == NATIVE)
-        folder = PairFolder(Path(args.output) / name, list(config.dataset.train.anomaly_types), args.seed)
+        if editing is None:
+            make, types = TrainingPairs(train_set, indices, args.size == NATIVE), config.dataset.train.anomaly_types
+        else:
+            make, types = editing.pairs(train_set, indices, args.size == NATIVE, name, stop.heed), {EDIT: 1.0}
+        folder = PairFolder(Path(args.output) / name, list(types), args.seed)
         record = record_of(config, args, train_set, indices, tested)
+        record |= {"types": dict(types), "edit": editing.record if editing else None}
         with folder_lock(folder.path, run):
             began = time.monotonic()
             existing = begin(folder, record, make, args.overwrite, run)
@@ -230,7 +274,6 @@ def record_of(
     used = ImageList([train_set.samples[index] for index in indices], train_set.images.image_dir)
     return {
         "seed": args.seed,
-        "types": dict(config.dataset.train.anomaly_types),
         "size": args.size,
         "input_size": data["input_size"],
         "type": data["type"],

@@ -37,6 +37,7 @@ from datasets.sdas import SDASDataset
 from evaluation.validation_kid import set_up_kid
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_training_size, create_diffusion_unet
+from models.sdas.reconstruction import reconstruct
 from utils import cli, distributed
 from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
@@ -201,7 +202,7 @@ def validate(
         for start in stop.heeded(range(0, len(chosen), config.dataset.batch_size)):
             indices = chosen[start : start + config.dataset.batch_size]
             images = to_device(torch.stack([test_set[epoch, i]["image"] for i in indices]), run.device)
-            recon = reconstruct(training, process, images, number)
+            recon = reconstruct(process, partial(averaged_model, training), images, number)
             error = sum(loss({"image": images, "image_recon": recon}) for loss in criterion.values())
             if not torch.isfinite(error):
                 raise RunError(f"epoch {epoch}: the reconstruction error is not finite; lower the learning rate")
@@ -227,13 +228,6 @@ def averaged_model(training: Training, x: torch.Tensor, t: torch.Tensor, y: torc
     """The averaged network's prediction, in the training's precision."""
     with autocast(training.run.device, training.precision):
         return training.ema.model(x, t, y)
-
-
-def reconstruct(training: Training, process: SpacedDiffusion, images: torch.Tensor, number: int) -> torch.Tensor:
-    """Images (N,3,H,W) of a class, inverted to noise and sampled back by DDIM."""
-    model, y = partial(averaged_model, training), torch.full((len(images),), number, device=images.device)
-    noise = process.ddim_reverse_sample_loop(model, images, {"y": y})
-    return process.ddim_sample_loop(model, noise, model_kwargs={"y": y})
 
 
 def sample_rows(

@@ -230,6 +230,7 @@ def _synthesis(train: dict) -> Synthesis:
         train.min_perlin_scale,
         train.perlin_scale,
         train.match_grey,
+        train.edit_dir,
     )
     if not any(p > 0 for name, p in synthesis.anomaly_types.items() if name != "normal"):
         raise UsageError(f"dataset.train.anomaly_types: only normal, nothing to learn from; set {WITHOUT_FOLDER}")

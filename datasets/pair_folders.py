@@ -29,7 +29,7 @@ from utils.files import append_text, link_file, remove_parts, write_text
 from utils.names import csv_cell
 from utils.pictures import contact_sheet, outline, thumbnail, write_image
 
-COLUMNS = ("image", "mask", "good", "source", "type", "opacity", "strength", "seed", "epoch", "index")
+COLUMNS = ("image", "mask", "good", "source", "type", "opacity", "strength", "depth", "seed", "epoch", "index")
 TABLE, RECORD, PREVIEW, COCO, YOLO = "pairs.csv", "pairs.json", "preview.png", "annotations.json", "yolo"
 FOLDERS = ("test", "ground_truth", "train", YOLO)
 JOURNAL = ".pairs.rank{}.jsonl"  # what a run has written so far; the table is written at its end
@@ -118,6 +118,7 @@ class PairFolder:
             "type": pair.type,
             "opacity": f"{pair.opacity:.4f}",
             "strength": "" if pair.strength is None else f"{pair.strength:.4f}",
+            "depth": "" if pair.depth is None else f"{pair.depth:.4f}",
             "seed": str(self.seed),
             "epoch": str(pair.epoch),
             "index": str(pair.index),

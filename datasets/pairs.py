@@ -31,6 +31,7 @@ class Pair:
         epoch, index: of the draw (RealNetTrainSet.draw).
         source: file that the anomaly was made of; None if it was made of good images.
         strength: s of the diffusion process that drew the source, as far as it is known.
+        depth: the share of its timesteps that it has noised the good image to; None if it did not begin with that.
     """
 
     image: np.ndarray
@@ -42,6 +43,7 @@ class Pair:
     index: int
     source: Path | None = None
     strength: float | None = None
+    depth: float | None = None
 
 
 class TrainingPairs:

@@ -12,7 +12,7 @@ from datasets.catalog import ForegroundRule
 from datasets.foreground import apply_rule
 from datasets.images import Augmentation, Preprocessing, SharedCache, read_mask, read_size, same_aspect_ratio
 from datasets.lists import ImageList, Sample
-from datasets.synthesis import Anomaly, Synthesis
+from datasets.synthesis import Anomaly, GoodFile, Synthesis
 from utils.errors import UsageError
 
 
@@ -131,6 +131,7 @@ class RealNetTrainSet(Dataset):
         """
         rng = np.random.default_rng([self.seed, epoch, index])
         image, foreground = self.read(index)
+        state = rng.bit_generator.state
         images = [image] if full is None else [image, full]
         *images, foreground = self.augmentation([*images, foreground], rng, images=len(images))
         others: list[int] = []
@@ -139,8 +140,16 @@ class RealNetTrainSet(Dataset):
             others.append(self._other(index, rng))
             return self.read(others[-1])[0]
 
-        clsname = self.samples[index].clsname
-        anomaly = self.synthesis.draw(images[0], foreground, clsname, other, self.preprocessing, rng, self.types)
+        def augmented(pair: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+            again = np.random.default_rng()
+            again.bit_generator.state = state
+            return self.augmentation([image, pair, mask], again, images=2)[1:]
+
+        sample = self.samples[index]
+        good = GoodFile(sample.filename, augmented)
+        anomaly = self.synthesis.draw(
+            images[0], foreground, sample.clsname, other, self.preprocessing, rng, self.types, good
+        )
         return Draw(images[0], foreground, anomaly, others[0] if others else None, images[1] if images[1:] else None)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | bool]:

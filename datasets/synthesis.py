@@ -7,18 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from datasets.anomaly import augment_texture, blend, grey, is_grey
+from datasets.edits import EDIT, StoredPairs, read_pairs
 from datasets.folders import FoundImages, find_images, not_read
-from datasets.images import Preprocessing, header_problem
+from datasets.images import Preprocessing, header_problem, read_mask
 from datasets.local_anomalies import LOCAL, OPACITY, visibility
 from datasets.perlin import perlin_mask
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
+
+Read = TypeVar("Read")
 
 THREADS = 16  # that open source images: most of the time is spent waiting for the disk
 ATTEMPTS = 20  # source images in a row that may turn out to be broken while they are decoded
@@ -93,13 +96,28 @@ class Anomaly:
 
 
 @dataclass(frozen=True)
+class GoodFile:
+    """Where a good image comes from.
+
+    Args:
+        name: its file name in the image list.
+        augmented: augments another image and its mask in the same way.
+    """
+
+    name: str
+    augmented: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
 class Synthesis:
     """How training anomalies are made.
 
     Args:
-        anomaly_types: probability of each of normal, sdas, dtd, and the types of local_anomalies, which need no folder.
+        anomaly_types: probability of each of normal, sdas, dtd, edit, and the types of local_anomalies, which need no
+            folder.
         sdas_dir: folder of SDAS images; {} stands for the class.
         dtd_dir: folder of textures.
+        edit_dir: folder of pairs (edits.read_pairs); {} stands for the class.
         sdas_transparency_range, dtd_transparency_range: (low, high) of the opacity delta.
         min_perlin_scale, perlin_scale: see perlin.perlin_mask.
         match_grey: whether grey images (three equal channels) get grey anomalies.
@@ -113,7 +131,9 @@ class Synthesis:
     min_perlin_scale: int = 0
     perlin_scale: int = 6
     match_grey: bool = False
+    edit_dir: str | None = None
     sources: dict[str, list[Path]] = field(default_factory=dict, init=False, compare=False)
+    pairs: dict[str, StoredPairs] = field(default_factory=dict, init=False, compare=False)
 
     def open(self, classes: Sequence[str], tell: bool = False) -> None:
         """Find the source images for these classes; those that cannot be read are left out.
@@ -132,6 +152,11 @@ class Synthesis:
             for name in classes:
                 folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
                 self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint, tell)
+        if self.anomaly_types.get(EDIT):
+            for name in classes:
+                folder = self.edit_dir.replace("{}", name) if self.edit_dir else None
+                self.pairs[name] = _stored_pairs(folder, tell)
+                self.sources[f"{EDIT}/{name}"] = list(self.pairs[name].masks)
 
     def summaries(self) -> dict[str, str]:
         """The number of source images of each kind and a hash of their paths, by which a change is noticed."""
@@ -150,6 +175,7 @@ class Synthesis:
         preprocessing: Preprocessing,
         rng: np.random.Generator,
         types: dict[str, float] | None = None,
+        good: GoodFile | None = None,
     ) -> Anomaly | None:
         """Draw an anomaly for a good image (RealNet, section 3.1); None if the image stays normal.
 
@@ -158,10 +184,13 @@ class Synthesis:
             foreground: (H,W) uint8 in {0, 1}, where anomalies may lie.
             other: returns another good image of the class, of the same shape; called only where the type needs one.
             types: probabilities that take the place of anomaly_types.
+            good: the file that the image was read from, for the type edit.
         """
         chosen = _drawn(self.anomaly_types if types is None else types, rng)
         if chosen == "normal":
             return None
+        if chosen == EDIT:
+            return self._edit(image, foreground, clsname, preprocessing, rng, good)
         if chosen in LOCAL:
             return self._local(chosen, image, foreground, other, rng)
         source, opacity, file = self.draw_source(chosen, clsname, preprocessing, rng)
@@ -212,6 +241,27 @@ class Synthesis:
                 return Anomaly(chosen, self.matched(source, image), mask, opacity, local=draw)
         return None
 
+    def _edit(
+        self,
+        image: np.ndarray,
+        foreground: np.ndarray,
+        clsname: str,
+        preprocessing: Preprocessing,
+        rng: np.random.Generator,
+        good: GoodFile | None,
+    ) -> Anomaly | None:
+        """Draw a stored pair: of this image if there is one, else the changed region of another one, blended in."""
+        pairs = self.pairs[clsname]
+        own = pairs.made_of(good.name) if good else []
+        paths = own or list(pairs.masks)
+
+        def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+            return preprocessing.read(path), read_mask(pairs.masks[path], preprocessing.size)
+
+        path, (source, mask) = _first_readable(paths, int(rng.integers(len(paths))), read)
+        source, mask = good.augmented(source, mask) if own else (source, mask * foreground)
+        return Anomaly(EDIT, self.matched(source, image), mask, 1.0, SourceFile(path)) if mask.any() else None
+
     def draw_source(
         self, chosen: str, clsname: str, preprocessing: Preprocessing, rng: np.random.Generator
     ) -> tuple[np.ndarray, float, SourceFile]:
@@ -258,6 +308,31 @@ def _source_images(folder: str | None, setting: str, hint: str, tell: bool) -> l
     return readable
 
 
+def _stored_pairs(folder: str | None, tell: bool) -> StoredPairs:
+    """The pairs in a folder whose images and masks have headers that can be read."""
+    hint = f"run synthesize.py --source edit first, or set {WITHOUT_FOLDER}"
+    try:
+        found = read_pairs(folder) if folder else None
+    except UsageError as error:
+        raise UsageError(f"dataset.train.edit_dir: {error}; {hint}") from None
+    if found is None or not found.masks:
+        problem = f"{folder} holds no pair of the type {EDIT}" if folder else "not set"
+        raise UsageError(f"dataset.train.edit_dir: {problem}; {hint}")
+    problems = {}
+    for paths in (tuple(found.masks), tuple(found.masks.values())):
+        for image, problem in zip(found.masks, _header_problems(paths), strict=True):
+            if problem is not None:
+                problems.setdefault(image, problem)
+    if len(problems) == len(found.masks):
+        first = next(iter(problems.values()))
+        raise UsageError(f"dataset.train.edit_dir: no pair in {folder} can be read ({first}); {hint}")
+    if tell:
+        _tell_left_out("dataset.train.edit_dir", len(found.masks), list(problems.values()), FoundImages())
+    masks = {image: mask for image, mask in found.masks.items() if image not in problems}
+    of_good = {good: [image for image in images if image in masks] for good, images in found.of_good.items()}
+    return StoredPairs(masks, of_good)
+
+
 def _tell_left_out(setting: str, count: int, broken: list[str], found: FoundImages) -> None:
     if broken:
         more = f"\n  and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -277,7 +352,7 @@ def _header_problems(paths: tuple[Path, ...]) -> list[str | None]:
         return list(pool.map(header_problem, paths, chunksize=64))
 
 
-def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], np.ndarray]) -> tuple[Path, np.ndarray]:
+def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], Read]) -> tuple[Path, Read]:
     """Path and image at `index`, or the next one that can be decoded, so that a broken one does not end the training.
 
     Raises:

@@ -350,6 +350,9 @@ _SAMPLE = Section(
 _SYNTHESIS = {
     "dtd_dir": Setting("str?", "Folder of textures for the anomaly type dtd; any images will do.", None),
     "sdas_dir": Setting("str?", "Folder of sample.py's images for the anomaly type sdas; {} is the class.", None),
+    "edit_dir": Setting(
+        "str?", "Folder of pairs of synthesize.py --source edit for the anomaly type edit; {} is the class.", None
+    ),
     "dtd_transparency_range": Setting(
         "floats", "Range of the opacity of blended textures; lower is fainter.", [0.2, 1.0], low=0, high=1, length=2
     ),
@@ -364,7 +367,7 @@ _SYNTHESIS = {
     "anomaly_types": Setting(
         "shares",
         "Probability of each type of training sample; they add up to 1. cutpaste, self and noise need no other images.",
-        low=0, choices=("normal", "sdas", "dtd", "cutpaste", "self", "noise"),
+        low=0, choices=("normal", "sdas", "dtd", "edit", "cutpaste", "self", "noise"),
     ),
     "match_grey": Setting(
         "bool",

@@ -16,8 +16,10 @@ from tqdm import tqdm
 from models.sdas.likelihood import discretized_log_likelihood, normal_kl
 from models.sdas.noise import Generators, draw_noise
 from models.sdas.schedule import beta_schedule, extrapolation_weights, kept_timesteps, respaced_betas
+from utils.device import to_device
 
 Strength = float | torch.Tensor
+AfterStep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class SpacedDiffusion:
@@ -234,6 +236,8 @@ class SpacedDiffusion:
         model_kwargs: dict | None = None,
         generator: Generators = None,
         progress: bool = False,
+        start: Sequence[int] | None = None,
+        after_step: AfterStep | None = None,
     ) -> torch.Tensor:
         """Draw x_0 (N,3,H,W) from x_T = noise by ancestral steps.
 
@@ -241,9 +245,12 @@ class SpacedDiffusion:
             generator: source of the steps' noise; a list holds one per image, so that an image does not depend on
                 its batch.
             progress: show a progress bar over the steps, if there is a terminal.
+            start: the timestep that each image begins at, where `noise` holds its x_t; None: all at the last one.
+            after_step: after_step(t, x_{t-1}, predicted x_0) -> what takes the place of x_{t-1}. An image that has not
+                begun yet stays as it is, whatever is returned for it.
         """
         step = partial(self.p_sample, model, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs)
-        return self._loop(step, noise, generator, progress)
+        return self._loop(step, noise, generator, progress, start, after_step)
 
     def ddim_sample_loop(
         self,
@@ -255,10 +262,12 @@ class SpacedDiffusion:
         model_kwargs: dict | None = None,
         generator: Generators = None,
         progress: bool = False,
+        start: Sequence[int] | None = None,
+        after_step: AfterStep | None = None,
     ) -> torch.Tensor:
         """Draw x_0 (N,3,H,W) from x_T = noise by DDIM steps; arguments as in p_sample_loop and ddim_sample."""
         step = partial(self.ddim_sample, model, eta=eta, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs)
-        return self._loop(step, noise, generator, progress)
+        return self._loop(step, noise, generator, progress, start, after_step)
 
     @torch.no_grad()
     def dpm_solver_sample_loop(
@@ -271,6 +280,8 @@ class SpacedDiffusion:
         model_kwargs: dict | None = None,
         generator: Generators = None,
         progress: bool = False,
+        start: Sequence[int] | None = None,
+        after_step: AfterStep | None = None,
     ) -> torch.Tensor:
         """Draw x_0 (N,3,H,W) from x_T = noise by DPM-Solver++(2M), algorithm 2, or its SDE (Lu et al. 2022).
 
@@ -281,24 +292,30 @@ class SpacedDiffusion:
 
         Args:
             stochastic: the SDE solver; the ODE solver adds no noise, so that s is not used.
-            s, cond_fn, generator, progress: as in p_sample and p_sample_loop.
+            s, cond_fn, generator, progress, start, after_step: as in p_sample and p_sample_loop.
         """
         previous = None
+        begins = None if start is None else to_device(torch.tensor(start), noise.device)
 
         def step(x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
             nonlocal previous
             pred_xstart = self._guided(model, x, t, cond_fn, model_kwargs)[0].clamp(-1, 1)
             past = pred_xstart if previous is None else previous
-            previous, ahead = pred_xstart, pred_xstart + self._at("extrapolation", t) * (pred_xstart - past)
+            weight = self._at("extrapolation", t)
+            if begins is not None:
+                weight = weight * (t < begins)[:, None, None, None]  # nothing lies before an image's first step
+            previous, ahead = pred_xstart, pred_xstart + weight * (pred_xstart - past)
             if stochastic:
                 # The posterior's variance is 0 at t = 0.
                 sigma = ((1 + _per_image(s, x)) * self._at("posterior_variance", t)).sqrt()
-                return {"sample": self._posterior_mean(ahead, x, t) + sigma * noise}
+                drawn = self._posterior_mean(ahead, x, t) + sigma * noise
+                return {"sample": drawn, "pred_xstart": pred_xstart}
             alpha_bar_prev = self._at("alphas_cumprod_prev", t)
             eps = self._eps_from_xstart(x, t, ahead)
-            return {"sample": ahead * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev).sqrt() * eps}
+            drawn = ahead * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev).sqrt() * eps
+            return {"sample": drawn, "pred_xstart": pred_xstart}
 
-        return self._loop(step, noise, generator, progress)
+        return self._loop(step, noise, generator, progress, start, after_step)
 
     def sample_loop(self, sampler: str) -> Callable:
         """The loop of a sampler by its name in the settings: ancestral, ddim, dpmpp_2m or dpmpp_2m_sde."""
@@ -309,12 +326,26 @@ class SpacedDiffusion:
             "dpmpp_2m_sde": self.dpm_solver_sample_loop,
         }[sampler]
 
-    def _loop(self, step: Callable, x: torch.Tensor, generator: Generators, progress: bool) -> torch.Tensor:
-        """Take a step at every t, from the last one down to 0, each with new noise."""
-        timesteps = range(self.num_timesteps - 1, -1, -1)
+    def _loop(
+        self,
+        step: Callable,
+        x: torch.Tensor,
+        generator: Generators,
+        progress: bool,
+        start: Sequence[int] | None,
+        after_step: AfterStep | None,
+    ) -> torch.Tensor:
+        """Take a step at every t, from each image's start down to 0, each with new noise."""
+        begins = [self.num_timesteps - 1] * len(x) if start is None else list(start)
+        timesteps = range(max(begins), -1, -1)
         for i in tqdm(timesteps, desc="steps", leave=False, disable=None if progress else True):
             t = torch.full((len(x),), i, device=x.device)
-            x = step(x, t, noise=draw_noise(x, generator))["sample"]
+            begun = [i <= begin for begin in begins]
+            out = step(x, t, noise=draw_noise(x, generator, begun))
+            drawn = out["sample"] if after_step is None else after_step(i, out["sample"], out["pred_xstart"])
+            if not all(begun):
+                drawn = torch.where(to_device(torch.tensor(begun), x.device)[:, None, None, None], drawn, x)
+            x = drawn
         return x
 
     @torch.no_grad()

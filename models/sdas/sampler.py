@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
-from models.sdas.diffusion import SpacedDiffusion
+from models.sdas.diffusion import AfterStep, SpacedDiffusion
 from models.sdas.guidance import classifier_guidance
 from models.sdas.trained import load_averaged
 from models.sdas.unet import check_size, create_classifier_unet, create_diffusion_unet
@@ -49,18 +49,28 @@ class Sampler:
         low: float | torch.Tensor,
         high: float | torch.Tensor,
         progress: bool = False,
+        after_step: AfterStep | None = None,
     ) -> np.ndarray:
-        """Draw the images (N,H,W,3) uint8 with these indices, each with its own strength from [low, high]."""
+        """Draw the images (N,H,W,3) uint8 with these indices, each with its own strength from [low, high].
+
+        Args:
+            after_step: see SpacedDiffusion.p_sample_loop.
+        """
         # One generator per image, so that its noise does not depend on the batch.
         generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
         strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
-        images = self.sample(number, strengths, generators, progress)
+        images = self.sample(number, strengths, generators, progress, after_step)
         if not images.isfinite().all():
             raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
         return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
 
     def sample(
-        self, number: int, strengths: torch.Tensor, generators: Sequence[torch.Generator], progress: bool = False
+        self,
+        number: int,
+        strengths: torch.Tensor,
+        generators: Sequence[torch.Generator],
+        progress: bool = False,
+        after_step: AfterStep | None = None,
     ) -> torch.Tensor:
         """Images (N,3,H,W) of a class, on the device, about -1 .. 1, with strengths (N,). No step waits for it."""
         noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators])
@@ -73,6 +83,7 @@ class Sampler:
             model_kwargs={"y": y},
             generator=generators,
             progress=progress,
+            after_step=after_step,
         )
 
 

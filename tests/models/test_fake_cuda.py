@@ -30,6 +30,7 @@ from models import build_realnet
 from models.afs import AFS
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
+from models.sdas.edit import GoodImage, edit_images
 from models.sdas.guidance import classifier_guidance
 from models.sdas.sampler import Sampler
 from tests.conftest import CLASSES, CLASSIFIER, UNET
@@ -251,8 +252,17 @@ def test_images_are_drawn_with_guidance(sampler, gpu):
     unet = create_diffusion_unet(**UNET).to(GPU)
     guidance = classifier_guidance(create_classifier_unet(**CLASSIFIER, image_size=16).to(GPU), 1.0)
     process = SpacedDiffusion(1000, "ddim2", "linear", rescale_timesteps=True)
-    drawn = Sampler(process, unet, guidance, sampler, "off", (16, 16), 0, GPU).draw("dots", 0, range(2), 0.1, 0.2)
-    assert drawn.shape == (2, 16, 16, 3)
+    drawing = Sampler(process, unet, guidance, sampler, "off", (16, 16), 0, GPU)
+    assert drawing.draw("dots", 0, range(2), 0.1, 0.2).shape == (2, 16, 16, 3)
+
+
+def test_images_are_edited(gpu):
+    process = SpacedDiffusion(1000, "logsnr3", "linear")
+    drawing = Sampler(process, create_diffusion_unet(**UNET).to(GPU), None, "dpmpp_2m_sde", "off", (16, 16), 0, GPU)
+    image, mask = np.zeros((20, 20, 3), np.uint8), np.ones((20, 20), np.uint8)
+    goods = [GoodImage(image, image[:16, :16], mask, seed) for seed in range(2)]
+    edits = edit_images(drawing, 0, goods, [0.1, 0.2], [0.2, 1.0])
+    assert [edit.image.shape for edit in edits] == [(20, 20, 3)] * 2
 
 
 @pytest.mark.parametrize(("name", "fused"), [("Adam", True), ("RAdam", None)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.images import read_image
 from tests.conftest import CLASSES, Workspace, settings
 from utils.checkpoint import load_checkpoint
 
@@ -218,6 +220,31 @@ def test_preview_draws_a_strip_and_nothing_else(diffusion, classifier):
         strip = np.asarray(Image.open(diffusion.out / f"sample_vis/{name}.png"))
         assert strip.shape[1] == 7 * 16 + 6 * 4
     assert not root.exists()
+
+
+def test_a_sheet_of_the_steps_is_drawn_and_nothing_else(diffusion, classifier):
+    root = diffusion.data / "stepped"
+    done = diffusion.run("sample.py", "--class_name", "dots", "--set", f"workspace.root={root}", "--save-steps")
+    assert "dots: 4 steps" in done.stdout
+    assert not root.exists()
+    sheet = np.asarray(Image.open(diffusion.out / "sample_vis/dots_steps.png"))
+    assert sheet.shape[1] == 4 * 64 + 3 * 4  # images of 16 pixels, enlarged
+
+
+def test_images_are_reconstructed_with_their_differences(diffusion):
+    photos = [str(path) for path in sorted((diffusion.data / "images/dots/train/good").iterdir())[:3]]
+    arguments = ["--no-classifier", "--set", "dataset.batch_size=2", "--reconstruct", *photos]
+    failed = diffusion.run("sample.py", *arguments, code=2)
+    assert "--class_name is missing, one of dots, lines" in failed.stderr
+    done = diffusion.run("sample.py", *arguments, "--class_name", "dots")
+    means = [float(value) for value in re.findall(r"by (\d+\.\d+) grey levels", done.stdout)]
+    assert len(means) == 3
+    sheet = np.asarray(Image.open(diffusion.out / "sample_vis/dots_reconstruction.png")).astype(int)
+    top = 18 + 18
+    image, recon, difference = (sheet[top : top + 128 : 8, left : left + 128 : 8] for left in (0, 132, 264))
+    np.testing.assert_array_equal(image, read_image(photos[0], (16, 16)))
+    assert np.abs(image - recon).mean() == pytest.approx(means[0], abs=0.01)
+    np.testing.assert_array_equal(difference[..., 0], (4 * np.abs(image - recon).max(axis=2)).clip(0, 255))
 
 
 # ---- RealNet and evaluation ------------------------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""Sheets that show people what a trained diffusion model does: its steps, and its reconstructions of given images."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from models.sdas.reconstruction import reconstruct
+from models.sdas.sampler import Sampler
+from utils.device import to_device
+from utils.pictures import contact_sheet, thumbnail, to_uint8
+
+STEP_IMAGES = 3
+MOST_STEPS = 20  # columns of a sheet; of more steps, some are shown
+LEAST_SIDE, MOST_SIDE = 64, 160  # of a picture in a sheet of steps, in pixels
+LEAST_RECONSTRUCTION_SIDE = 128  # which has room for the captions
+DIFFERENCE_FACTOR = 4
+
+
+def step_sheet(sampler: Sampler, name: str, number: int, strength: Sequence[float]) -> np.ndarray:
+    """What every step of sampling leaves of the first images of a class, and the x_0 that it predicts.
+
+    Args:
+        number: the class's number.
+        strength: range [low, high] of s.
+
+    Returns:
+        (H,W,3) uint8: two rows per image, one column per step.
+    """
+    count = sampler.process.num_timesteps
+    shown = {int(t) for t in np.linspace(count - 1, 0, min(count, MOST_STEPS)).round()}
+    states = []
+
+    def keep(t: int, x: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
+        if t in shown:
+            states.append((_pictures(x), _pictures(pred_xstart)))
+        return x
+
+    sampler.draw(name, number, range(STEP_IMAGES), *strength, progress=True, after_step=keep)
+    captions = [f"t={sampler.process.timestep_map[t]}" for t in sorted(shown, reverse=True)]
+    rows = []
+    for i in range(STEP_IMAGES):
+        rows.append((f"image {i}, after the step from t", [_shown(x[i]) for x, _ in states]))
+        rows.append(("predicted x_0", [_shown(pred_xstart[i]) for _, pred_xstart in states]))
+    return contact_sheet(rows, captions)
+
+
+def reconstructions(sampler: Sampler, number: int, images: np.ndarray) -> np.ndarray:
+    """Images (N,H,W,3) uint8 of a class, inverted to noise and sampled back."""
+    scaled = torch.from_numpy(images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
+    recon = reconstruct(sampler.process, sampler.model, to_device(scaled, sampler.device), number)
+    return _pictures(recon)
+
+
+def reconstruction_sheet(names: Sequence[str], images: np.ndarray, recon: np.ndarray) -> np.ndarray:
+    """A row per image: it, its reconstruction, and their difference times DIFFERENCE_FACTOR.
+
+    Args:
+        names: captions of the rows.
+        images, recon: (N,H,W,3) uint8.
+    """
+    differences = np.abs(images.astype(np.int16) - recon).max(axis=3) * DIFFERENCE_FACTOR
+    cells = zip(images, recon, differences.clip(0, 255).astype(np.uint8), strict=True)
+    rows = [
+        (name, [_enlarged(picture, LEAST_RECONSTRUCTION_SIDE) for picture in row])
+        for name, row in zip(names, cells, strict=True)
+    ]
+    return contact_sheet(rows, ["image", "reconstruction", f"{DIFFERENCE_FACTOR} x difference"])
+
+
+def _pictures(images: torch.Tensor) -> np.ndarray:
+    """(N,3,H,W) in about [-1, 1] -> (N,H,W,3) uint8."""
+    return to_uint8(images.clamp(-1, 1).float().cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+
+
+def _shown(image: np.ndarray) -> np.ndarray:
+    return thumbnail(_enlarged(image, LEAST_SIDE), MOST_SIDE)
+
+
+def _enlarged(image: np.ndarray, least: int) -> np.ndarray:
+    """The image, its pixels repeated until its longer side has `least`."""
+    factor = -(-least // max(image.shape[:2]))
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST) if factor > 1 else image
