@@ -57,12 +57,13 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
+from datasets.build import good_images_of_sdas
 from datasets.catalog import known_classes
 from datasets.images import read_image
 from datasets.loaders import SharedBatches
 from evaluation.quality import set_up_quality
 from models.sdas import SpacedDiffusion
-from models.sdas.sampler import Sampler, check_networks, set_up_sampler
+from models.sdas.sampler import Beginning, Sampler, check_networks, set_up_sampler
 from models.sdas.sheets import reconstruction_sheet, reconstructions, step_sheet
 from models.sdas.trained import class_list, load_networks
 from utils import cli, distributed
@@ -101,6 +102,7 @@ def main() -> None:
         classes = class_list(config, networks, known_classes(args.dataset))
         chosen = choose_classes(args.class_name, classes)
         sampler = set_up_sampler(config, run, networks)
+        sampler.beginning = beginning_of(config, out, sampler, chosen)
         numbers = {name: classes.index(name) for name in chosen}
         if args.quality:
             # dpmpp_2m adds no noise, so s has no effect.
@@ -133,6 +135,8 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> N
     if len(config.strength) != 2 or not 0 <= config.strength[0] <= config.strength[1]:
         where = "--strength" if args.strength else f"{path}: strength"
         raise UsageError(f"{where}: {config.strength} is not a range [low, high] with 0 <= low <= high")
+    if config.start_depth is not None and config.start_depth[0] > config.start_depth[1]:
+        raise UsageError(f"{path}: start_depth: {config.start_depth} is not a range [low, high]")
     if args.reconstruct and len(args.reconstruct) > MOST_RECONSTRUCTIONS:
         raise UsageError(f"--reconstruct: {len(args.reconstruct)} images; one sheet holds {MOST_RECONSTRUCTIONS}")
     if config.sampler == "dpmpp_2m":
@@ -152,6 +156,23 @@ def choose_classes(wanted: str, classes: list[str]) -> list[str]:
         if name not in classes:
             raise UsageError(f"--class_name {name}: the classes of the model are {', '.join(classes)}")
     return chosen
+
+
+def beginning_of(config: EasyDict, experiment: Path, sampler: Sampler, classes: list[str]) -> Beginning | None:
+    """What start_depth begins with: the images that the diffusion model of diffusion.yaml is trained on."""
+    if config.start_depth is None:
+        return None
+    images = good_images_of_sdas(experiment, sampler.size, sampler.seed, "start_depth begins with")
+    indices = {name: images.images.of_class(name) for name in classes}
+    missing = [name for name, found in indices.items() if not found]
+    if missing:
+        where = f"{experiment / 'diffusion.yaml'} lists no good image of {', '.join(missing)}"
+        raise UsageError(f"{where}, which start_depth begins with; add them, or set it to null")
+
+    def good(name: str, share: float) -> torch.Tensor:
+        return images[0, indices[name][int(share * len(indices[name]))]]["image"]
+
+    return Beginning(good, tuple(config.start_depth))
 
 
 # ---- the images of the data set --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 
 Settings: experiments/<dataset>/diffusion.yaml. Writes diffusion_checkpoints/ckpt_<epoch>.pth.tar, diffusion_log/
 and, at every validation, one contact sheet per class to diffusion_vis/. Validations also measure how far drawn images
-are from training images (KID, docs/quality.md).
+are from training images (KID, docs/synthesis.md).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Builds data sets from settings, and checks the settings without opening images."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from datasets.sdas import SDASDataset
 from datasets.splits import fingerprint, split_good
 from datasets.synthesis import WITHOUT_FOLDER, Synthesis
 from datasets.validation import HeldOutSet
+from utils.config import load_config
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
@@ -72,6 +73,24 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
     cache_mb = config.cache_mb if split == "train" else 0
     images, centred = ImageList(samples, Path(root)), split == "test"
     return SDASDataset(images, classes, preprocessing, augmentation, seed, cache_mb, config.crop, centred)
+
+
+def good_images_of_sdas(experiment: Path, size: Sequence[int], seed: int, needed_by: str) -> SDASDataset:
+    """The images that the diffusion model of an experiment was trained on, whole, at another size.
+
+    Args:
+        experiment: the folder of diffusion.yaml.
+        size: (height, width).
+        needed_by: what asks for them, for the message.
+
+    Raises:
+        UsageError: diffusion.yaml is missing, or its list cannot be read.
+    """
+    path = experiment / "diffusion.yaml"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist, which names the training images that {needed_by}")
+    overrides = [f"dataset.input_size={list(size)}", "dataset.crop=null", "dataset.cache_mb=0"]
+    return build_sdas_dataset(load_config(path, overrides, "diffusion").dataset, "train", None, seed)
 
 
 def check_sdas_list(config: dict, split: str, network: str) -> None:

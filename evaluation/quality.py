@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
-from datasets.build import build_sdas_dataset
+from datasets.build import good_images_of_sdas
 from datasets.loaders import SharedBatches
 from datasets.sdas import SDASDataset
 from evaluation.image_features import (
@@ -28,7 +28,7 @@ from evaluation.quality_rows import FEWEST_DRAWN, FEWEST_REAL, NOISE, Row, class
 from models.sdas.sampler import Sampler, image_seed
 from utils import distributed
 from utils.checkpoint import trained_checkpoint
-from utils.config import load_config, plain, pretrained_path
+from utils.config import plain, pretrained_path
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.files import remove_parts
@@ -148,11 +148,7 @@ def set_up_quality(
     """
     if count < FEWEST_DRAWN:
         raise UsageError(f"--quality-images {count}: at least {FEWEST_DRAWN}")
-    path = experiment / "diffusion.yaml"
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist, which names the training images that --quality compares with")
-    overrides = [f"dataset.input_size={list(sampler.size)}", "dataset.cache_mb=0"]
-    real = build_sdas_dataset(load_config(path, overrides, "diffusion").dataset, "train", None, sampler.seed)
+    real = good_images_of_sdas(experiment, sampler.size, sampler.seed, "--quality compares with")
     source = source_of(config.features, experiment)
     step = max(1, len(real) // CALIBRATION_IMAGES)
     extractor = Extractor(source, run.device, (pictures_of(real, [i])[0] for i in range(0, len(real), step)))
@@ -163,6 +159,7 @@ def set_up_quality(
         "TestSampler": plain(config.TestSampler),
         "classifier_scale": config.classifier_scale,
         "random_seed": sampler.seed,
+        "start_depth": config.start_depth,
         "size": list(sampler.size),
         "precision": sampler.precision,
         "training_images": real.images.summary(),

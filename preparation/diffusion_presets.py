@@ -20,7 +20,8 @@ _FROM_SCRATCH = {
     "ACCUMULATE": 1,
     "BETAS": "cosine",
     "SAMPLER": "dpmpp_2m_sde",
-    "COUNTS": "logsnr10",
+    "COUNTS": "logsnr20",
+    "DEPTHS": "[0.6, 0.95]",
 }
 # In each, the model learns crops of the images at the detector's size, so that it draws their grain.
 PRESETS: dict[str, dict[str, object]] = {
@@ -72,6 +73,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "ACCUMULATE": 3,
         "BETAS": "linear",
         "SAMPLER": "ancestral",
+        "DEPTHS": "null",
         "COUNTS": "ddim20",
         "CROP": None,
         "UNET_WIDTH": 256,

@@ -42,7 +42,7 @@ _SDAS = (
 FILES = {
     "diffusion.yaml": (*_SDAS, "UNET_WIDTH", "PRETRAINED_UNET", "EPOCHS", "DECAY"),
     "classifier.yaml": (*_SDAS, "CLASSIFIER_WIDTH", "PRETRAINED_CLASSIFIER", "POOL", "CLASSIFIER_EPOCHS"),
-    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH", "IMAGES_AT_ONCE", "NUMBER", "SAMPLER", "COUNTS", "BETAS"),
+    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH", "IMAGES_AT_ONCE", "NUMBER", "SAMPLER", "DEPTHS", "COUNTS", "BETAS"),
     "realnet_unified.yaml": _ALL,
 }
 IMAGES = "images"  # folder under data/<dataset>/

@@ -324,6 +324,12 @@ _SAMPLE = Section(
             "[0, 0].",
             [0.1, 0.2], low=0, high=100, length=2,
         ),
+        "start_depth": Setting(
+            "floats?",
+            "Range [low, high] of the share of all timesteps that good training images are noised to, to begin with; "
+            "null: pure noise (the paper). For models that are trained briefly or on crops.",
+            None, low=0, high=1, length=2,
+        ),
         "sampler": Setting(
             "str",
             "How a step is drawn: with the learned variance (ancestral), deterministic (ddim; dpmpp_2m: second order), "

@@ -409,6 +409,17 @@ class SpacedDiffusion:
         return torch.where(t == 0, _image_mean(nll), _image_mean(kl)) / math.log(2.0)
 
 
+def start_of(process: SpacedDiffusion, depth: float) -> int:
+    """The timestep of the process that an image is noised to: the kept one nearest to `depth` in 0 .. 1 of all T.
+
+    Example:
+        >>> start_of(SpacedDiffusion(1000, "ddim20", "linear"), 0.4)
+        8
+    """
+    kept = np.array(process.timestep_map)
+    return int(np.abs(kept - depth * (process.original_timesteps - 1)).argmin())
+
+
 def _per_image(s: Strength, x: torch.Tensor) -> torch.Tensor:
     # A number is filled in on the device; copying it there would wait for the device.
     values = s.to(x) if isinstance(s, torch.Tensor) else torch.full((1,), s, dtype=x.dtype, device=x.device)

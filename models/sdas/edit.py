@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import torch
 
-from models.sdas.diffusion import SpacedDiffusion, Strength
+from models.sdas.diffusion import SpacedDiffusion, Strength, start_of
 from models.sdas.noise import draw_noise
 from models.sdas.sampler import Sampler
 from utils.device import to_device
@@ -23,17 +23,6 @@ VISIBLE = 8.0  # grey levels by which the mean of a square differs where an imag
 SQUARE = 5  # side of that square, in pixels
 CLOSING = 5  # side of the ellipse that closes gaps of the mask, in pixels
 LEAST_SHARE = 5e-4  # of an image's pixels, below which a connected change is too small to be an anomaly
-
-
-def start_of(process: SpacedDiffusion, depth: float) -> int:
-    """The timestep of the process that an image is noised to: the kept one nearest to `depth` in 0 .. 1 of all T.
-
-    Example:
-        >>> start_of(SpacedDiffusion(1000, "ddim20", "linear"), 0.4)
-        8
-    """
-    kept = np.array(process.timestep_map)
-    return int(np.abs(kept - depth * (process.original_timesteps - 1)).argmin())
 
 
 def edit_inside(

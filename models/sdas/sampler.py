@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
-from models.sdas.diffusion import AfterStep, SpacedDiffusion
+from models.sdas.diffusion import AfterStep, SpacedDiffusion, start_of
 from models.sdas.guidance import classifier_guidance
 from models.sdas.trained import load_averaged
 from models.sdas.unet import check_size, create_classifier_unet, create_diffusion_unet
@@ -22,6 +22,22 @@ from utils.pictures import to_uint8
 from utils.precision import autocast, resolve_precision
 
 log = logging.getLogger("realnet")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Good images that drawing begins with, in place of pure noise (Meng et al. 2022, SDEdit, arXiv 2108.01073).
+
+    Noised to a depth and drawn back with strength s, they keep their colours and layout, which a model learns last, or
+    never if it is trained on crops.
+
+    Args:
+        good: a good image (3,H,W) in [-1, 1] of a class, by the class's name and a number in [0, 1).
+        depth: range (low, high) of the share of all timesteps that an image is noised to.
+    """
+
+    good: Callable[[str, float], torch.Tensor]
+    depth: tuple[float, float]
 
 
 @dataclass
@@ -36,6 +52,7 @@ class Sampler:
     size: tuple[int, int]
     seed: int
     device: torch.device
+    beginning: Beginning | None = None  # None: pure noise
 
     def model(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.precision):
@@ -59,7 +76,8 @@ class Sampler:
         # One generator per image, so that its noise does not depend on the batch.
         generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
         strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
-        images = self.sample(number, strengths, generators, progress, after_step)
+        goods, start = self._begin(name, generators)
+        images = self.sample(number, strengths, generators, progress, after_step, goods, start)
         if not images.isfinite().all():
             raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
         return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
@@ -71,20 +89,42 @@ class Sampler:
         generators: Sequence[torch.Generator],
         progress: bool = False,
         after_step: AfterStep | None = None,
+        goods: torch.Tensor | None = None,
+        start: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Images (N,3,H,W) of a class, on the device, about -1 .. 1, with strengths (N,). No step waits for it."""
-        noise = torch.stack([torch.randn(3, *self.size, generator=g) for g in generators])
+        """Images (N,3,H,W) of a class, on the device, about -1 .. 1, with strengths (N,). No step waits for it.
+
+        Args:
+            goods, start: good images (N,3,H,W), and the timestep of the process that each is noised to; None begins
+                with pure noise.
+        """
+        x = to_device(torch.stack([torch.randn(3, *self.size, generator=g) for g in generators]), self.device)
+        if goods is not None and start is not None:
+            x = self.process.q_sample(to_device(goods, self.device), to_device(torch.tensor(start), self.device), x)
         y = torch.full((len(generators),), number, device=self.device)
         return self.process.sample_loop(self.sampler)(
             self.model,
-            to_device(noise, self.device),
+            x,
             s=to_device(strengths, self.device),
             cond_fn=self.cond_fn,
             model_kwargs={"y": y},
             generator=generators,
             progress=progress,
+            start=start,
             after_step=after_step,
         )
+
+    def _begin(
+        self, name: str, generators: Sequence[torch.Generator]
+    ) -> tuple[torch.Tensor, list[int]] | tuple[None, None]:
+        """A good image for each generator, and the timestep that it is noised to; None if pure noise is begun with."""
+        if self.beginning is None:
+            return None, None
+        drawn = torch.stack([torch.rand(2, generator=g) for g in generators])
+        low, high = self.beginning.depth
+        depths = low + (high - low) * drawn[:, 1]
+        goods = torch.stack([self.beginning.good(name, float(share)) for share in drawn[:, 0]])
+        return goods, [start_of(self.process, float(depth)) for depth in depths]
 
 
 def check_networks(config: EasyDict, path: Path) -> None:

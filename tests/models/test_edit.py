@@ -6,7 +6,7 @@ import torch
 
 from models.sdas import SpacedDiffusion, create_diffusion_unet
 from models.sdas.edit import CLOSING, GoodImage, changed_mask, edit_images, edit_inside, put_back, start_of
-from models.sdas.sampler import Sampler
+from models.sdas.sampler import Beginning, Sampler
 from tests.models.test_diffusion import FULL, Gaussian
 from tests.rule_filled import fill
 
@@ -201,3 +201,33 @@ def test_a_grey_image_stays_grey_if_that_is_asked_for():
     assert np.ptp(colour.image, axis=2).max() > 10
     assert not np.ptp(grey.image, axis=2).any()
     assert grey.mask.any()
+
+
+def test_images_that_begin_with_good_ones_keep_them_the_more_the_less_deep():
+    class Sees(Gaussian):
+        def __call__(self, x, t, y):
+            return super().__call__(x, t)
+
+    images = {"a": goods(4), "b": goods(4) - 0.3}
+
+    def drawn(depth: tuple[float, float], indices: list[int], name: str = "a") -> np.ndarray:
+        beginning = Beginning(lambda name, share: images[name][int(share * 4)], depth)
+        device = torch.device("cpu")
+        process = PROCESSES["dpmpp_2m_sde"]
+        sampler = Sampler(process, Sees(MEAN, STD), None, "dpmpp_2m_sde", "off", (SIDE, SIDE), 1, device, beginning)
+        return sampler.draw(name, 0, indices, 0.0, 0.0)
+
+    def nearest(pictures: np.ndarray, name: str) -> float:
+        own = ((images[name].permute(0, 2, 3, 1).numpy() + 1) * 127.5)[None]
+        return float(np.abs(pictures[:, None] - own).mean(axis=(2, 3, 4)).min(axis=1).mean())
+
+    together = {depth: drawn((depth, depth), list(range(8))) for depth in (0.0, 0.3, 0.6, 0.95)}
+    distances = [nearest(pictures, "a") for pictures in together.values()]
+    assert distances == sorted(distances)
+    assert distances[0] < 3 < 15 < distances[-1]
+    assert nearest(drawn((0.0, 0.0), [0, 1], "b"), "b") < 3
+    # An image depends on its own numbers only; a range gives each its own depth.
+    mixed = drawn((0.0, 0.95), list(range(8)))
+    assert np.array_equal(drawn((0.0, 0.95), [5, 2]), mixed[[5, 2]])
+    spread = [nearest(mixed[[i]], "a") for i in range(8)]
+    assert min(spread) + 10 < max(spread)

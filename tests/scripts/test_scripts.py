@@ -197,12 +197,13 @@ def test_sampling_options_change_the_images(diffusion, classifier):
         ["--sampler", "dpmpp_2m_sde", "--steps", "4"],
         ["--steps", "2"],
         ["--strength", "0.5", "0.9"],
+        ["--set", "start_depth=[0.3, 0.6]"],
     ):
         arguments = ["--set", f"workspace.root={root}", "--set", "sample_number=1", "--overwrite"]
         arguments += ["--set", "classifier_scale=30"]
         diffusion.run("sample.py", "--class_name", "dots", *arguments, *options)
         seen.add(sampled_images(root / "dots")[0].tobytes())
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 def test_sampling_without_a_classifier_section(diffusion):
