@@ -89,6 +89,7 @@ from datasets.images import allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
 from datasets.parts import parts_of
 from datasets.splits import Fingerprint, split_good
+from datasets.synthesis import OF_GOOD_IMAGES, WITH_TEXTURES
 from preparation import diffusion_presets, findings, placing, settings_files
 from preparation.classes import UNSPLIT, DatasetOnDisk
 from preparation.duplicates import report_leaks
@@ -107,7 +108,6 @@ from utils.log import log, log_to_terminal
 from utils.pictures import write_image
 
 TEXTURES_DIR = "data/DTD/images"  # as in the presets
-WITH_TEXTURES = "{normal: 0.5, dtd: 0.2, cutpaste: 0.1, self: 0.1, noise: 0.1}"  # anomaly types
 
 
 def main() -> None:
@@ -399,7 +399,7 @@ def print_next(args: argparse.Namespace) -> None:
     train = f"train_realnet.py --dataset {name} --class_name {chosen}"
     evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
     types = anomaly_types_of(Path("experiments") / name / "realnet.yaml")
-    shares = {"cutpaste": settings_files.WITHOUT_TEXTURES, "dtd": WITH_TEXTURES, "sdas": "{normal: 0.5, sdas: 0.5}"}
+    shares = {"cutpaste": OF_GOOD_IMAGES, "dtd": WITH_TEXTURES, "sdas": "{normal: 0.5, sdas: 0.5}"}
     quick, with_textures, with_diffusion = (
         "" if types.get(kind) else f' --set "dataset.train.anomaly_types={share}"' for kind, share in shares.items()
     )

@@ -27,7 +27,10 @@ THREADS = 16  # that open source images: most of the time is spent waiting for t
 ATTEMPTS = 20  # source images in a row that may turn out to be broken while they are decoded
 DRAWS = 10  # of a local anomaly, until one changes the foreground by at least VISIBLE grey levels
 VISIBLE = 3.0
-WITHOUT_FOLDER = "dataset.train.anomaly_types: {normal: 0.5, cutpaste: 0.25, noise: 0.25}, which needs no other images"
+# Values of anomaly_types: of good images alone, and with a folder of textures.
+OF_GOOD_IMAGES = "{normal: 0.5, cutpaste: 0.17, self: 0.16, noise: 0.17}"
+WITH_TEXTURES = "{normal: 0.5, dtd: 0.2, cutpaste: 0.1, self: 0.1, noise: 0.1}"
+WITHOUT_FOLDER = f"dataset.train.anomaly_types: {OF_GOOD_IMAGES}, which needs no other images"
 
 
 @dataclass(frozen=True)

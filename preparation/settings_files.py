@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from datasets.foreground import rule_for
+from datasets.synthesis import OF_GOOD_IMAGES
 from models.structures import NORMALIZATIONS, structure_of
 from preparation import diffusion_presets
 from preparation.presets import PRESETS
@@ -114,9 +115,6 @@ class Networks:
     diffusion: str = "paper"
 
 
-WITHOUT_TEXTURES = "{normal: 0.5, cutpaste: 0.17, self: 0.16, noise: 0.17}"  # anomaly types
-
-
 @dataclass(frozen=True)
 class Told:
     """What the settings say of the images.
@@ -189,7 +187,7 @@ def _quoted(value: str) -> str:
 
 def _without_textures(text: str) -> str:
     """The text of a realnet.yaml with other anomaly types in place of dtd, if it has that one."""
-    return re.sub(r"anomaly_types: \{[^}\n]*dtd:[^}\n]*\}", f"anomaly_types: {WITHOUT_TEXTURES}", text)
+    return re.sub(r"anomaly_types: \{[^}\n]*dtd:[^}\n]*\}", f"anomaly_types: {OF_GOOD_IMAGES}", text)
 
 
 def settings_texts(
