@@ -56,7 +56,7 @@ class Subject:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images."""
-        return tuple(self.config.dataset.input_size)
+        return tuple(self.config.dataset.get("crop") or self.config.dataset.input_size)
 
     def build(self) -> nn.Module:
         """The network, with random weights, on the CPU."""

@@ -46,7 +46,6 @@ PRESETS: dict[str, dict[str, object]] = {
     # 58 M parameters: a GPU of 8 GB.
     "medium": {
         **_FROM_SCRATCH,
-        "CHECKPOINTING": True,
         "CROP": 128,
         "UNET_WIDTH": 96,
         "CLASSIFIER_WIDTH": 64,
