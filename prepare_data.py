@@ -235,7 +235,8 @@ def prepare(args: argparse.Namespace) -> bool:
     print_counts(train, test)
     if own:
         size = tuple(args.input_size or settings_files.input_size([info.size for info in infos.values()]))
-        write_settings(args, len({sample.clsname for sample in train}), size)
+        grey = all(infos[sample.filename].grey for sample in train)
+        write_settings(args, len({sample.clsname for sample in train}), size, grey)
     log_stale_lists(args.dataset, {sample.clsname for sample in train})
     return findings.report(problems, findings_file(args.dataset))
 
@@ -303,7 +304,7 @@ def list_texts(folder: Path, train: list[Sample], test: list[Sample]) -> dict[Pa
     return texts
 
 
-def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]) -> None:
+def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int], grey: bool) -> None:
     """Write the YAML files for a data set of the user's own; existing files are kept, and what differs is said."""
     folder, kept = Path("experiments") / args.dataset, {}
     reader = {"max_megapixels": args.max_megapixels} if args.max_megapixels != MEGAPIXELS else {}
@@ -312,7 +313,7 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     diffusion, why_diffusion = diffusion_presets.chosen(args.diffusion)
     networks = settings_files.Networks(preset, args.backbone, args.weights, args.normalization, diffusion)
     textures = bool(list_images(TEXTURES_DIR))
-    told = settings_files.Told(args.foreground, args.parts, reader, textures)
+    told = settings_files.Told(args.foreground, args.parts, reader, textures, grey)
     texts = settings_files.settings_texts(args.dataset, classes, size, told, networks)
     for name, text in texts.items():
         if not (folder / name).is_file():

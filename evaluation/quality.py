@@ -160,6 +160,7 @@ def set_up_quality(
         "classifier_scale": config.classifier_scale,
         "random_seed": sampler.seed,
         "start_depth": config.start_depth,
+        "color_mode": config.color_mode,
         "size": list(sampler.size),
         "precision": sampler.precision,
         "training_images": real.images.summary(),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from datasets.anomaly import is_grey
 from datasets.images import count_pages, open_image, pixels_of, read_image, read_mask, same_aspect_ratio
 from datasets.lists import Sample
 from datasets.splits import Fingerprint, fingerprint
@@ -27,11 +28,13 @@ class ImageInfo:
         size: (height, width) of the upright image.
         fingerprint: to find near-duplicates by.
         largest: the largest value of a 16-bit image; None for others.
+        grey: whether the three channels are equal.
     """
 
     size: tuple[int, int]
     fingerprint: Fingerprint
     largest: int | None = None
+    grey: bool = False
 
 
 def inspect(root: Path, samples: Sequence[Sample]) -> tuple[dict[str, ImageInfo], list[Sample], list[Finding]]:
@@ -85,7 +88,11 @@ def _inspect_one(root: Path, sample: Sample) -> tuple[Sample, ImageInfo | None, 
         problems.append(Finding(CHECK, sample.filename, f"has {pages} pages, of which only the first is used"))
     if unusable:
         sample = replace(sample, maskname=None)
-    return sample, ImageInfo(size, fingerprint(image), _largest(root / sample.filename, image)), problems
+    return (
+        sample,
+        ImageInfo(size, fingerprint(image), _largest(root / sample.filename, image), is_grey(image)),
+        problems,
+    )
 
 
 def _largest(path: Path, image: np.ndarray) -> int | None:

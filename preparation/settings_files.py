@@ -43,7 +43,18 @@ _SDAS = (
 FILES = {
     "diffusion.yaml": (*_SDAS, "UNET_WIDTH", "PRETRAINED_UNET", "EPOCHS", "DECAY"),
     "classifier.yaml": (*_SDAS, "CLASSIFIER_WIDTH", "PRETRAINED_CLASSIFIER", "POOL", "CLASSIFIER_EPOCHS"),
-    "sample.yaml": ("DATASET", "HEIGHT", "WIDTH", "IMAGES_AT_ONCE", "NUMBER", "SAMPLER", "DEPTHS", "COUNTS", "BETAS"),
+    "sample.yaml": (
+        "DATASET",
+        "HEIGHT",
+        "WIDTH",
+        "IMAGES_AT_ONCE",
+        "NUMBER",
+        "SAMPLER",
+        "COLOURS",
+        "DEPTHS",
+        "COUNTS",
+        "BETAS",
+    ),
     "realnet_unified.yaml": _ALL,
 }
 IMAGES = "images"  # folder under data/<dataset>/
@@ -124,12 +135,14 @@ class Told:
         parts: value of dataset.train.parts.
         reader: further keys of dataset.image_reader.kwargs.
         textures: whether there are textures for the anomaly type dtd; else other types take its place.
+        grey: whether all training images are grey.
     """
 
     foreground: str = "none"
     parts: str | None = None
     reader: Mapping[str, Any] = field(default_factory=dict)
     textures: bool = True
+    grey: bool = False
 
     @property
     def reading(self) -> str:
@@ -220,6 +233,7 @@ def settings_texts(
             "CLASSES": classes,
             "HEIGHT": height,
             "WIDTH": width,
+            "COLOURS": "GRAY" if told.grey else "RGB",
             **diffusion_presets.values_of(networks.diffusion, (height, width)),
         }
         path = TEMPLATES / name

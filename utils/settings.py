@@ -324,6 +324,12 @@ _SAMPLE = Section(
             "[0, 0].",
             [0.1, 0.2], low=0, high=100, length=2,
         ),
+        "color_mode": Setting(
+            "str",
+            "RGB; GRAY makes the drawn images grey, for grey training images, which a model tints at first.",
+            "RGB",
+            choices=("RGB", "GRAY"),
+        ),
         "start_depth": Setting(
             "floats?",
             "Range [low, high] of the share of all timesteps that good training images are noised to, to begin with; "

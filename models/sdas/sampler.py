@@ -53,6 +53,7 @@ class Sampler:
     seed: int
     device: torch.device
     beginning: Beginning | None = None  # None: pure noise
+    grey: bool = False  # three equal channels, the mean of what is drawn
 
     def model(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.precision):
@@ -80,7 +81,10 @@ class Sampler:
         images = self.sample(number, strengths, generators, progress, after_step, goods, start)
         if not images.isfinite().all():
             raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
-        return to_uint8(images.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+        images = images.clamp(-1, 1)
+        if self.grey:
+            images = images.mean(dim=1, keepdim=True).expand_as(images)
+        return to_uint8(images.cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
 
     def sample(
         self,
@@ -163,7 +167,8 @@ def set_up_sampler(config: EasyDict, run: Run, networks: dict[str, tuple[Path, d
         classifier.requires_grad_(False).eval().to(run.device, memory_format=layout)
         cond_fn = classifier_guidance(classifier, config.classifier_scale, precision)
     process = SpacedDiffusion(**config.TestSampler)
-    return Sampler(process, unet, cond_fn, config.sampler, precision, size, config.random_seed, run.device)
+    grey = config.color_mode == "GRAY"
+    return Sampler(process, unet, cond_fn, config.sampler, precision, size, config.random_seed, run.device, grey=grey)
 
 
 def image_seed(seed: int, name: str, index: int) -> int:

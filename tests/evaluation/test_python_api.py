@@ -42,8 +42,9 @@ def test_the_example_in_the_detector_s_docstring_runs(detector, monkeypatch):
     assert (result.attempted, result.failed) == (6, 0)
 
 
-def test_the_example_in_the_docs_runs(detector, tmp_path, monkeypatch, capsys):
-    page = (REPOSITORY / "docs/deployment.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/deployment.md"])
+def test_the_example_in_the_docs_runs(page, detector, monkeypatch, capsys):
+    page = (REPOSITORY / page).read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     places = {"experiments/demo/realnet_checkpoints/gravel": CLASS_FOLDER, "new_images": f"{TEST_FOLDER}/spot"}
     for name, place in places.items():

@@ -257,8 +257,10 @@ def test_a_size_of_the_diffusion_model_gives_settings_that_train_and_sample(pres
 def test_a_preset_is_a_whole_file_and_its_values_reach_the_settings(preset, tmp_path):
     assert load_config(REPOSITORY / f"experiments/presets/{preset}.yaml", script="realnet").dataset.type == "parts"
     detector = settings_files.Networks(preset, "efficientnet_b0", 'C:\\my "w".pth', "half")
-    told = settings_files.Told("auto", r"bolt\d+", {"bits": 12})
-    text = settings_files.settings_texts("bolts", 1, (96, 160), told, detector)["realnet.yaml"]
+    told = settings_files.Told("auto", r"bolt\d+", {"bits": 12}, grey=True)
+    texts = settings_files.settings_texts("bolts", 1, (96, 160), told, detector)
+    assert yaml.safe_load(texts["sample.yaml"])["color_mode"] == "GRAY"
+    text = texts["realnet.yaml"]
     assert yaml.safe_load(text)["dataset"]["train"]["parts"] == r"bolt\d+"
     (tmp_path / "realnet.yaml").write_text(text)
     config = load_config(tmp_path / "realnet.yaml", script="realnet")

@@ -24,7 +24,7 @@ SCRIPTS = {
 }
 PER_SCRIPT = 50
 # Keys that take any value, or whose wrong values show only later.
-FREE = ("name", "type", "sdas_dir", "dtd_dir", "results_dir", "foreground")
+FREE = ("name", "type", "sdas_dir", "dtd_dir", "results_dir", "foreground", "section_counts")
 
 
 def leaves(node: Any, path: tuple = ()) -> Iterator[tuple]:

@@ -180,7 +180,7 @@ def test_without_a_network_validations_say_once_that_kid_is_not_measured(workspa
 
 
 def test_a_model_that_draws_infinite_values_is_reported_and_the_training_goes_on(workspace, call, monkeypatch):
-    def sample_nothing(self, number, strengths, generators, progress=False):
+    def sample_nothing(self, number, strengths, generators, *options):
         return torch.full((len(generators), 3, *self.size), torch.nan)
 
     monkeypatch.setattr(Sampler, "sample", sample_nothing)
