@@ -69,7 +69,7 @@ for i, (top, left) in enumerate(rng.permutation(corners)):
 # edited. The options after `--root` make a small detector; your own pictures need none of them but `--preview`.
 
 # %%
-INPUT = 64 if QUICK else SIZE
+INPUT = 32 if QUICK else SIZE
 run(
     "prepare_data.py --dataset bricks --root shots --preset quick --backbone resnet18 "
     f"--input-size {INPUT} {INPUT} --preview"
@@ -86,7 +86,7 @@ run(
 # and 300 steps trained. `dataset.workers=0` reads so few images without processes of their own.
 
 # %%
-STEPS = 4 if QUICK else 50
+STEPS = 2 if QUICK else 50
 run(
     "train_realnet.py --dataset bricks --class_name bricks --overwrite --set net.backbone.kwargs.weights=random "
     f"--set net.afs.kwargs.init_bsn=8 --set trainer.max_step={STEPS} --set dataset.workers=0"
