@@ -68,11 +68,13 @@ def test_a_benchmark_is_read_back(example, tmp_path_factory, monkeypatch):
     stubs = write_stubs(tmp_path_factory.mktemp("stubs"))  # in place of the trainings
     monkeypatch.setattr(benchmark, "REPOSITORY", stubs)
     monkeypatch.setattr(benchmark_cell, "REPOSITORY", stubs)
+    run_process = subprocess.run
 
     def start(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess:
         if Path(command[1]).name != "benchmark.py":
             return in_quick_process(command, cwd)
         with monkeypatch.context() as patched:
+            patched.setattr(subprocess, "run", run_process)
             patched.chdir(cwd)
             patched.setattr(sys, "argv", [*command[1:], "--device", "cpu"])
             cli.run(benchmark.main)
