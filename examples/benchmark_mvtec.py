@@ -5,7 +5,7 @@
 # test images. `benchmark.py` trains every class with every seed and prints means, deviations, and what that choice
 # was worth.
 #
-#     python examples/benchmark_mvtec.py            # some minutes on two CPU cores
+#     python examples/benchmark_mvtec.py
 #     python examples/benchmark_mvtec.py --quick    # a few steps, to see that everything runs
 #
 # Everything is written to `examples_output/benchmark_mvtec/`, below the folder where this is started.

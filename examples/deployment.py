@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A detector in use: from Python, exported, and on large images
 #
-#     python examples/deployment.py            # some minutes on two CPU cores
+#     python examples/deployment.py
 #     python examples/deployment.py --quick    # a few steps, to see that everything runs
 #
 # Everything is written to `examples_output/deployment/`, below the folder where this is started.

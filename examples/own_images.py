@@ -4,7 +4,7 @@
 # A factory has a folder of photographs, sorted into OK and not OK. This example makes such a folder, lets
 # `prepare_data.py` write lists and settings, trains a detector, says how good it is, and scores new pictures.
 #
-#     python examples/own_images.py            # a minute or two on two CPU cores
+#     python examples/own_images.py            # a minute or two of one CPU core
 #     python examples/own_images.py --quick    # a few steps: it shows the way, but no detector comes out of it
 #
 # Everything is written to `examples_output/own_images/`, below the folder where this is started.

@@ -5,7 +5,7 @@
 # s. This example trains a tiny one, draws images with it, measures them, and writes pairs of image and mask that
 # other programs can train on.
 #
-#     python examples/synthesis.py            # some minutes on two CPU cores; real models need a GPU and hours
+#     python examples/synthesis.py            # a tiny model; real ones need a GPU and hours
 #     python examples/synthesis.py --quick    # a few steps: the pictures are noise
 #
 # Everything is written to `examples_output/synthesis/`, below the folder where this is started.
