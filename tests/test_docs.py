@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ PUBLIC = [
     "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
     "models.sdas.diffusion", "models.sdas.unet", "models.structures", "models.subspace", "utils.optim",
 ]  # fmt: skip
+PAGES = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted(REPOSITORY.glob("docs/*.md")),
+    *(REPOSITORY / folder / "README.md" for folder in ("data", "examples", "experiments", "pretrain")),
+]
 
 
 @pytest.mark.parametrize(("key", "setting"), KEYS, ids=[key for key, _ in KEYS])
@@ -42,19 +48,36 @@ def test_examples_in_docstrings_hold(name, monkeypatch):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize(
-    "path", [*sorted(REPOSITORY.glob("docs/*.md")), REPOSITORY / "CONTRIBUTING.md"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_pages_name_existing_files(path: Path):
-    """Links between the pages, and the modules that they name, lead to files."""
-    import re
-
+    """Links between the pages, their headings, and the modules that they name lead to something."""
     text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
         if not target.startswith("http"):
-            assert (path.parent / target).exists(), f"{path}: {target} does not exist"
+            page = path.parent / target if target else path
+            assert page.exists(), f"{path}: {target} does not exist"
+            assert not heading or heading in headings(page), f"{path}: {target} has no heading {heading}"
     for module in re.findall(r"`((?:datasets|evaluation|models|preparation|utils|tests)/[\w/]+\.py)`", text):
         assert (REPOSITORY / module).is_file(), f"{path}: {module} does not exist"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    names = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", name).lower().replace(" ", "-") for name in names}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_commands_in_pages_are_those_of_the_scripts(path: Path):
+    """Scripts that code blocks run exist, and have the options that stand there."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    shared = (REPOSITORY / "utils/arguments.py").read_text(encoding="utf-8")
+    for script, given in re.findall(r"(?:python|torchrun[^\n]*?|exec python) ([\w/]+\.py)([^\n#`'|]*)", text):
+        assert (REPOSITORY / script).is_file(), f"{path}: {script} does not exist"
+        source = (REPOSITORY / script).read_text(encoding="utf-8") + shared
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", given):
+            known = f'"{option}"' in source or option == "--quick"
+            assert known, f"{path}: {script} has no option {option}"
 
 
 def test_the_citation_file_is_that_of_the_paper():
