@@ -62,7 +62,7 @@ class ValidationKID:
             Stopped: a signal has arrived.
         """
         config, run, progress = training.config, training.run, training.progress
-        process, size = SpacedDiffusion(**config.TestSampler), tuple(config.dataset.input_size)
+        process, size = SpacedDiffusion(**config.TestSampler), self.train_set.size
         sampler = _Tolerant(
             process, training.ema.model, None, "ancestral", training.precision, size, config.random_seed, run.device
         )

@@ -172,6 +172,19 @@ def test_validations_measure_kid_and_leave_the_training_as_it_is(workspace, call
     assert "(4 images of each class)" in out
 
 
+def test_validations_of_a_model_of_crops_draw_crops(workspace, call, monkeypatch):
+    sizes = set()
+
+    def sample_black(self, number, strengths, generators, *options):
+        sizes.add(self.size)
+        return torch.zeros(len(generators), 3, *self.size)
+
+    monkeypatch.setattr(Sampler, "sample", sample_black)
+    crops = ["dataset.input_size=[32, 48]", "dataset.crop=[16, 32]", "features.weights=random", "trainer.max_epoch=1"]
+    train(call, workspace, "crops", *KID, *(part for value in crops for part in ("--set", value)))
+    assert sizes == {(16, 32)}
+
+
 def test_without_a_network_validations_say_once_that_kid_is_not_measured(workspace, call, offline):
     out, _, lines = train(call, workspace, "skipped", *KID, "--set", "trainer.max_epoch=1")
     assert out.count("KID") == 1
