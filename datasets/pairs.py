@@ -1,6 +1,6 @@
 """Pairs of an image with a synthetic anomaly and its mask: training's own draws, at the input or the full size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,16 +76,14 @@ class TrainingPairs:
         Raises:
             RunError: nothing can be drawn on IMAGES good images.
         """
-        epoch, start = divmod(i, len(self.indices))
-        images = min(IMAGES, len(self.indices))
-        for number in range(images * ATTEMPTS):
-            index = self.indices[(start + number // ATTEMPTS) % len(self.indices)]
-            pair = self._drawn(epoch + number * LATER, index)
+        for epoch, index in tries(i, self.indices, IMAGES, ATTEMPTS):
+            pair = self._drawn(epoch, index)
             if pair is not None:
                 return pair
-        first = self.train_set.samples[self.indices[start]].filename
+        first = self.train_set.samples[self.indices[i % len(self.indices)]].filename
+        others = min(IMAGES, len(self.indices)) - 1
         raise RunError(
-            f"{first}: no anomaly shows on it or the {images - 1} images after it, in {ATTEMPTS} draws each; is their "
+            f"{first}: no anomaly shows on it or the {others} images after it, in {ATTEMPTS} draws each; is their "
             "foreground empty (dataset.foreground; prepare_data.py --preview shows it)?"
         )
 
@@ -124,6 +122,24 @@ class TrainingPairs:
     def _read(self, path: Path, size: Sequence[int] | None) -> np.ndarray:
         preprocessing = self.train_set.preprocessing
         return read_image(path, size, preprocessing.color_mode == "GRAY", preprocessing.bits)
+
+
+def tries(i: int, indices: Sequence[int], images: int, attempts: int) -> Iterator[tuple[int, int]]:
+    """The (epoch, index) to draw pair i of: first that of divmod(i, number of indices), then the same image in epochs
+    that are no other pair's, then the images after it.
+
+    Args:
+        indices: of the good images of a class.
+        images: good images in a row that are tried.
+        attempts: on each of them.
+
+    Example:
+        >>> list(tries(7, [10, 11, 12], images=2, attempts=2))
+        [(2, 11), (1000002, 11), (2000002, 12), (3000002, 12)]
+    """
+    epoch, start = divmod(i, len(indices))
+    for number in range(min(images, len(indices)) * attempts):
+        yield epoch + number * LATER, indices[(start + number // attempts) % len(indices)]
 
 
 def enlarged_mask(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:

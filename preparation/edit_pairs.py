@@ -10,8 +10,9 @@ import numpy as np
 
 from datasets.anomaly import is_grey
 from datasets.catalog import known_classes
+from datasets.edits import EDIT
 from datasets.images import resize
-from datasets.pairs import LATER, Pair, enlarged_mask
+from datasets.pairs import Pair, enlarged_mask, tries
 from datasets.perlin import perlin_mask
 from datasets.realnet import RealNetTrainSet
 from models.sdas.edit import GoodImage, edit_images
@@ -24,7 +25,6 @@ from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import sha256
 
-EDIT = "edit"  # the type of these anomalies
 ATTEMPTS = 5  # on one good image, until a change shows
 IMAGES = 4  # good images in a row that are tried
 STREAM = 2**30  # keeps the random numbers of masks apart from the training's, whose second part is the epoch
@@ -66,17 +66,15 @@ class EditPairs:
         Raises:
             RunError: nothing shows on IMAGES good images.
         """
-        epoch, start = divmod(i, len(self.indices))
-        images = min(IMAGES, len(self.indices))
-        for number in range(images * ATTEMPTS):
+        for epoch, index in tries(i, self.indices, IMAGES, ATTEMPTS):
             self.heed()
-            index = self.indices[(start + number // ATTEMPTS) % len(self.indices)]
-            pair = self._edited(epoch + number * LATER, index)
+            pair = self._edited(epoch, index)
             if pair is not None:
                 return pair
-        first = self.train_set.samples[self.indices[start]].filename
+        first = self.train_set.samples[self.indices[i % len(self.indices)]].filename
+        others = min(IMAGES, len(self.indices)) - 1
         raise RunError(
-            f"{first}: no edit shows on it or the {images - 1} images after it, in {ATTEMPTS} tries each; raise "
+            f"{first}: no edit shows on it or the {others} images after it, in {ATTEMPTS} tries each; raise "
             "--depth or --strength, or is their foreground empty (dataset.foreground)?"
         )
 

@@ -15,7 +15,8 @@ from utils.settings import SETTINGS
 KEYS = [(f"{file}.{key}", setting) for file, section in SETTINGS.items() for key, setting in rows(section)]
 PUBLIC = [
     "datasets.anomaly", "datasets.foreground", "datasets.given_images", "datasets.good_images", "datasets.images",
-    "datasets.lists", "datasets.loaders", "datasets.local_anomalies", "datasets.pair_formats", "datasets.perlin",
+    "datasets.lists", "datasets.loaders", "datasets.local_anomalies", "datasets.pair_formats", "datasets.pairs",
+    "datasets.perlin",
     "evaluation.inputs",
     "evaluation.metrics", "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
     "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
