@@ -236,7 +236,7 @@ def prepare(args: argparse.Namespace) -> bool:
     if own:
         size = tuple(args.input_size or settings_files.input_size([info.size for info in infos.values()]))
         grey = all(infos[sample.filename].grey for sample in train)
-        write_settings(args, len({sample.clsname for sample in train}), size, grey)
+        write_settings(args, len({sample.clsname for sample in train}), size, grey, len(train))
     log_stale_lists(args.dataset, {sample.clsname for sample in train})
     return findings.report(problems, findings_file(args.dataset))
 
@@ -304,7 +304,7 @@ def list_texts(folder: Path, train: list[Sample], test: list[Sample]) -> dict[Pa
     return texts
 
 
-def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int], grey: bool) -> None:
+def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int], grey: bool, images: int) -> None:
     """Write the YAML files for a data set of the user's own; existing files are kept, and what differs is said."""
     folder, kept = Path("experiments") / args.dataset, {}
     reader = {"max_megapixels": args.max_megapixels} if args.max_megapixels != MEGAPIXELS else {}
@@ -313,7 +313,7 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
     diffusion, why_diffusion = diffusion_presets.chosen(args.diffusion)
     networks = settings_files.Networks(preset, args.backbone, args.weights, args.normalization, diffusion)
     textures = bool(list_images(TEXTURES_DIR))
-    told = settings_files.Told(args.foreground, args.parts, reader, textures, grey)
+    told = settings_files.Told(args.foreground, args.parts, reader, textures, grey, images)
     texts = settings_files.settings_texts(args.dataset, classes, size, told, networks)
     for name, text in texts.items():
         if not (folder / name).is_file():

@@ -10,6 +10,8 @@ import torch
 GIB = 2**30
 MEDIUM_MEMORY, PAPER_MEMORY = 7 * GIB, 22 * GIB  # cards that are sold as 8 and 24 GB, less what they keep
 
+VALIDATIONS = 5  # in a training
+
 _FROM_SCRATCH = {
     "MODEL_START": "from scratch",
     "PRETRAINED_UNET": "null",
@@ -92,12 +94,18 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-def values_of(preset: str, size: Sequence[int]) -> dict[str, object]:
-    """The values of a preset's places, for images of the size (height, width)."""
+def values_of(preset: str, size: Sequence[int], images: int) -> dict[str, object]:
+    """The values of a preset's places, for training images of the size (height, width), and so many of them."""
     values = dict(PRESETS[preset])
+    if values["STEPS"] == "null":
+        every = 10
+    else:
+        # With few images, an epoch takes seconds, and a validation minutes.
+        every = max(1, values["STEPS"] * values["BATCH"] // (VALIDATIONS * max(1, images)))
     side = values["CROP"]
     crop = None if side is None else [min(side, whole) for whole in size]
     return values | {
+        "EVERY": every,
         "CROP": crop or "null",
         "WINDOW": side or "null",
         "CLASSIFIER_EPOCHS": 100 if side is None else values["EPOCHS"],

@@ -41,7 +41,7 @@ _SDAS = (
 )
 # The values that each file names.
 FILES = {
-    "diffusion.yaml": (*_SDAS, "UNET_WIDTH", "PRETRAINED_UNET", "EPOCHS", "DECAY"),
+    "diffusion.yaml": (*_SDAS, "UNET_WIDTH", "PRETRAINED_UNET", "EPOCHS", "EVERY", "DECAY"),
     "classifier.yaml": (*_SDAS, "CLASSIFIER_WIDTH", "PRETRAINED_CLASSIFIER", "POOL", "CLASSIFIER_EPOCHS"),
     "sample.yaml": (
         "DATASET",
@@ -136,6 +136,7 @@ class Told:
         reader: further keys of dataset.image_reader.kwargs.
         textures: whether there are textures for the anomaly type dtd; else other types take its place.
         grey: whether all training images are grey.
+        images: number of training images.
     """
 
     foreground: str = "none"
@@ -143,6 +144,7 @@ class Told:
     reader: Mapping[str, Any] = field(default_factory=dict)
     textures: bool = True
     grey: bool = False
+    images: int = 1000
 
     @property
     def reading(self) -> str:
@@ -234,7 +236,7 @@ def settings_texts(
             "HEIGHT": height,
             "WIDTH": width,
             "COLOURS": "GRAY" if told.grey else "RGB",
-            **diffusion_presets.values_of(networks.diffusion, (height, width)),
+            **diffusion_presets.values_of(networks.diffusion, (height, width), told.images),
         }
         path = TEMPLATES / name
         text = path.read_text(encoding="utf-8")

@@ -233,12 +233,15 @@ def test_a_template_without_a_place_for_a_value_is_named(file, old, new, text, t
 )
 def test_a_size_of_the_diffusion_model_gives_settings_that_train_and_sample(preset, size, tmp_path):
     networks = settings_files.Networks(diffusion=preset)
-    texts = settings_files.settings_texts("bolts", 3, size, None, networks)
+    texts = settings_files.settings_texts("bolts", 3, size, settings_files.Told(images=30), networks)
     configs = {}
     for name in ("diffusion", "classifier", "sample"):
         (tmp_path / f"{name}.yaml").write_text(texts[f"{name}.yaml"])
         configs[name] = load_config(tmp_path / f"{name}.yaml")
     diffusion, classifier, sample = (configs[name] for name in ("diffusion", "classifier", "sample"))
+    if preset == "small":
+        # 3000 steps of 4 images are 400 epochs of 30 images, with 5 validations.
+        assert diffusion.trainer.val_freq_epoch == 80
     with torch.device("meta"):
         unet = create_diffusion_unet(**model_kwargs(diffusion.unet))
         guide_size = classifier.dataset.crop or classifier.dataset.input_size
