@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from models import timm_backbones
+from models.padding import set_padding
 from utils import distributed
 from utils.checkpoint import load_checkpoint, state_dict_of, tensor_problem
 from utils.config import did_you_mean, shortened
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
             "checkpoint" (left as they are, since a RealNet checkpoint will fill them).
         standardize: subtract each channel's mean and divide by the layer's deviation, as measured by AFS.init_indexes;
             None means on for all networks but ResNets, whose features have unit scale.
+        padding: what its convolutions see beyond the border (see padding.set_padding).
 
     Attributes:
         channels, strides: number of channels and stride of each layer, both measured.
@@ -80,6 +82,7 @@ class Backbone(nn.Module):
         outlayers: Sequence[str],
         weights: str = "auto",
         standardize: bool | None = None,
+        padding: str = "zeros",
     ) -> None:
         super().__init__()
         self.name = backbone
@@ -90,6 +93,7 @@ class Backbone(nn.Module):
             self._tap_timm(backbone.removeprefix(timm_backbones.PREFIX), outlayers, weights)
         else:
             self._tap_torchvision(backbone, outlayers, weights)
+        set_padding(self.feature_extractor, padding, "net.backbone.kwargs.padding")
         self.requires_grad_(False)
         self.eval()
         self.channels, self.strides = self._probe()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.padding import set_padding
 from models.sdas.blocks import AttentionBlock, GroupNorm32, zero_init
 from models.subspace import NormalSubspace
 from utils.errors import UsageError
@@ -179,6 +180,7 @@ class _PerBlock(nn.Module):
         start: what a network's output is added to: nothing ("zero", as in the paper), the features ("identity"), or
             their projection on the normal subspace ("subspace").
         share: of the variance that the normal subspace holds.
+        padding: what the networks' convolutions see beyond the border (see padding.set_padding).
     """
 
     def __init__(
@@ -188,6 +190,7 @@ class _PerBlock(nn.Module):
         factor: int,
         start: str,
         share: float,
+        padding: str,
     ) -> None:
         super().__init__()
         if start not in STARTS:
@@ -198,6 +201,7 @@ class _PerBlock(nn.Module):
             self.add_module(f"{block}_recon", network)
             if start == "subspace":
                 self.add_module(f"{block}_subspace", NormalSubspace(planes[block]))
+            set_padding(network, padding, "net.recon.kwargs.padding")
 
     def subspace(self, block: str) -> NormalSubspace:
         """The normal subspace of a block."""
@@ -223,7 +227,7 @@ class ReconstructionLayer(_PerBlock):
         planes: channels of each block.
         num_res_blocks, channel_mult, attention_mult: see ReconstructionUNet.
         hide_channels_ratio: hidden width divided by the block's channels.
-        start, share: see _PerBlock.
+        start, share, padding: see _PerBlock.
 
     Shape:
         {block: (N, planes[block], h, w)} -> same
@@ -246,6 +250,7 @@ class ReconstructionLayer(_PerBlock):
         attention_mult: Sequence[int] = (2, 4),
         start: str = "zero",
         share: float = SHARE,
+        padding: str = "zeros",
     ) -> None:
         networks: dict[str, nn.Module] = {}
         for block, channels in planes.items():
@@ -256,7 +261,7 @@ class ReconstructionLayer(_PerBlock):
                     f"{hide_channels_ratio} that is {hidden}, which is not a positive multiple of 32"
                 )
             networks[block] = ReconstructionUNet(channels, hidden, num_res_blocks, channel_mult, attention_mult)
-        super().__init__(planes, networks, 2 ** (len(channel_mult) - 1), start, share)
+        super().__init__(planes, networks, 2 ** (len(channel_mult) - 1), start, share, padding)
 
 
 class SimpleReconstructionLayer(_PerBlock):
@@ -265,7 +270,7 @@ class SimpleReconstructionLayer(_PerBlock):
     Args:
         planes: channels of each block.
         num_residual_layers: length of the residual stack.
-        start, share: see _PerBlock.
+        start, share, padding: see _PerBlock.
     """
 
     def __init__(
@@ -274,9 +279,10 @@ class SimpleReconstructionLayer(_PerBlock):
         num_residual_layers: int = 2,
         start: str = "zero",
         share: float = SHARE,
+        padding: str = "zeros",
     ) -> None:
         zero = start != "zero"
         networks: dict[str, nn.Module] = {
             block: SimpleReconstruction(channels, num_residual_layers, zero) for block, channels in planes.items()
         }
-        super().__init__(planes, networks, 4, start, share)
+        super().__init__(planes, networks, 4, start, share, padding)

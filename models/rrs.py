@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.afs import grid_size, resize
+from models.padding import set_padding
 from models.recon import ResidualStack
 from utils.errors import UsageError
 
@@ -21,6 +22,7 @@ class RRS(nn.Module):
         mode_numbers: how many channels each mode keeps.
         num_residual_layers: length of the residual stack.
         stop_grad: block the discriminator's gradient to the reconstruction networks.
+        padding: what its convolutions see beyond the border (see padding.set_padding).
 
     Shape:
         {block: (N, planes[block], h, w) >= 0}, image size (H, W) -> logits (N, 2, H, W)
@@ -42,6 +44,7 @@ class RRS(nn.Module):
         mode_numbers: Sequence[int] = (256, 256),
         num_residual_layers: int = 2,
         stop_grad: bool = False,
+        padding: str = "zeros",
     ) -> None:
         super().__init__()
         total = sum(planes.values())
@@ -69,6 +72,7 @@ class RRS(nn.Module):
             nn.Conv2d(128, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 3, padding=1), nn.ReLU()
         )
         self.decoder3 = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+        set_padding(self, padding, "net.rrs.kwargs.padding")
 
     def forward(self, residual: dict[str, torch.Tensor], image_size: Sequence[int]) -> torch.Tensor:
         size = grid_size(image_size, self.stride)

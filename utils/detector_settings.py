@@ -69,6 +69,14 @@ _START = {
     "start": Setting("str", "What the reconstruction begins as.", "zero", choices=("zero", "identity", "subspace")),
     "share": Setting("float", "Share of the variance that the normal subspace holds.", 0.95, above=0, high=1),
 }
+_PADDING = {
+    "padding": Setting(
+        "str",
+        "What convolutions see beyond the border: zeros, or the outermost values.",
+        "zeros",
+        choices=("zeros", "replicate"),
+    )
+}
 _PARTS = {
     "models.backbones.Backbone": Section(
         {
@@ -76,6 +84,7 @@ _PARTS = {
             "backbone": Setting("str", "Name of a torchvision network."),
             "weights": Setting("str", "auto, random, or a file.", "auto", check=_weights_problem),
             "standardize": Setting("bool?", "Whether to standardise features; null: all but ResNets.", None),
+            **_PADDING,
         }
     ),
     "models.afs.AFS": Section(
@@ -89,9 +98,12 @@ _PARTS = {
             "channel_mult": Setting("ints", "Width multiplier of each level.", [1, 2, 4], low=1, high=32),
             "attention_mult": Setting("ints", "Downsampling factors with attention.", [2, 4], low=1, may_be_empty=True),
             **_START,
+            **_PADDING,
         }
     ),
-    "models.recon.SimpleReconstructionLayer": Section({**_MEASURED, "num_residual_layers": _DEPTH, **_START}),
+    "models.recon.SimpleReconstructionLayer": Section(
+        {**_MEASURED, "num_residual_layers": _DEPTH, **_START, **_PADDING}
+    ),
     "models.rrs.RRS": Section(
         {
             **_MEASURED,
@@ -101,12 +113,13 @@ _PARTS = {
             "mode_numbers": Setting("ints", "Channels that each mode keeps.", [256, 256], low=1),
             "num_residual_layers": _DEPTH,
             "stop_grad": Setting("bool", "Keep the discriminator's gradient from the reconstruction.", False),
+            **_PADDING,
         }
     ),
 }
 _NET_HELP = (
-    "The four parts {name, type, kwargs}: backbone (backbone, weights, standardize), afs (init_bsn), recon, rrs "
-    "(modes, mode_numbers, num_residual_layers, stop_grad)."
+    "The four parts {name, type, kwargs}: backbone (backbone, weights, standardize, padding), afs (init_bsn), recon, "
+    "rrs (modes, mode_numbers, num_residual_layers, stop_grad, padding)."
 )
 NET = Entries(
     {

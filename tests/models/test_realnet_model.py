@@ -209,6 +209,31 @@ def test_stop_grad_keeps_the_discriminator_s_gradient_from_the_reconstruction():
         assert reached != stop_grad
 
 
+def test_replicate_padding_makes_borders_of_a_uniform_image_like_its_middle():
+    spread = {}
+    for padding in ("zeros", "replicate"):
+        config = copy.deepcopy(REALNET)
+        for part in (0, 2, 3):
+            config["net"][part]["kwargs"]["padding"] = padding
+        torch.manual_seed(0)
+        network = build_realnet(config).eval()
+        with torch.inference_mode():
+            outputs = network({"image": torch.full((1, 3, 70, 64), 0.7)})
+        for name, values in (("features", outputs["block_feats"]["block1"]), ("logit", outputs["logit"])):
+            values = values.flatten(2)
+            spread[name, padding] = float((values.amax(dim=2) - values.amin(dim=2)).max() / values.abs().max())
+    assert spread["features", "replicate"] < 1e-5 < 0.1 < spread["features", "zeros"]
+    assert spread["logit", "replicate"] < 1e-5 < 0.1 < spread["logit", "zeros"]
+
+
+def test_an_unknown_padding_names_its_setting():
+    for part, name in ((0, "backbone"), (2, "recon"), (3, "rrs")):
+        config = copy.deepcopy(REALNET)
+        config["net"][part]["kwargs"]["padding"] = "mirror"
+        with pytest.raises(UsageError, match=f"net.{name}.kwargs.padding: 'mirror' is not one of zeros, replicate"):
+            build_realnet(config)
+
+
 def batch(n=4, size=64):
     images = randn(0, n, 3, size, size)
     changed = torch.tensor([True, False] * (n // 2))
