@@ -11,6 +11,7 @@ instructions for it, since emulated it is many times slower.
 """
 
 import argparse
+import copy
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ CPU = torch.device("cpu")
 BASE = "float32"
 MATMUL = 1024  # side of the matrices
 DETECTORS = {"WRN-50": ("MVTec-AD/realnet.yaml", 2), "quick": ("presets/quick.yaml", 4)}  # settings, batch
+LARGE = "WRN-50"
 SIDE = 256  # of the detectors' images
 SMALL_UNET = ["unet.classifier_width=64", "classifier.classifier_width=32"]
 SMALL_SIDE, SMALL_BATCH = 64, 4
@@ -114,24 +116,30 @@ def training_step(name: str, file: str, batch: int) -> Work:
         "changed": torch.arange(batch) % 2 == 0,
     }
     criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
-    optimizer_of = {BASE: {"fused": False}, "fused Adam": {"fused": True}, "channels last, fused": {"fused": True}}
-    precisions = dict.fromkeys(optimizer_of, "off") | dict.fromkeys(native_bf16(), "bf16")
-    variants = {}
-    for variant, precision in precisions.items():
-        network = network_of(config).train()
-        if "channels last" in variant:
-            network = network.to(memory_format=torch.channels_last)
-        trained = [p for p in network.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(trained, lr=1e-6, **optimizer_of.get(variant, {"fused": True}))
-        stepper = Stepper(network, adam, precision, None)
 
-        def step(network: nn.Module = network, stepper: Stepper = stepper, precision: str = precision) -> None:
+    def stepping(network: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> Callable[[], None]:
+        stepper = Stepper(network, optimizer, precision, None)
+
+        def step() -> None:
             with autocast(CPU, precision):
                 outputs = network(sample, train=True)
             stepper.backward(sum(loss(outputs) for loss in criterion.values()))
             stepper.step()
 
-        variants[variant] = step
+        return step
+
+    def adam(network: nn.Module, fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-6, fused=fused)
+
+    # The variants share weights and moments where they can, which take 4 GB each for WRN-50.
+    network = network_of(config).train()
+    fused = adam(network, True)
+    variants = {BASE: stepping(network, adam(network, False), "off"), "fused Adam": stepping(network, fused, "off")}
+    if name != LARGE:
+        other = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        variants["channels last, fused"] = stepping(other, adam(other, True), "off")
+    for label in native_bf16():
+        variants[f"fused Adam, {label}"] = stepping(network, fused, label)
     return Work(f"training step, {name}", variants, batch, counted(variants[BASE]))
 
 
@@ -205,21 +213,30 @@ def diffusion_step() -> Work:
 
 def guided_sampling() -> Work:
     config = load_config(ROOT / "experiments/demo/classifier.yaml", SMALL_UNET[1:], "classifier")
-    classifier = create_classifier_unet(**model_kwargs(config.classifier)).eval()
-    network = unet().eval()
-    labels = torch.zeros(SMALL_BATCH, dtype=torch.long)
-    guidance = classifier_guidance(classifier, 1.0)
     noise = torch.randn(SMALL_BATCH, 3, SMALL_SIDE, SMALL_SIDE)
+    labels = torch.zeros(SMALL_BATCH, dtype=torch.long)
 
-    def sample(spacing: str, sampler: str) -> None:
+    def sampling(spacing: str, sampler: str, precision: str) -> Callable[[], None]:
+        layout = torch.contiguous_format if precision == "off" else torch.channels_last  # as sample.py
+        size = (SMALL_SIDE, SMALL_SIDE)
+        networks = [unet(), create_classifier_unet(**model_kwargs(config.classifier), image_size=size)]
+        network, classifier = (part.requires_grad_(False).eval().to(memory_format=layout) for part in networks)
+        guidance = classifier_guidance(classifier, 1.0, precision)
         loop = SpacedDiffusion(1000, spacing, "linear").sample_loop(sampler)
-        loop(network, noise, s=0.1, cond_fn=guidance, model_kwargs={"y": labels})
 
-    variants = {
-        "20 ancestral steps": partial(sample, "ddim20", "ancestral"),
-        "10 of dpmpp_2m_sde": partial(sample, "logsnr10", "dpmpp_2m_sde"),
-    }
-    return Work("guided sampling", variants, SMALL_BATCH, counted(variants["20 ancestral steps"]))
+        def sample() -> None:
+            with autocast(CPU, precision):
+                loop(network, noise, s=0.1, cond_fn=guidance, model_kwargs={"y": labels})
+
+        return sample
+
+    base = "20 ancestral steps"
+    variants = {base: sampling("ddim20", "ancestral", "off")}
+    variants["10 of dpmpp_2m_sde"] = sampling("logsnr10", "dpmpp_2m_sde", "off")
+    for label in native_bf16():
+        variants[f"{base}, {label}"] = sampling("ddim20", "ancestral", label)
+        variants[f"10 of dpmpp_2m_sde, {label}"] = sampling("logsnr10", "dpmpp_2m_sde", label)
+    return Work("guided sampling", variants, SMALL_BATCH)  # FlopCounterMode does not follow torch.autograd.grad
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
