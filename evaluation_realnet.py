@@ -93,7 +93,7 @@ from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.lock import folder_lock
 from utils.log import log, set_up_logging
-from utils.precision import FP32, check_forward_precision
+from utils.precision import FP32, cast_weights, check_forward_precision
 from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, stop_requests
 
@@ -302,6 +302,7 @@ def score_checkpoint(
     batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
     loader = make_loader(test_set, batches, config.dataset.workers, run)
     window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
+    cast_weights(model, options.precision)
     scored = predict_maps(model, test_set, loader, run, window, options.precision, shown, stop)
     if scored is None:
         return trained, None, None

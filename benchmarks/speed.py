@@ -40,7 +40,7 @@ from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusio
 from models.sdas.guidance import classifier_guidance
 from utils.config import load_config, model_kwargs
 from utils.optim import Stepper
-from utils.precision import autocast, resolve_precision
+from utils.precision import autocast, cast_weights, resolve_precision
 
 CPU = torch.device("cpu")
 BASE = "float32"
@@ -144,15 +144,20 @@ def training_step(name: str, file: str, batch: int) -> Work:
 
 
 def inference(name: str, file: str, batch: int) -> Work:
-    network = network_of(settings_of(file)).eval()
     images = torch.randn(batch, 3, SIDE, SIDE)
 
-    @torch.inference_mode()
-    def infer(precision: str) -> None:
-        with autocast(CPU, precision):
-            network({"image": images})
+    def inferring(precision: str) -> Callable[[], None]:
+        network = network_of(settings_of(file)).eval()
+        cast_weights(network, precision)
 
-    variants = {BASE: partial(infer, "off")} | {label: partial(infer, "bf16") for label in native_bf16()}
+        @torch.inference_mode()
+        def infer() -> None:
+            with autocast(CPU, precision):
+                network({"image": images})
+
+        return infer
+
+    variants = {BASE: inferring("off")} | {label: inferring(label) for label in native_bf16()}
     return Work(f"inference, {name}", variants, batch, counted(variants[BASE]))
 
 
@@ -221,6 +226,8 @@ def guided_sampling() -> Work:
         size = (SMALL_SIDE, SMALL_SIDE)
         networks = [unet(), create_classifier_unet(**model_kwargs(config.classifier), image_size=size)]
         network, classifier = (part.requires_grad_(False).eval().to(memory_format=layout) for part in networks)
+        for part in (network, classifier):
+            cast_weights(part, precision)
         guidance = classifier_guidance(classifier, 1.0, precision)
         loop = SpacedDiffusion(1000, spacing, "linear").sample_loop(sampler)
 

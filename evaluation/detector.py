@@ -26,7 +26,7 @@ from utils.checkpoint import BEST, has_finite_weights
 from utils.config import load_config
 from utils.device import to_device, use_exact_kernels
 from utils.errors import RunError, UsageError
-from utils.precision import FP32, autocast, check_forward_precision
+from utils.precision import FP32, autocast, cast_weights, check_forward_precision
 from utils.prefetch import PIXELS_AHEAD, groups, prefetch
 
 MOST_AT_ONCE = 4  # batches, each of which takes memory
@@ -163,7 +163,9 @@ class Detector:
     def of(
         cls, trained: TrainedModel, thresholds: Thresholds | None, target: torch.device, precision: str = FP32
     ) -> "Detector":
-        """The detector of a trained model, on a device; from then on, torch computes exactly on that GPU.
+        """The detector of a trained model, which is moved to a device and, in half precision, has its weights cast.
+
+        From then on, torch computes exactly on that GPU.
 
         Raises:
             UsageError: the precision is not available there.
@@ -171,6 +173,7 @@ class Detector:
         check_forward_precision(precision, target)
         use_exact_kernels(target)
         model, sound = trained.network.to(target), has_finite_weights(trained.network)
+        cast_weights(model, precision)
 
         @torch.inference_mode()
         def infer(images: torch.Tensor) -> np.ndarray:

@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from utils.choices import BF16, FORWARD_PRECISIONS, FP16, FP32, PRECISIONS
 from utils.errors import UsageError
+
+_DTYPES = {"off": None, FP32: None, BF16: torch.bfloat16, FP16: torch.float16}
 
 
 def resolve_precision(amp: str, device: torch.device) -> str:
@@ -65,7 +68,24 @@ def precision_in(content: dict[str, Any], where: str) -> str:
     return precision
 
 
+def cast_weights(network: nn.Module, precision: str) -> None:
+    """Cast the weights of convolutions and linear layers in place, once, as autocast does in every forward pass.
+
+    The results stay the same, bit for bit; the network cannot be trained any more, nor run outside of autocast. Half a
+    billion weights take a third of the time of inference to cast.
+
+    Args:
+        precision: of the autocast that the network will run in.
+    """
+    dtype = _DTYPES[precision]
+    if dtype is None:
+        return
+    for module in network.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            module.to(dtype)
+
+
 def autocast(device: torch.device, precision: str) -> Any:
     """A context that runs a forward pass in a precision: "off" or "fp32", "bf16", "fp16"."""
-    dtype = {"off": None, FP32: None, BF16: torch.bfloat16, FP16: torch.float16}[precision]
+    dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()

@@ -8,14 +8,18 @@ from torch import nn
 from utils.precision import autocast
 
 
+def guidance_precision(precision: str) -> str:
+    """The precision of the guiding classifier beside a diffusion model in this one: gradients would vanish in fp16."""
+    return "off" if precision == "fp16" else precision
+
+
 def classifier_guidance(classifier: nn.Module, scale: float, precision: str = "off") -> Callable:
     """Make the samplers' `cond_fn`, scale * grad_x log p(y | x_t), from a classifier of noisy images.
 
     Args:
-        precision: of the classifier: "off", "bf16", or "fp16", which is "off" here, because its gradients would vanish.
+        precision: of the diffusion model, see guidance_precision.
     """
-
-    precision = "off" if precision == "fp16" else precision
+    precision = guidance_precision(precision)
 
     def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():

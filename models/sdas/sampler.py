@@ -11,7 +11,7 @@ import torch
 from easydict import EasyDict
 
 from models.sdas.diffusion import AfterStep, SpacedDiffusion, start_of
-from models.sdas.guidance import classifier_guidance
+from models.sdas.guidance import classifier_guidance, guidance_precision
 from models.sdas.trained import load_averaged
 from models.sdas.unet import check_size, create_classifier_unet, create_diffusion_unet
 from utils.config import collect_errors, model_kwargs
@@ -19,7 +19,7 @@ from utils.device import to_device
 from utils.distributed import Run
 from utils.errors import RunError
 from utils.pictures import to_uint8
-from utils.precision import autocast, resolve_precision
+from utils.precision import autocast, cast_weights, resolve_precision
 
 log = logging.getLogger("realnet")
 
@@ -160,11 +160,13 @@ def set_up_sampler(config: EasyDict, run: Run, networks: dict[str, tuple[Path, d
     # Convolutions in bf16 and fp16 are made for channels-last weights; float32 is not faster with them on a CPU.
     layout = torch.contiguous_format if precision == "off" else torch.channels_last
     unet.requires_grad_(False).eval().to(run.device, memory_format=layout)
+    cast_weights(unet, precision)
     if "classifier" in networks:
         classifier = create_classifier_unet(**model_kwargs(config.classifier), image_size=size)
         load_averaged(classifier, *networks["classifier"], "the classifier section of sample.yaml")
         log.info("guidance scale %g", config.classifier_scale)
         classifier.requires_grad_(False).eval().to(run.device, memory_format=layout)
+        cast_weights(classifier, guidance_precision(precision))
         cond_fn = classifier_guidance(classifier, config.classifier_scale, precision)
     process = SpacedDiffusion(**config.TestSampler)
     grey = config.color_mode == "GRAY"

@@ -9,8 +9,11 @@ from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusio
 from models.sdas.blocks import AttentionBlock, GroupNorm32, attend
 from models.sdas.guidance import classifier_guidance
 from models.sdas.noise import draw_noise
+from models.sdas.sampler import Sampler
+from tests.conftest import CLASSIFIER, UNET
 from tests.rule_filled import fill, randn
 from utils.errors import UsageError
+from utils.precision import cast_weights
 
 PROCESS = SpacedDiffusion(1000, "ddim20", "linear")
 FULL = SpacedDiffusion(1000, "ddim1000", "linear")
@@ -150,6 +153,21 @@ def test_classifier_guidance_is_the_gradient_of_the_log_probability():
     probabilities = (x.flatten(1) @ weight.T).softmax(dim=1)
     expected = torch.stack([weight[y[i]] - probabilities[i] @ weight for i in range(2)]).reshape_as(x)
     torch.testing.assert_close(got, 2 * expected)
+
+
+def test_guided_images_in_bf16_are_the_same_with_weights_that_are_cast_once():
+    torch.manual_seed(0)
+    unet = create_diffusion_unet(**UNET).eval().requires_grad_(False)
+    classifier = create_classifier_unet(**CLASSIFIER, image_size=16).eval().requires_grad_(False)
+    nn.init.normal_(unet.out[2].weight, std=0.1)
+    process, images = SpacedDiffusion(1000, "ddim4", "linear"), []
+    for _ in range(2):
+        guidance = classifier_guidance(classifier, 1.0, "bf16")
+        sampler = Sampler(process, unet, guidance, "ancestral", "bf16", (16, 16), 0, torch.device("cpu"))
+        images.append(sampler.draw("dots", 1, range(2), 0.0, 0.2))
+        cast_weights(unet, "bf16")
+        cast_weights(classifier, "bf16")
+    assert np.array_equal(*images)
 
 
 def test_an_image_does_not_depend_on_its_batch():

@@ -16,6 +16,7 @@ from models.rrs import RRS
 from tests.conftest import REALNET
 from tests.rule_filled import fill, randn
 from utils.errors import RunError, UsageError
+from utils.precision import cast_weights
 
 # ---- backbone --------------------------------------------------------------------------------------------------------
 
@@ -207,6 +208,20 @@ def test_stop_grad_keeps_the_discriminator_s_gradient_from_the_reconstruction():
         logit.square().sum().backward()
         reached = network.recon.block1_recon.out[2].weight.grad is not None
         assert reached != stop_grad
+
+
+def test_weights_that_are_cast_once_give_what_autocast_gives():
+    torch.manual_seed(0)
+    network = build_realnet(REALNET).eval()
+    nn.init.normal_(network.recon.block1_recon.out[2].weight)
+    images, maps = randn(0, 2, 3, 64, 64), []
+    for _ in range(2):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            maps.append(network({"image": images})["logit"])
+        cast_weights(network, "bf16")
+    assert torch.equal(*maps)
+    assert network.recon.block1_recon.out[2].weight.dtype == torch.bfloat16
+    assert network.rrs.decoder1[2].weight.dtype == torch.float32  # BatchNorm
 
 
 def test_replicate_padding_makes_borders_of_a_uniform_image_like_its_middle():
