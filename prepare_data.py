@@ -88,8 +88,8 @@ import yaml
 from datasets.images import allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
 from datasets.parts import parts_of
+from datasets.sources import OF_GOOD_IMAGES, WITH_TEXTURES
 from datasets.splits import Fingerprint, split_good
-from datasets.synthesis import OF_GOOD_IMAGES, WITH_TEXTURES
 from preparation import diffusion_presets, findings, placing, settings_files
 from preparation.classes import UNSPLIT, DatasetOnDisk
 from preparation.duplicates import report_leaks

@@ -9,8 +9,9 @@
     python sample.py --dataset MVTec-AD --class_name bottle --reconstruct photo.png
     torchrun --nproc_per_node=4 sample.py --dataset MVTec-AD
 
-Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg. Image i depends on the
-seed, the class and i, but not on the number of ranks. Existing images are not drawn again.
+Settings: experiments/<dataset>/sample.yaml. Writes <workspace.root>/<class>/rank<r>_<i>.jpg, and strengths.csv with the
+strength of each image. Image i depends on the seed, the class and i, but not on the number of ranks. Existing images
+are not drawn again.
 --preview only writes a strip per class over s = 0 .. 0.3, to help choose the strength. --quality only measures how
 close drawn images are to the training images, over the same strengths (docs/synthesis.md). --save-steps only writes a
 sheet per class of what every step leaves of a few images, and of the x_0 that it predicts. --reconstruct only writes a
@@ -21,6 +22,8 @@ import argparse
 
 from utils import arguments
 from utils.settings import SETTINGS
+
+QUALITY_IMAGES = 64
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,36 +45,34 @@ def parse_args() -> argparse.Namespace:
     only.add_argument("--quality", action="store_true", help="only measure how close images are to real ones, over s")
     only.add_argument("--save-steps", action="store_true", help="only write a sheet of the steps per class")
     only.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="only reconstruct these images of a class")
-    parser.add_argument("--quality-images", type=int, default=64, metavar="N", help="images of each strength (64)")
+    number_help = f"with --quality: images of each strength ({QUALITY_IMAGES})"
+    parser.add_argument("--quality-images", type=int, metavar="N", help=number_help)
     parser.add_argument("--overwrite", action="store_true", help="delete existing images and draw them again")
     return parser.parse_args()
 
 
 arguments.parse_early(__name__, parse_args)
 
-import os
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from easydict import EasyDict
 
-from datasets.build import good_images_of_sdas
+from datasets.build import good_images_of_sdas, sdas_reading
 from datasets.catalog import known_classes
-from datasets.images import read_image
+from datasets.images import Preprocessing
 from datasets.loaders import SharedBatches
+from datasets.sdas_folders import SDASFolder
 from evaluation.quality import set_up_quality
 from models.sdas import SpacedDiffusion
-from models.sdas.sampler import Beginning, Sampler, check_networks, set_up_sampler
+from models.sdas.sampler import Beginning, Sampler, open_networks, set_up_sampler
 from models.sdas.sheets import reconstruction_sheet, reconstructions, step_sheet
-from models.sdas.trained import class_list, load_networks
 from utils import cli, distributed
 from utils.config import collect_errors, load_config
 from utils.device import use_fast_kernels
 from utils.distributed import Run
 from utils.errors import Stopped, UsageError
-from utils.files import remove_parts
 from utils.job_progress import JobProgress
 from utils.lock import folder_lock
 from utils.log import Board, log, set_up_logging
@@ -82,7 +83,8 @@ from utils.signals import StopRequest, signal_name, stop_requests
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 PREVIEW_ROWS = 2
 MOST_RECONSTRUCTIONS = 64  # rows of a sheet
-IMAGE_NAME = re.compile(r"rank\d+_(\d+)\.jpg")
+OWN_STRENGTHS = "goes through strengths of its own"
+WITHOUT_STRENGTH = {"preview": OWN_STRENGTHS, "quality": OWN_STRENGTHS, "reconstruct": "adds no noise"}
 
 
 def main() -> None:
@@ -90,6 +92,7 @@ def main() -> None:
     path = cli.config_path(args, "sample")
     config = load_config(path, args.set, "sample")
     apply_arguments(config, args, path)
+    check_options(args)
     collect_errors(path, [("TestSampler", lambda: SpacedDiffusion(**config.TestSampler))])
     out = cli.experiment_dir(args)
     with distributed.session(args.device, identity_of(config)) as run, stop_requests(run) as stop:
@@ -97,21 +100,21 @@ def main() -> None:
         # Without cudnn_benchmark: a continued run, and every rank, has to take the same kernels.
         use_fast_kernels(run.device, config.tf32)
         record_run(run, out / config.saver.log_dir, "sample", config)
-        networks = load_networks(config)
-        check_networks(config, path)
-        classes = class_list(config, networks, known_classes(args.dataset))
+        networks, classes = open_networks(config, path, known_classes(args.dataset))
         chosen = choose_classes(args.class_name, classes)
         sampler = set_up_sampler(config, run, networks)
-        sampler.beginning = beginning_of(config, out, sampler, chosen)
+        if not args.reconstruct:
+            sampler.beginning = beginning_of(config, out, sampler, chosen)
         numbers = {name: classes.index(name) for name in chosen}
         if args.quality:
             # dpmpp_2m adds no noise, so s has no effect.
             strengths = PREVIEW_STRENGTHS if config.sampler != "dpmpp_2m" else PREVIEW_STRENGTHS[:1]
-            quality = set_up_quality(sampler, run, config, out, strengths, args.quality_images)
+            count = QUALITY_IMAGES if args.quality_images is None else args.quality_images
+            quality = set_up_quality(sampler, run, config, out, strengths, count)
             quality.report(numbers, args.overwrite, board, stop)
         elif args.preview or args.save_steps or args.reconstruct:
             if run.is_main:
-                write_pictures(sampler, args, config, numbers, out / config.saver.vis_dir, board)
+                write_pictures(sampler, args, config, numbers, out, board)
         else:
             draw_classes(sampler, run, config, numbers, args.overwrite, stop)
         board.close()
@@ -142,10 +145,19 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> N
     if config.sampler == "dpmpp_2m":
         if args.preview:
             raise UsageError("--preview draws a strip over s, but sampler dpmpp_2m adds no noise; use dpmpp_2m_sde")
-        if config.strength[1] > 0 and not args.quality:
+        if config.strength[1] > 0 and not (args.quality or args.reconstruct):
             where = "--strength" if args.strength else f"{path}: strength"
             text = "has no effect with sampler dpmpp_2m, which adds no noise; use 0 0, or sampler dpmpp_2m_sde"
             raise UsageError(f"{where}: {config.strength} {text}")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    if args.quality_images is not None and not args.quality:
+        raise UsageError("--quality-images needs --quality")
+    for name, reason in WITHOUT_STRENGTH.items():
+        if args.strength and getattr(args, name):
+            raise UsageError(f"--strength has no effect on --{name}, which {reason}; leave it out")
 
 
 def choose_classes(wanted: str, classes: list[str]) -> list[str]:
@@ -182,29 +194,23 @@ def draw_classes(
     sampler: Sampler, run: Run, config: EasyDict, numbers: dict[str, int], overwrite: bool, stop: StopRequest
 ) -> None:
     """Draw the missing images of each class, by name and number."""
-    folders = {name: Path(config.workspace.root) / name for name in numbers}
+    folders = {name: SDASFolder(Path(config.workspace.root) / name) for name in numbers}
     batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
     own = {i for batch in batches for i in batch}
-    drawn = {name: set() if overwrite else drawn_indices(folder) for name, folder in folders.items()}
-    missing = [set(range(config.sample_number)) - indices for indices in drawn.values()]
+    drawn = [set() if overwrite else folder.indices() for folder in folders.values()]
+    missing = [set(range(config.sample_number)) - indices for indices in drawn]
     progress = JobProgress(sum(map(len, missing)), sum(len(indices & own) for indices in missing), run)
     for name, number in numbers.items():
-        with folder_lock(folders[name], run):
+        with folder_lock(folders[name].path, run):
             draw_class(sampler, run, config, folders[name], number, overwrite, stop, progress)
     progress.close()
-
-
-def drawn_indices(folder: Path) -> set[int]:
-    """The indices of the images in a class's folder."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return {int(match[1]) for name in names if (match := IMAGE_NAME.fullmatch(name))}
 
 
 def draw_class(
     sampler: Sampler,
     run: Run,
     config: EasyDict,
-    folder: Path,
+    folder: SDASFolder,
     number: int,
     overwrite: bool,
     stop: StopRequest,
@@ -215,18 +221,14 @@ def draw_class(
     Raises:
         Stopped: a signal stopped the run after a batch; the same command continues from there.
     """
-    low, high = config.strength
+    (low, high), name = config.strength, folder.path.name
     batches = SharedBatches(config.sample_number, config.dataset.batch_size, run)
     if overwrite:
         # A model that has diverged fails here, before anything is deleted.
-        sampler.draw(folder.name, number, next(iter(batches), [0])[:1], low, high)
+        sampler.draw(name, number, next(iter(batches), [0])[:1], low, high)
         distributed.barrier()
-    if run.is_main:
-        remove_parts(folder)
-        for path in folder.glob("rank*_*.jpg") if overwrite else ():
-            path.unlink()
-    distributed.barrier()
-    existing = drawn_indices(folder)
+    distributed.on_main(lambda: folder.begin(overwrite))
+    existing = folder.indices()
     # No rank may write before every rank has listed the folder.
     distributed.barrier()
     for indices in batches:
@@ -234,21 +236,23 @@ def draw_class(
         if not missing:
             continue
         # Draw the whole batch even if few images are missing, so that a continued run gives bit-identical images.
-        images = sampler.draw(folder.name, number, indices, low, high)
-        for i, image in zip(indices, images, strict=True):
+        images = sampler.draw(name, number, indices, low, high)
+        strengths = sampler.strengths(name, indices, low, high)
+        for i, image, strength in zip(indices, images, strengths, strict=True):
             if i not in existing:
-                write_image(folder / f"rank{run.rank}_{i}.jpg", image)
-        progress.add(len(missing), folder.name)
+                folder.write(i, image, strength, sampler.seed, run.rank)
+        progress.add(len(missing), name)
         if stop.signal:
             log.info("%s: stopped; the same command without --overwrite goes on", signal_name(stop.signal))
             raise Stopped(stop.signal)
     distributed.barrier()
+    distributed.on_main(folder.finish)
     kept = len(existing & set(range(config.sample_number)))
     log.info(
         "%s: %d images in %s, %d of them existed already%s%s",
-        folder.name,
+        name,
         config.sample_number,
-        folder,
+        folder.path,
         kept,
         " (--overwrite draws them again)" if kept else "",
         f"; {progress.summary}" if progress.left else "",
@@ -263,10 +267,11 @@ def write_pictures(
     args: argparse.Namespace,
     config: EasyDict,
     numbers: dict[str, int],
-    vis_dir: Path,
+    experiment: Path,
     board: Board,
 ) -> None:
     """Write what --preview, --save-steps or --reconstruct ask for, for each class, by name and number."""
+    vis_dir = experiment / config.saver.vis_dir
     if args.reconstruct and len(numbers) > 1:
         raise UsageError(f"--reconstruct: --class_name is missing, one of {', '.join(numbers)}")
     for name, number in numbers.items():
@@ -274,24 +279,21 @@ def write_pictures(
             picture, kind, path = preview(sampler, name, number), "sdas", vis_dir / f"{name}.png"
             text = f"strengths {PREVIEW_STRENGTHS[0]:g} .. {PREVIEW_STRENGTHS[-1]:g}"
         elif args.save_steps:
-            picture, kind, path = (
-                step_sheet(sampler, name, number, config.strength),
-                "steps",
-                vis_dir / f"{name}_steps.png",
-            )
-            text = f"{sampler.process.num_timesteps} steps of sampling"
+            picture, kind = step_sheet(sampler, name, number, config.strength), "steps"
+            path, text = vis_dir / f"{name}_steps.png", f"{sampler.process.num_timesteps} steps of sampling"
         else:
-            picture, kind = reconstruction(sampler, number, args.reconstruct, config), "reconstruction"
-            path, text = vis_dir / f"{name}_reconstruction.png", "images, reconstructions and their differences"
+            reading = sdas_reading(experiment, sampler.size, config.color_mode)
+            picture = reconstruction(sampler, number, args.reconstruct, reading, config.dataset.batch_size)
+            kind, path = "reconstruction", vis_dir / f"{name}_reconstruction.png"
+            text = "images, reconstructions and their differences"
         write_image(path, picture)
         board.add_image(f"{kind}/{name}", picture, 0)
         log.info("%s: %s in %s", name, text, path)
 
 
-def reconstruction(sampler: Sampler, number: int, paths: list[str], config: EasyDict) -> np.ndarray:
-    """A sheet of image files, their DDIM reconstructions, and the differences, whose mean is logged."""
-    images = np.stack([read_image(path, sampler.size) for path in paths])
-    size = config.dataset.batch_size
+def reconstruction(sampler: Sampler, number: int, paths: list[str], reading: Preprocessing, size: int) -> np.ndarray:
+    """A sheet of image files, their DDIM reconstructions, `size` at once, and the differences, whose mean is logged."""
+    images = np.stack([reading.read(path) for path in paths])
     recon = np.concatenate([reconstructions(sampler, number, images[i : i + size]) for i in range(0, len(paths), size)])
     for path, difference in zip(paths, np.abs(images.astype(np.int16) - recon).mean(axis=(1, 2, 3)), strict=True):
         log.info("%s: differs from its reconstruction by %.2f grey levels on average", path, difference)

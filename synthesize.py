@@ -17,14 +17,10 @@ docs/synthesis.md.
 import argparse
 
 from utils import arguments
-from utils.settings import SETTINGS
+from utils.choices import COCO, EDIT, MVTEC, PAIR_FORMATS
 
-TYPES = SETTINGS["realnet"].keys["dataset"].keys["train"].keys["anomaly_types"].choices
-NORMAL, EDIT = "normal", "edit"
-BLENDED = tuple(name for name in TYPES if name not in (NORMAL, EDIT))
 SOURCES = ("blend", EDIT)
 DEPTH, STRENGTH = (0.2, 0.6), (0.1, 0.3)  # defaults of --source edit
-MVTEC, COCO, YOLO = FORMATS = ("mvtec", "coco", "yolo")
 NATIVE, INPUT = SIZES = ("native", "input")
 MOST = 1_000_000  # pairs of a class, whose numbers have six digits
 
@@ -43,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     strength_help = "edit: range of the strength s (0.1 0.3)"
     parser.add_argument("--strength", nargs=2, type=float, metavar=("LOW", "HIGH"), help=strength_help)
     parser.add_argument(
-        "--format", choices=FORMATS, default=MVTEC, help="also write annotations.json, or the folder yolo/ (mvtec)"
+        "--format", choices=PAIR_FORMATS, default=MVTEC, help="also write annotations.json, or the folder yolo/ (mvtec)"
     )
     size_help = "the good images' own size, or dataset.input_size as in training (native)"
     parser.add_argument("--size", choices=SIZES, default=NATIVE, help=size_help)
@@ -55,10 +51,10 @@ def parse_args() -> argparse.Namespace:
 arguments.parse_early(__name__, parse_args)
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,12 +67,13 @@ from datasets.build import (
     build_realnet_test_set,
     build_realnet_train_set,
     check_realnet_data,
-    choose_held_out,
+    hold_out,
     training_images,
 )
 from datasets.good_images import good_places, place_good
 from datasets.lists import UNIFIED, ImageList, class_names, listed_classes
 from datasets.pair_folders import PairFolder
+from datasets.pair_types import chosen_types
 from datasets.pairs import Pair, TrainingPairs
 from datasets.realnet import RealNetTrainSet
 from preparation.edit_pairs import Editing, set_up_editing
@@ -150,50 +147,6 @@ def check_edit(args: argparse.Namespace) -> None:
             raise UsageError(f"--{option} {low:g} {high:g}: {text}")
 
 
-def chosen_types(text: str | None, trained: dict[str, float]) -> dict[str, float]:
-    """The shares of the anomaly types, which add up to 1, in the order of TYPES.
-
-    Args:
-        text: of --types; shares need not add up to 1, and are equal without numbers.
-        trained: those of the settings, which are taken without `normal` if there is no text.
-
-    Example:
-        >>> chosen_types("dtd=3,sdas=1", {}), chosen_types(None, {"normal": 0.5, "dtd": 0.25, "noise": 0.25})
-        ({'sdas': 0.25, 'dtd': 0.75}, {'dtd': 0.5, 'noise': 0.5})
-    """
-    shares = dict(trained) if text is None else parsed_types(text)
-    known = {name: shares[name] for name in BLENDED if shares.get(name, 0) > 0}
-    total = sum(known.values())
-    if not known:
-        where = "dataset.train.anomaly_types" if text is None else f"--types {text}"
-        raise UsageError(f"{where}: no type of anomaly has a share above 0")
-    return {name: share / total for name, share in known.items()}
-
-
-def parsed_types(text: str) -> dict[str, float]:
-    """The shares in the text of --types, as they are there."""
-    shares: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, number = (word.strip() for word in part.partition("="))
-        if name == NORMAL:
-            raise UsageError(f"--types {text}: every pair has an anomaly, so {NORMAL} is no type of it")
-        if name == EDIT:
-            raise UsageError(f"--types {text}: pairs of the type {EDIT} are made by --source edit, without --types")
-        if name not in TYPES:
-            raise UsageError(f"--types {text}: {name!r} is no type; known are {', '.join(BLENDED)}")
-        if name in shares:
-            raise UsageError(f"--types {text}: {name} is there twice")
-        try:
-            shares[name] = float(number) if "=" in part else 1.0
-        except ValueError:
-            raise UsageError(f"--types {text}: {number!r} is not a number; expected e.g. {name}=0.5") from None
-        if not 0 <= shares[name] < math.inf:
-            raise UsageError(f"--types {text}: the share of {name} has to be 0 or more")
-    if len({"=" in part for part in text.split(",")}) > 1:
-        raise UsageError(f"--types {text}: give every type a share, or none")
-    return shares
-
-
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     """Check the data's settings before anything is drawn; returns the classes."""
     classes: list[str] = []
@@ -217,7 +170,7 @@ def synthesize(
     config: EasyDict, class_name: str, args: argparse.Namespace, editing: Editing | None, run: Run, stop: StopRequest
 ) -> None:
     """Write the pairs of a training list: of a class, or of each class of a list of all classes."""
-    held_out = hold_out(config, class_name, run, stop)
+    held_out = hold_out(config.dataset, class_name, config.random_seed, run, stop)
     train_set = build_realnet_train_set(config.dataset, class_name, args.seed, held_out)
     others = good_test_images(config, class_name, held_out)
     unified = class_name == UNIFIED
@@ -243,16 +196,6 @@ def synthesize(
             place_all(put, goods, threads, run, stop)
             distributed.barrier()
             distributed.on_main(partial(finish, folder, args, threads, run, stop, existing, began))
-
-
-def hold_out(config: EasyDict, class_name: str, run: Run, stop: StopRequest) -> list[str]:
-    """The good images that training leaves out, by file name: no pairs are made of them."""
-
-    def choose() -> list[str]:
-        bar = partial(progress_bar, run=run, description="near-duplicates", stop=stop)
-        return choose_held_out(config.dataset, class_name, config.random_seed, bar)
-
-    return distributed.on_main(choose)
 
 
 def good_test_images(config: EasyDict, class_name: str, held_out: list[str]) -> ImageList:
@@ -282,7 +225,7 @@ def record_of(
         "train": train,
         "good": used.summary(),
         "test_good": tested.summary(),
-        "sources": train_set.synthesis.summaries(),
+        "sources": train_set.synthesis.summaries({sample.clsname for sample in used.samples}),
     }
 
 
@@ -319,8 +262,10 @@ def draw_pairs(
     missing = [number for number in range(count) if number not in existing][run.rank :: run.world_size]
     rows = prefetch(lambda number: folder.write(number, make(number)), missing, ahead=2 * threads, threads=threads)
     try:
-        for row in progress_bar(rows, run, folder.path.name, len(missing), stop):
-            folder.note(row, run.rank)
+        # Closed, so that no thread writes any more when the folder's lock is released.
+        with closing(rows):
+            for row in progress_bar(rows, run, folder.path.name, len(missing), stop):
+                folder.note(row, run.rank)
     except Stopped as stopped:
         log.info("%s: stopped; the same command without --overwrite goes on", signal_name(stopped.signal))
         raise
@@ -336,8 +281,9 @@ def place_all(
     """Put this rank's share of the good images where they belong; those that are there stay."""
     mine = places[run.rank :: run.world_size]
     done = prefetch(put, mine, ahead=2 * threads, threads=threads)
-    for _ in progress_bar(done, run, "good images", len(mine), stop):
-        pass
+    with closing(done):
+        for _ in progress_bar(done, run, "good images", len(mine), stop):
+            pass
 
 
 def finish(
@@ -354,10 +300,11 @@ def finish(
     lost = set(range(args.count)) - set(rows)
     if lost:
         raise RunError(f"{folder.path}: {len(lost)} pairs have vanished, e.g. number {min(lost)}; run it once more")
-    if args.format != MVTEC:
-        masks = prefetch(folder.mask, rows.values(), ahead=2 * threads, threads=threads)
-        bar = progress_bar(masks, run, args.format, len(rows), stop)
-        (folder.write_coco if args.format == COCO else folder.write_yolo)(rows, bar)
+    # Files that an earlier command has written have to name the new pairs, too.
+    for form in sorted({args.format, *folder.formats()} - {MVTEC}):
+        with closing(prefetch(folder.mask, rows.values(), ahead=2 * threads, threads=threads)) as masks:
+            bar = progress_bar(masks, run, form, len(rows), stop)
+            (folder.write_coco if form == COCO else folder.write_yolo)(rows, bar)
     folder.finish(rows)
     types = ", ".join(f"{name} {count}" for name, count in Counter(row["type"] for row in rows.values()).most_common())
     kept = f"; {len(existing)} of them existed already (--overwrite draws them again)" if existing else ""

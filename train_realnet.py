@@ -27,7 +27,6 @@ def parse_args() -> argparse.Namespace:
 arguments.parse_early(__name__, parse_args)
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from datasets.build import (
     build_realnet_test_set,
     build_realnet_train_set,
     check_realnet_data,
-    choose_held_out,
+    hold_out,
     preprocessing_of,
 )
 from datasets.lists import UNIFIED, listed_classes
@@ -162,7 +161,7 @@ def train_class(
 ) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
     seed = config.random_seed
-    held_out = hold_out(config, class_name, run, stop)
+    held_out = hold_out(config.dataset, class_name, config.random_seed, run, stop)
     train_set = build_realnet_train_set(config.dataset, class_name, seed, held_out)
     test_set = build_realnet_test_set(config.dataset, class_name)
     sizes = (len(train_set), len(held_out), len(test_set))
@@ -225,16 +224,6 @@ def train_class(
             f"{class_name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "
             "lower trainer.optimizer.kwargs.lr"
         )
-
-
-def hold_out(config: EasyDict, class_name: str, run: Run, stop: StopRequest) -> list[str]:
-    """The file names of the good images that are not trained on; rank 0 looks for near-duplicates among them."""
-
-    def choose() -> list[str]:
-        bar = partial(progress_bar, run=run, description="near-duplicates", stop=stop)
-        return choose_held_out(config.dataset, class_name, config.random_seed, bar)
-
-    return distributed.on_main(choose)
 
 
 def selection(config: EasyDict, class_name: str, held_out: bool, tested: bool) -> str:

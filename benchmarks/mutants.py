@@ -67,10 +67,8 @@ def check_file(stage: str, path: Path) -> None:
     if stage == "realnet":
         train_realnet.check(config, path, "dots")
     elif stage == "sample":
-        given = ("strength", "sampler", "steps", "seed")
-        sample.apply_arguments(
-            config, argparse.Namespace(**dict.fromkeys(given), no_classifier=False, preview=False), path
-        )
+        options = ("strength", "sampler", "steps", "seed", "no_classifier", "preview", "quality", "reconstruct")
+        sample.apply_arguments(config, argparse.Namespace(**dict.fromkeys(options)), path)
         collect_errors(path, [("TestSampler", lambda: sample.SpacedDiffusion(**config.TestSampler))])
         check_networks(config, path)
     else:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,16 @@ from datasets.local_anomalies import LOCAL
 from datasets.parts import parts_of
 from datasets.realnet import CachedImages, RealNetTestSet, RealNetTrainSet
 from datasets.sdas import SDASDataset
+from datasets.sources import WITHOUT_FOLDER
 from datasets.splits import fingerprint, split_good
-from datasets.synthesis import WITHOUT_FOLDER, Synthesis
+from datasets.synthesis import Synthesis
 from datasets.validation import HeldOutSet
+from utils import distributed
 from utils.config import load_config
+from utils.distributed import Run
 from utils.errors import UsageError
+from utils.log import progress_bar
+from utils.signals import StopRequest
 
 log = logging.getLogger("realnet")
 
@@ -65,14 +71,18 @@ def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed
         classes = class_names(samples)
     if not samples:
         raise UsageError(f"{path}: holds no good image" + (f" of {', '.join(classes)}" if classes else ""))
-    half, reader = (0.5, 0.5, 0.5), config.image_reader.kwargs
-    # The order of the channels is that of the files that sample.py writes.
-    color_mode = "GRAY" if reader.color_mode == "GRAY" else "RGB"
-    preprocessing = Preprocessing(tuple(config.input_size), half, half, color_mode, reader.bits)
     augmentation = _augmentation(section) if split == "train" else Augmentation()
     cache_mb = config.cache_mb if split == "train" else 0
     images, centred = ImageList(samples, Path(root)), split == "test"
-    return SDASDataset(images, classes, preprocessing, augmentation, seed, cache_mb, config.crop, centred)
+    reader = config.image_reader.kwargs
+    reading = _sdas_preprocessing(config.input_size, reader.color_mode, reader.bits)
+    return SDASDataset(images, classes, reading, augmentation, seed, cache_mb, config.crop, centred)
+
+
+def _sdas_preprocessing(size: Sequence[int], color_mode: str, bits: int | None) -> Preprocessing:
+    # The order of the channels is that of the files that sample.py writes.
+    mode = "GRAY" if color_mode == "GRAY" else "RGB"
+    return Preprocessing(tuple(size), (0.5,) * 3, (0.5,) * 3, mode, bits)
 
 
 def good_images_of_sdas(experiment: Path, size: Sequence[int], seed: int, needed_by: str) -> SDASDataset:
@@ -91,6 +101,23 @@ def good_images_of_sdas(experiment: Path, size: Sequence[int], seed: int, needed
         raise UsageError(f"{path} does not exist, which names the training images that {needed_by}")
     overrides = [f"dataset.input_size={list(size)}", "dataset.crop=null", "dataset.cache_mb=0"]
     return build_sdas_dataset(load_config(path, overrides, "diffusion").dataset, "train", None, seed)
+
+
+def sdas_reading(experiment: Path, size: Sequence[int], color_mode: str) -> Preprocessing:
+    """How a given image is read for the diffusion model of an experiment: as its diffusion.yaml says, if there is one.
+
+    Args:
+        experiment: the folder of diffusion.yaml.
+        size: (height, width).
+        color_mode: that of drawn images; GRAY reads grey images, too.
+    """
+    path, modes, bits = experiment / "diffusion.yaml", [color_mode], None
+    if path.is_file():
+        config = load_config(path, (), "diffusion").dataset
+        reader = config.image_reader.kwargs
+        allow_megapixels(reader.max_megapixels)
+        modes, bits = [color_mode, reader.color_mode], reader.bits
+    return _sdas_preprocessing(size, "GRAY" if "GRAY" in modes else "RGB", bits)
 
 
 def check_sdas_list(config: dict, split: str, network: str) -> None:
@@ -129,12 +156,12 @@ def build_realnet_train_set(
     Args:
         held_out: file names of good images that are not trained on.
     """
-    train, images = config.train, training_images(config, class_name)
+    images = training_images(config, class_name)
     images = ImageList([sample for sample in images.samples if sample.filename not in held_out], images.image_dir)
-    preprocessing, synthesis = preprocessing_of(config), _synthesis(train)
+    preprocessing, synthesis = preprocessing_of(config), _synthesis(config)
     rules = foreground_rules(config, images, preprocessing)
     cached = CachedImages(images, rules, preprocessing, config.cache_mb)
-    return RealNetTrainSet(cached, synthesis, _augmentation(train), seed)
+    return RealNetTrainSet(cached, synthesis, _augmentation(config.train), seed)
 
 
 def training_images(config: dict, class_name: str) -> ImageList:
@@ -179,6 +206,12 @@ def choose_held_out(
     return [sample.filename for sample in chosen]
 
 
+def hold_out(config: dict, class_name: str, seed: int, run: Run, stop: StopRequest) -> list[str]:
+    """Choose as choose_held_out does, on rank 0, and say how far it is; all ranks get the names."""
+    bar = partial(progress_bar, run=run, description="near-duplicates", stop=stop)
+    return distributed.on_main(lambda: choose_held_out(config, class_name, seed, bar))
+
+
 def build_held_out_set(
     config: dict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
 ) -> HeldOutSet:
@@ -221,7 +254,7 @@ def check_realnet_data(config: dict, class_name: str) -> None:
     samples = _listed(config, train.meta_file.replace("{}", class_name))
     _listed(config, config.test.meta_file.replace("{}", class_name), may_be_empty=True)
     classes = class_names(samples)
-    _synthesis(train).open(classes)
+    _synthesis(config).open(classes)
     if train.validation_fraction:
         parts_of(train.parts, [sample.filename for sample in samples])
     if config.foreground != "auto":
@@ -229,8 +262,9 @@ def check_realnet_data(config: dict, class_name: str) -> None:
             rule_for(config.foreground, config.type, name, list)
 
 
-def _synthesis(train: dict) -> Synthesis:
-    """Check a realnet.yaml's `dataset.train` section and convert it to a Synthesis."""
+def _synthesis(config: dict) -> Synthesis:
+    """Check `dataset.train` of a realnet.yaml's `dataset` section and convert it to a Synthesis."""
+    train = config.train
     for name in ("sdas_transparency_range", "dtd_transparency_range"):
         if train[name][0] > train[name][1]:
             raise UsageError(f"dataset.train.{name}: {train[name]} is not a range [low, high]")
@@ -248,7 +282,8 @@ def _synthesis(train: dict) -> Synthesis:
         train.dtd_transparency_range,
         train.min_perlin_scale,
         train.perlin_scale,
-        train.match_grey,
+        # Where only grey is seen, colour would give the anomalies away.
+        train.match_grey or config.image_reader.kwargs.color_mode == "GRAY",
         train.edit_dir,
     )
     if not any(p > 0 for name, p in synthesis.anomaly_types.items() if name != "normal"):

@@ -4,11 +4,11 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.choices import EDIT
 from utils.errors import UsageError
 from utils.names import csv_cell
 
 TABLE = "pairs.csv"
-EDIT = "edit"  # the type of these pairs
 COLUMNS = ("image", "mask", "good", "type")
 
 

@@ -14,6 +14,8 @@ MASK_WORDS = frozenset(
     ("mask", "masks", "gt", "groundtruth", "maske", "masken", "masque", "masques", "maschera", "maschere", "mascara",
      "mascaras")
 )  # fmt: skip
+# A name such as x_label.png is a mask's only if x.png lies beside it.
+MASK_ENDING = re.compile(r"[ _.-](masks?|gt|ground_?truth|label|maske|掩码)$", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+")
 # The first bytes of image formats, as (position, bytes).
 _SIGNATURES = (
@@ -121,6 +123,30 @@ def names_masks(path: Path) -> bool:
         [True, True, True, False]
     """
     return any(word.lower() in MASK_WORDS for word in _WORD.findall(path.name))
+
+
+def image_of_mask(path: Path) -> Path | None:
+    """The path, without ending, of the image whose mask this may be; None if its name is not that of a mask.
+
+    Example:
+        >>> image_of_mask(Path("lot/x_mask.png")).as_posix(), image_of_mask(Path("lot/x.png"))
+        ('lot/x', None)
+    """
+    base = MASK_ENDING.sub("", path.stem)
+    return None if base in ("", path.stem) else path.parent / base
+
+
+def masks_beside(images: Iterable[Path]) -> set[Path]:
+    """Those of the images that are the masks of others beside them, by their names: x_mask.png and x_gt.png of x.png.
+
+    Example:
+        >>> [path.name for path in masks_beside(map(Path, ("x.JPG", "X_mask.png", "y_mask.png")))]
+        ['X_mask.png']
+    """
+    images = list(images)
+    stems = {(path.parent, path.stem.lower()) for path in images}
+    named = ((path, image_of_mask(path)) for path in images)
+    return {path for path, image in named if image is not None and (image.parent, image.name.lower()) in stems}
 
 
 def not_read(others: Iterable[Path]) -> str:

@@ -243,11 +243,11 @@ class Preprocessing:
 
     def read(self, path: str | Path) -> np.ndarray:
         """The image at `path`, (H,W,3) uint8 at the input size."""
-        return read_image(path, self.size, self.color_mode == "GRAY", self.bits)
+        return self.read_full(path, self.size)
 
-    def read_full(self, path: str | Path) -> np.ndarray:
-        """The image at `path`, (H,W,3) uint8 at its own size."""
-        return read_image(path, None, self.color_mode == "GRAY", self.bits)
+    def read_full(self, path: str | Path, size: Sequence[int] | None = None) -> np.ndarray:
+        """The image at `path`, (H,W,3) uint8 at its own size, or at another one (height, width)."""
+        return read_image(path, size, self.color_mode == "GRAY", self.bits)
 
     def tensor(self, image: np.ndarray) -> torch.Tensor:
         """(H,W,3) RGB in [0, 255] at the input size -> (3,H,W) float32, normalised."""

@@ -10,34 +10,33 @@
 MVTec-AD's layout, so that prepare_data.py reads it.
 """
 
-import csv
-import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from datasets.edits import TABLE
 from datasets.images import read_image, read_mask
 from datasets.pair_formats import coco_annotations, yolo_lines, yolo_settings
 from datasets.pairs import Pair
+from utils.choices import COCO, YOLO
 from utils.config import changed_settings
 from utils.errors import UsageError
-from utils.files import append_text, link_file, remove_parts, write_text
+from utils.files import link_file, remove_parts, write_text
 from utils.names import csv_cell
 from utils.pictures import contact_sheet, outline, thumbnail, write_image
+from utils.row_table import Row, RowTable
 
 COLUMNS = ("image", "mask", "good", "source", "type", "opacity", "strength", "depth", "seed", "epoch", "index")
-TABLE, RECORD, PREVIEW, COCO, YOLO = "pairs.csv", "pairs.json", "preview.png", "annotations.json", "yolo"
+RECORD, PREVIEW, ANNOTATIONS = "pairs.json", "preview.png", "annotations.json"
 FOLDERS = ("test", "ground_truth", "train", YOLO)
-JOURNAL = ".pairs.rank{}.jsonl"  # what a run has written so far; the table is written at its end
+DATA = f"{YOLO}/data.yaml"
 YOLO_PART = 5  # every fifth good image's pairs are validated on
 SHEET_PAIRS, SHEET_COLUMNS, CELL = 12, 6, 192
 _OUTLINE = (255, 40, 40)
-
-Row = dict[str, str]
 
 
 class PairFolder:
@@ -51,6 +50,7 @@ class PairFolder:
 
     def __init__(self, path: Path, types: Sequence[str], seed: int) -> None:
         self.path, self.types, self.seed = path, list(types), seed
+        self.table = RowTable(path / TABLE, COLUMNS, _check, "pass --overwrite to draw all pairs again")
 
     def check(self, record: dict[str, Any], overwrite: bool) -> None:
         """Refuse a folder whose files are others than this run's.
@@ -86,19 +86,17 @@ class PairFolder:
         """Remove what a killed run left half-written, and (overwrite) all earlier pairs; write the record."""
         remove_parts(self.path, nested=True)
         if overwrite:
-            for path in [*self._journals(), *(self.path / name for name in (TABLE, PREVIEW, COCO))]:
-                path.unlink(missing_ok=True)
+            self.table.clear()
+            for name in (PREVIEW, ANNOTATIONS):
+                (self.path / name).unlink(missing_ok=True)
             for name in FOLDERS:
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in self._journals():
-            # What follows a line that was cut off must not become a part of it.
-            append_text(path, "\n")
+        self.table.begin()
         write_text(self.path / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def rows(self) -> dict[int, Row]:
         """The lines of the pairs whose files are there, by number."""
-        lines = [*self._table(), *(row for path in self._journals() for row in _lines(path))]
-        rows = {_number(row): row for row in lines}
+        rows = {_number(row): row for row in self.table.rows()}
         return {
             number: rows[number]
             for number in sorted(rows)
@@ -126,24 +124,23 @@ class PairFolder:
 
     def note(self, row: Row, rank: int) -> None:
         """Note that a pair's files are complete, so that a later run need not draw it again."""
-        append_text(self.path / JOURNAL.format(rank), json.dumps(row) + "\n")
+        self.table.note(row, rank)
 
     def finish(self, rows: dict[int, Row]) -> None:
         """Write the table and the sheet; what was noted is in the table now."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
-        write_text(self.path / TABLE, text.getvalue())
         write_image(self.path / PREVIEW, self._sheet(list(rows.values())[:SHEET_PAIRS]))
-        for path in self._journals():
-            path.unlink()
+        self.table.write(rows.values())
 
     def mask(self, row: Row) -> np.ndarray:
         """The mask of a pair, (H,W) uint8 in {0, 1}."""
         return read_mask(self.path / row["mask"])
 
     # ---- other formats -----------------------------------------------------------------------------------------------
+
+    def formats(self) -> set[str]:
+        """The other formats in which the folder holds annotations."""
+        files = {COCO: ANNOTATIONS, YOLO: DATA}
+        return {form for form, name in files.items() if (self.path / name).is_file()}
 
     def write_coco(self, rows: dict[int, Row], masks: Iterable[np.ndarray]) -> None:
         """Write COCO's annotations.json: instances with exact run lengths; categories are the types, from 1 on."""
@@ -154,7 +151,7 @@ class PairFolder:
             annotations += coco_annotations(mask, number, 1 + self.types.index(row["type"]), 1 + len(annotations))
         categories = [{"id": 1 + number, "name": name} for number, name in enumerate(self.types)]
         content = {"images": images, "annotations": annotations, "categories": categories}
-        write_text(self.path / COCO, json.dumps(content) + "\n")
+        write_text(self.path / ANNOTATIONS, json.dumps(content) + "\n")
 
     def write_yolo(self, rows: dict[int, Row], masks: Iterable[np.ndarray]) -> None:
         """Write yolo/: data.yaml, images/{train,val}/ (the same files by another name) and labels/{train,val}/.
@@ -171,24 +168,9 @@ class PairFolder:
                 link_file(self.path / row["image"], image)
             if not label.is_file():
                 write_text(label, yolo_lines(mask, self.types.index(row["type"])))
-        write_text(folder / "data.yaml", yolo_settings(self.types, "val" in splits))
+        write_text(self.path / DATA, yolo_settings(self.types, "val" in splits))
 
     # ---- the parts ---------------------------------------------------------------------------------------------------
-
-    def _journals(self) -> list[Path]:
-        return sorted(self.path.glob(JOURNAL.format("*")))
-
-    def _table(self) -> list[Row]:
-        path = self.path / TABLE
-        if not path.is_file():
-            return []
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        for line, row in enumerate(rows, 2):
-            if not _is_complete(row):
-                advice = "pass --overwrite to draw all pairs again"
-                raise UsageError(f"{path}, line {line}: is not as synthesize.py has written it; {advice}")
-        return rows
 
     def _sheet(self, rows: Sequence[Row]) -> np.ndarray:
         """Images above the same images with their masks outlined, with types and opacities."""
@@ -215,25 +197,10 @@ def _cell(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return cell
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    """The lines of a journal; the last one may be cut off."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and _is_complete(row):
-            yield row
-
-
 def _number(row: Row) -> int:
     return int(Path(row["image"]).stem)
 
 
-def _is_complete(row: dict) -> bool:
-    """Whether a line has the columns, and numbers where numbers belong."""
-    try:
-        _number(row), float(row["opacity"]), int(row["index"])
-    except (KeyError, TypeError, ValueError):
-        return False
-    return set(row) == set(COLUMNS)
+def _check(row: Row) -> None:
+    """Raise an error unless there are numbers where numbers belong."""
+    _number(row), float(row["opacity"]), int(row["index"])

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from datasets.images import read_image
 from datasets.realnet import Draw, RealNetTrainSet
+from datasets.sdas_folders import SDASFolder
 from datasets.synthesis import Anomaly
 from utils.errors import RunError
 
@@ -69,6 +69,7 @@ class TrainingPairs:
 
     def __init__(self, train_set: RealNetTrainSet, indices: Sequence[int], full_size: bool) -> None:
         self.train_set, self.indices, self.full_size = train_set, list(indices), full_size
+        self.strengths = cache(lambda folder: SDASFolder(folder).strengths())
 
     def __call__(self, i: int) -> Pair:
         """Make a pair; it depends on the settings, the seed and i only.
@@ -89,7 +90,7 @@ class TrainingPairs:
 
     def _drawn(self, epoch: int, index: int) -> Pair | None:
         train_set = self.train_set
-        full = self._read_full(index) if self.full_size else None
+        full = self._read(index) if self.full_size else None
         drawn = train_set.draw(epoch, index, full)
         anomaly, image = drawn.anomaly, drawn.image
         if anomaly is not None and self.full_size:
@@ -97,17 +98,18 @@ class TrainingPairs:
         if anomaly is None:
             return None
         path = anomaly.file.path if anomaly.file else None
-        good = train_set.samples[index].filename
-        return Pair(blended(anomaly, image), anomaly.mask, anomaly.type, good, anomaly.opacity, epoch, index, path)
+        strength = self.strengths(path.parent).get(path.name) if anomaly.type == "sdas" else None
+        good, result = train_set.samples[index].filename, blended(anomaly, image)
+        return Pair(result, anomaly.mask, anomaly.type, good, anomaly.opacity, epoch, index, path, strength)
 
     def _at_full_size(self, drawn: Draw, anomaly: Anomaly) -> Anomaly | None:
         """The anomaly for the image at its full size; None if nothing is left of its mask."""
         size = drawn.full.shape[:2]
         if anomaly.local is None:
             mask = enlarged_mask(anomaly.mask, size)
-            source = anomaly.file.read(partial(self._read, size=size))
+            source = anomaly.file.read(partial(self.train_set.preprocessing.read_full, size=size))
         else:
-            other = drawn.full if drawn.other is None else self._read_full(drawn.other, size)
+            other = drawn.full if drawn.other is None else self._read(drawn.other, size)
             source, mask = anomaly.local.make(drawn.full, other)
             mask = mask * enlarged_mask(drawn.foreground, size)
         if not mask.any():
@@ -115,13 +117,9 @@ class TrainingPairs:
         source = self.train_set.synthesis.matched(source, drawn.full)
         return replace(anomaly, source=source, mask=mask)
 
-    def _read_full(self, index: int, size: Sequence[int] | None = None) -> np.ndarray:
+    def _read(self, index: int, size: Sequence[int] | None = None) -> np.ndarray:
         """A good image, (H,W,3) uint8, at its own or another size."""
-        return self._read(self.train_set.images.path(index), size)
-
-    def _read(self, path: Path, size: Sequence[int] | None) -> np.ndarray:
-        preprocessing = self.train_set.preprocessing
-        return read_image(path, size, preprocessing.color_mode == "GRAY", preprocessing.bits)
+        return self.train_set.preprocessing.read_full(self.train_set.images.path(index), size)
 
 
 def tries(i: int, indices: Sequence[int], images: int, attempts: int) -> Iterator[tuple[int, int]]:

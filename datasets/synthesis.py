@@ -1,36 +1,23 @@
 """Synthetic anomalies in good images: which type, from which source, under which mask."""
 
 import hashlib
-import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from datasets.anomaly import augment_texture, blend, grey, is_grey
-from datasets.edits import EDIT, StoredPairs, read_pairs
-from datasets.folders import FoundImages, find_images, not_read
-from datasets.images import Preprocessing, header_problem, read_mask
+from datasets.edits import StoredPairs
+from datasets.images import Preprocessing, read_mask
 from datasets.local_anomalies import LOCAL, OPACITY, visibility
 from datasets.perlin import perlin_mask
-from utils.errors import UsageError
+from datasets.sources import WITHOUT_FOLDER, first_readable, source_images, stored_pairs
+from utils.choices import EDIT
 
-log = logging.getLogger("realnet")
-
-Read = TypeVar("Read")
-
-THREADS = 16  # that open source images: most of the time is spent waiting for the disk
-ATTEMPTS = 20  # source images in a row that may turn out to be broken while they are decoded
 DRAWS = 10  # of a local anomaly, until one changes the foreground by at least VISIBLE grey levels
 VISIBLE = 3.0
-# Values of anomaly_types: of good images alone, and with a folder of textures.
-OF_GOOD_IMAGES = "{normal: 0.5, cutpaste: 0.17, self: 0.16, noise: 0.17}"
-WITH_TEXTURES = "{normal: 0.5, dtd: 0.2, cutpaste: 0.1, self: 0.1, noise: 0.1}"
-WITHOUT_FOLDER = f"dataset.train.anomaly_types: {OF_GOOD_IMAGES}, which needs no other images"
 
 
 @dataclass(frozen=True)
@@ -149,23 +136,28 @@ class Synthesis:
         """
         if self.anomaly_types.get("dtd"):
             hint = f"put the DTD textures there (data/README.md), or set {WITHOUT_FOLDER}"
-            self.sources["dtd"] = _source_images(self.dtd_dir, "dtd_dir", hint, tell)
+            self.sources["dtd"] = source_images(self.dtd_dir, "dtd_dir", hint, tell)
         if self.anomaly_types.get("sdas"):
             hint = f"run sample.py first, or set {WITHOUT_FOLDER}"
             for name in classes:
                 folder = self.sdas_dir.replace("{}", name) if self.sdas_dir else None
-                self.sources[f"sdas/{name}"] = _source_images(folder, "sdas_dir", hint, tell)
+                self.sources[f"sdas/{name}"] = source_images(folder, "sdas_dir", hint, tell)
         if self.anomaly_types.get(EDIT):
             for name in classes:
                 folder = self.edit_dir.replace("{}", name) if self.edit_dir else None
-                self.pairs[name] = _stored_pairs(folder, tell)
+                self.pairs[name] = stored_pairs(folder, tell)
                 self.sources[f"{EDIT}/{name}"] = list(self.pairs[name].masks)
 
-    def summaries(self) -> dict[str, str]:
-        """The number of source images of each kind and a hash of their paths, by which a change is noticed."""
+    def summaries(self, classes: Collection[str] | None = None) -> dict[str, str]:
+        """The number of source images of each kind and a hash of their paths, by which a change is noticed.
+
+        Args:
+            classes: whose sources count; None: those of all.
+        """
         hashes = {
             kind: hashlib.sha256("\n".join(map(str, paths)).encode("utf-8", "backslashreplace")).hexdigest()[:12]
             for kind, paths in self.sources.items()
+            if classes is None or "/" not in kind or kind.partition("/")[2] in classes
         }
         return {kind: f"{len(self.sources[kind])} images, {hashes[kind]}" for kind in sorted(hashes)}
 
@@ -199,27 +191,6 @@ class Synthesis:
         source, opacity, file = self.draw_source(chosen, clsname, preprocessing, rng)
         mask = foreground * perlin_mask(*image.shape[:2], rng, self.min_perlin_scale, self.perlin_scale)
         return Anomaly(chosen, self.matched(source, image), mask, opacity, file) if mask.any() else None
-
-    def anomaly(
-        self,
-        image: np.ndarray,
-        foreground: np.ndarray,
-        clsname: str,
-        other: Callable[[], np.ndarray],
-        preprocessing: Preprocessing,
-        rng: np.random.Generator,
-        types: dict[str, float] | None = None,
-    ) -> tuple[np.ndarray | None, np.ndarray]:
-        """Draw as `draw` does, and blend.
-
-        Returns:
-            The anomalous image, (H,W,3) float32 in [0, 255], or None if it stays normal; and its mask, (H,W) uint8 in
-            {0, 1}.
-        """
-        drawn = self.draw(image, foreground, clsname, other, preprocessing, rng, types)
-        if drawn is None:
-            return None, np.zeros(image.shape[:2], np.uint8)
-        return drawn.blend(image), drawn.mask
 
     def matched(self, source: np.ndarray, image: np.ndarray) -> np.ndarray:
         """The source, grey where the image is grey and match_grey asks for it."""
@@ -261,7 +232,7 @@ class Synthesis:
         def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return preprocessing.read(path), read_mask(pairs.masks[path], preprocessing.size)
 
-        path, (source, mask) = _first_readable(paths, int(rng.integers(len(paths))), read)
+        path, (source, mask) = first_readable(paths, int(rng.integers(len(paths))), read)
         source, mask = good.augmented(source, mask) if own else (source, mask * foreground)
         return Anomaly(EDIT, self.matched(source, image), mask, 1.0, SourceFile(path)) if mask.any() else None
 
@@ -271,7 +242,7 @@ class Synthesis:
         """Draw an image of a folder, (H,W,3) uint8, its opacity, and its file."""
         paths = self.sources["dtd" if chosen == "dtd" else f"sdas/{clsname}"]
         index = int(rng.integers(len(paths)))
-        path, source = _first_readable(paths, index, preprocessing.read)
+        path, source = first_readable(paths, index, preprocessing.read)
         if chosen == "sdas":
             return source, float(rng.uniform(*self.sdas_transparency_range)), SourceFile(path)
         file = SourceFile(path, rng.bit_generator.state)
@@ -291,85 +262,3 @@ def _drawn(types: dict[str, float], rng: np.random.Generator) -> str:
     # numpy wants a sum of 1 to 1.5e-8; settings may be rounded to 1e-6.
     probabilities = np.array(list(types.values())) / sum(types.values())
     return names[int(rng.choice(len(names), p=probabilities))]
-
-
-def _source_images(folder: str | None, setting: str, hint: str, tell: bool) -> list[Path]:
-    """The images in a folder whose headers can be read."""
-    found = find_images(folder) if folder else None
-    if found is None or not found.images:
-        missing = "holds no image" if folder and Path(folder).is_dir() else "does not exist"
-        problem = f"{folder} {missing}" if folder else "not set"
-        others = not_read(found.others) if found else ""
-        raise UsageError(f"dataset.train.{setting}: {problem}{f' ({others})' if others else ''}; {hint}")
-    problems = _header_problems(tuple(found.images))
-    readable = [path for path, problem in zip(found.images, problems, strict=True) if problem is None]
-    broken = [problem for problem in problems if problem is not None]
-    if not readable:
-        raise UsageError(f"dataset.train.{setting}: no image in {folder} can be read ({broken[0]}); {hint}")
-    if tell:
-        _tell_left_out(f"dataset.train.{setting}", len(problems), broken, found)
-    return readable
-
-
-def _stored_pairs(folder: str | None, tell: bool) -> StoredPairs:
-    """The pairs in a folder whose images and masks have headers that can be read."""
-    hint = f"run synthesize.py --source edit first, or set {WITHOUT_FOLDER}"
-    try:
-        found = read_pairs(folder) if folder else None
-    except UsageError as error:
-        raise UsageError(f"dataset.train.edit_dir: {error}; {hint}") from None
-    if found is None or not found.masks:
-        problem = f"{folder} holds no pair of the type {EDIT}" if folder else "not set"
-        raise UsageError(f"dataset.train.edit_dir: {problem}; {hint}")
-    problems = {}
-    for paths in (tuple(found.masks), tuple(found.masks.values())):
-        for image, problem in zip(found.masks, _header_problems(paths), strict=True):
-            if problem is not None:
-                problems.setdefault(image, problem)
-    if len(problems) == len(found.masks):
-        first = next(iter(problems.values()))
-        raise UsageError(f"dataset.train.edit_dir: no pair in {folder} can be read ({first}); {hint}")
-    if tell:
-        _tell_left_out("dataset.train.edit_dir", len(found.masks), list(problems.values()), FoundImages())
-    masks = {image: mask for image, mask in found.masks.items() if image not in problems}
-    of_good = {good: [image for image in images if image in masks] for good, images in found.of_good.items()}
-    return StoredPairs(masks, of_good)
-
-
-def _tell_left_out(setting: str, count: int, broken: list[str], found: FoundImages) -> None:
-    if broken:
-        more = f"\n  and {len(broken) - 3} more" if len(broken) > 3 else ""
-        lines = "".join(f"\n  {problem}" for problem in broken[:3])
-        text = "%s: %d of %d images cannot be read and are left out:%s%s"
-        log.warning(text, setting, len(broken), count, lines, more)
-    if found.others:
-        log.warning("%s: %s", setting, not_read(found.others))
-    for path, reason in found.closed:
-        log.warning("%s: %s cannot be opened (%s)", setting, path, reason)
-
-
-@cache
-def _header_problems(paths: tuple[Path, ...]) -> list[str | None]:
-    """The header_problem of each image. Kept, because settings are checked before the data set is built."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(header_problem, paths, chunksize=64))
-
-
-def _first_readable(paths: Sequence[Path], index: int, read: Callable[[Path], Read]) -> tuple[Path, Read]:
-    """Path and image at `index`, or the next one that can be decoded, so that a broken one does not end the training.
-
-    Raises:
-        UsageError: the next ATTEMPTS images are all broken.
-    """
-    for step in range(ATTEMPTS):
-        path = paths[(index + step) % len(paths)]
-        try:
-            return path, read(path)
-        except UsageError as error:
-            _warn_once(str(error))
-    raise UsageError(f"{paths[index]} and the {ATTEMPTS - 1} images after it cannot be read; are they still there?")
-
-
-@cache
-def _warn_once(text: str) -> None:
-    log.warning("%s; the next image is used instead", text)

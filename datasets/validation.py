@@ -50,7 +50,7 @@ class HeldOutSet(Dataset):
             (index, types[(turn + index) % len(types)], turn) for turn in range(rounds) for index in range(len(images))
         ]
         # Whether one can be drawn depends on the image; the labels have to be known before.
-        self.anomalies = [place for place in drawn if self._anomaly(*place)[0] is not None]
+        self.anomalies = [place for place in drawn if self._anomaly(*place) is not None]
         self.samples = [*images.samples, *(self._sample(*place) for place in self.anomalies)]
 
     def __len__(self) -> int:
@@ -65,7 +65,8 @@ class HeldOutSet(Dataset):
         """A held-out image (H,W,3) uint8, resized."""
         return self.cached.read(index)[0]
 
-    def _anomaly(self, index: int, kind: str, turn: int) -> tuple[np.ndarray | None, np.ndarray]:
+    def _anomaly(self, index: int, kind: str, turn: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The image with an anomaly, (H,W,3) float32 in [0, 255], and its mask; None if none can be drawn on it."""
         (image, foreground), clsname = self.cached.read(index), self.images.samples[index].clsname
         others = self.images.of_class(clsname)
         for attempt in range(ATTEMPTS):
@@ -74,12 +75,10 @@ class HeldOutSet(Dataset):
             def other(rng: np.random.Generator = rng) -> np.ndarray:
                 return self.read(others[int(rng.integers(len(others)))])
 
-            anomalous, mask = self.synthesis.anomaly(
-                image, foreground, clsname, other, self.preprocessing, rng, {kind: 1.0}
-            )
-            if anomalous is not None:
-                return anomalous, mask
-        return None, np.zeros(image.shape[:2], np.uint8)
+            drawn = self.synthesis.draw(image, foreground, clsname, other, self.preprocessing, rng, {kind: 1.0})
+            if drawn is not None:
+                return drawn.blend(image), drawn.mask
+        return None
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         if index < len(self.images):

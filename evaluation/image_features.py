@@ -131,6 +131,11 @@ class Extractor:
         return to_device(torch.stack(tensors), self.device)
 
 
+def spaced(indices: Sequence[int], most: int) -> list[int]:
+    """At most this many of the indices, evenly spaced."""
+    return [indices[int(k)] for k in np.linspace(0, len(indices) - 1, min(most, len(indices)))]
+
+
 def joined(parts: Sequence[Features]) -> Features:
     """Features of several batches as those of one."""
     return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}

@@ -15,6 +15,7 @@ from datasets.folders import (
     find_images,
     has_image_content,
     is_mask_folder,
+    masks_beside,
     names_masks,
     not_read,
 )
@@ -25,7 +26,6 @@ from utils.log import log
 
 SCORES, HEAT_MAPS, MASKS = "scores.jsonl", "heatmaps", "masks"  # what predict.py writes into its output folder
 MASK_VALUES = 8
-_MASK_ENDING = re.compile(r"[._-](mask|gt|ground_?truth)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def no_input(path: Path, results: Path | None) -> bool:
 def _in_folder(folder: Path, output: Path | None) -> Inputs:
     results = output.resolve() if output else None
     found = find_images(folder, lambda path: no_input(path, results))
-    images, masks = _without_masks(found.images)
+    masks = masks_beside(found.images)
+    images = [path for path in found.images if path not in masks]
     _tell_left_out(folder, found, len(masks))
     if not images:
         others = not_read(found.others)
@@ -124,28 +125,6 @@ def _holds_masks(folder: Path) -> bool:
         return bool(images) and all(len(np.unique(read_image(path))) <= MASK_VALUES for path in images)
     except UsageError:
         return False
-
-
-def _without_masks(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The images, and the masks that lie beside them."""
-    stems = {path.parent / path.stem for path in paths}
-    images: list[Path] = []
-    masks: list[Path] = []
-    for path in paths:
-        image = image_of_mask(path)
-        (masks if image is not None and image in stems else images).append(path)
-    return images, masks
-
-
-def image_of_mask(path: Path) -> Path | None:
-    """The path, without ending, of the image whose mask this may be; None if its name is not that of a mask.
-
-    Example:
-        >>> image_of_mask(Path("lot/x_mask.png")).as_posix(), image_of_mask(Path("lot/x.png"))
-        ('lot/x', None)
-    """
-    base = _MASK_ENDING.sub("", path.stem)
-    return None if base == path.stem else path.parent / base
 
 
 def _tell_left_out(folder: Path, found: FoundImages, masks: int) -> None:

@@ -22,6 +22,7 @@ from evaluation.image_features import (
     pictures_of,
     real_features,
     source_of,
+    spaced,
 )
 from evaluation.quality_report import text_of, write_quality
 from evaluation.quality_rows import FEWEST_DRAWN, FEWEST_REAL, NOISE, Row, class_rows, name_of
@@ -150,8 +151,8 @@ def set_up_quality(
         raise UsageError(f"--quality-images {count}: at least {FEWEST_DRAWN}")
     real = good_images_of_sdas(experiment, sampler.size, sampler.seed, "--quality compares with")
     source = source_of(config.features, experiment)
-    step = max(1, len(real) // CALIBRATION_IMAGES)
-    extractor = Extractor(source, run.device, (pictures_of(real, [i])[0] for i in range(0, len(real), step)))
+    examples = spaced(range(len(real)), CALIBRATION_IMAGES)
+    extractor = Extractor(source, run.device, (pictures_of(real, [i])[0] for i in examples))
     networks = [config[section] for section in ("unet", "classifier") if config[section] is not None]
     identity = {
         "checkpoints": [_file_of(trained_checkpoint(pretrained_path(network))) for network in networks],

@@ -19,6 +19,7 @@ from evaluation.image_features import (
     pictures_of,
     real_features,
     source_of,
+    spaced,
 )
 from evaluation.image_quality import FEWEST, KernelDistance, comparable, kernel_distance
 from models.sdas import SpacedDiffusion
@@ -48,7 +49,7 @@ class ValidationKID:
     def __init__(self, extractor: Extractor, train_set: SDASDataset, total: int) -> None:
         self.extractor, self.train_set = extractor, train_set
         indices = {name: train_set.images.of_class(name) for name in train_set.numbers}
-        self.indices = {name: _spaced(found, MOST_REAL) for name, found in indices.items() if len(found) >= FEWEST}
+        self.indices = {name: spaced(found, MOST_REAL) for name, found in indices.items() if len(found) >= FEWEST}
         self.count = max(FEWEST_OF_CLASS, -(-total // max(1, len(self.indices))))
         self.real: dict[str, Features | None] = {}  # features of the training images, on rank 0
 
@@ -63,8 +64,18 @@ class ValidationKID:
         """
         config, run, progress = training.config, training.run, training.progress
         process, size = SpacedDiffusion(**config.TestSampler), self.train_set.size
+        # Grey images are drawn where grey ones are trained on, as sample.py does with color_mode: GRAY.
+        grey = self.train_set.preprocessing.color_mode == "GRAY"
         sampler = _Tolerant(
-            process, training.ema.model, None, "ancestral", training.precision, size, config.random_seed, run.device
+            process,
+            training.ema.model,
+            None,
+            "ancestral",
+            training.precision,
+            size,
+            config.random_seed,
+            run.device,
+            grey=grey,
         )
         found: list[list[KernelDistance]] = []
         for name, indices in self.indices.items():
@@ -110,11 +121,6 @@ class _Tolerant(Sampler):
             return np.zeros((len(indices), *self.size, 3), np.uint8)
 
 
-def _spaced(indices: list[int], most: int) -> list[int]:
-    """At most this many of the indices, evenly spaced."""
-    return [indices[int(k)] for k in np.linspace(0, len(indices) - 1, min(most, len(indices)))]
-
-
 def set_up_kid(config: EasyDict, folder: Path, train_set: SDASDataset, run: Run) -> ValidationKID | None:
     """What measures KID at validations; None if trainer.val_kid_images is 0 or there is no network for it.
 
@@ -126,7 +132,7 @@ def set_up_kid(config: EasyDict, folder: Path, train_set: SDASDataset, run: Run)
     if not config.trainer.val_kid_images:
         return None
     try:
-        examples = (pictures_of(train_set, [i])[0] for i in _spaced(list(range(len(train_set))), CALIBRATION_IMAGES))
+        examples = (pictures_of(train_set, [i])[0] for i in spaced(range(len(train_set)), CALIBRATION_IMAGES))
         extractor = Extractor(source_of(config.features, folder), run.device, examples, download=False)
     except (UsageError, RunError) as error:
         log.info("validations will not measure KID (trainer.val_kid_images): %s", error)

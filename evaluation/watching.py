@@ -6,8 +6,8 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from datasets.folders import SUFFIXES, is_visible
-from evaluation.inputs import Input, image_of_mask, no_input
+from datasets.folders import SUFFIXES, image_of_mask, is_visible
+from evaluation.inputs import Input, no_input
 from utils.errors import UsageError
 from utils.log import log
 from utils.signals import StopRequest

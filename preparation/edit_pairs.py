@@ -10,15 +10,14 @@ import numpy as np
 
 from datasets.anomaly import is_grey
 from datasets.catalog import known_classes
-from datasets.edits import EDIT
 from datasets.images import resize
 from datasets.pairs import Pair, enlarged_mask, tries
 from datasets.perlin import perlin_mask
 from datasets.realnet import RealNetTrainSet
 from models.sdas.edit import GoodImage, edit_images
-from models.sdas.sampler import Sampler, check_networks, image_seed, set_up_sampler
-from models.sdas.trained import class_list, load_networks
+from models.sdas.sampler import Sampler, image_seed, open_networks, set_up_sampler
 from utils import distributed
+from utils.choices import EDIT
 from utils.config import load_config, plain
 from utils.device import use_fast_kernels
 from utils.distributed import Run
@@ -155,9 +154,7 @@ def set_up_editing(
         text = "adds no noise, so a strength has no effect; set dpmpp_2m_sde there, or pass --strength 0 0"
         raise UsageError(f"{path}: sampler dpmpp_2m {text}")
     use_fast_kernels(run.device, config.tf32)
-    networks = load_networks(config)
-    check_networks(config, path)
-    classes = class_list(config, networks, known_classes(dataset))
+    networks, classes = open_networks(config, path, known_classes(dataset))
     model = {name: distributed.on_main(partial(sha256, checkpoint)) for name, (checkpoint, _) in networks.items()}
     keys = ("classifier_scale", "sampler", "amp", "dataset", "TestSampler")
     used = {key: value for key, value in plain(config).items() if key in keys}

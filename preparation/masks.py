@@ -5,12 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from datasets.folders import MASK_ENDING, masks_beside
 from preparation.findings import AMBIGUOUS, SURPLUS
 from preparation.folders import MASK_FOLDERS, Reader
 from preparation.names import read_name
 
-# A name such as x_label.png is a mask's only if x.png lies beside it.
-_MASK_ENDING = re.compile(r"[ _.-](masks?|gt|ground_?truth|label|maske|掩码)$", re.IGNORECASE)
+# The rest of MASK_ENDING can also be the ending of an image's name.
 _SURELY_MASK = re.compile(r"[ _.-](masks?|ground_?truth|maske|掩码)$", re.IGNORECASE)
 
 
@@ -44,7 +44,7 @@ class MaskIndex:
 
     def split_off(self, images: list[Path], defect_folder: Path) -> list[Path]:
         """Index the masks that lie beside their images, and return the images without them."""
-        masks = masks_beside(images)
+        masks = masks_among(images)
         for path in masks:
             parts = path.relative_to(defect_folder).parts[:-1]
             self.masks[_key(defect_folder.name, *parts, path.stem)].append(path)
@@ -65,21 +65,15 @@ class MaskIndex:
         return None
 
 
-def masks_beside(images: Iterable[Path]) -> set[Path]:
+def masks_among(images: Iterable[Path]) -> set[Path]:
     """Those of the images that are masks by their names: x_mask.png, and x_gt.png or x_label.png beside x.png."""
     images = list(images)
-    stems = {(path.parent, path.stem.lower()) for path in images}
-    found = set()
-    for path in images:
-        base = _MASK_ENDING.sub("", path.stem)
-        if base != path.stem and ((path.parent, base.lower()) in stems or _SURELY_MASK.search(path.stem)):
-            found.add(path)
-    return found
+    return masks_beside(images) | {path for path in images if _SURELY_MASK.search(path.stem)}
 
 
 def without_masks(reader: Reader, images: list[Path]) -> list[Path]:
     """Good images without the masks among them, which are reported."""
-    masks = masks_beside(images)
+    masks = masks_among(images)
     for path in sorted(masks):
         reader.report(SURPLUS, path, "looks like the mask of a good image; it is left out")
     return [path for path in images if path not in masks]
@@ -92,4 +86,4 @@ def _key(*parts: str) -> tuple[str, ...]:
     """
     *folders, stem = parts
     cores = (read_name(folder).core for folder in folders if folder.lower() not in MASK_FOLDERS)
-    return (*filter(None, cores), _MASK_ENDING.sub("", stem).lower())
+    return (*filter(None, cores), MASK_ENDING.sub("", stem).lower())

@@ -8,7 +8,7 @@ from datasets.lists import Sample
 from preparation.classes import UNSPLIT, DatasetOnDisk
 from preparation.findings import SURPLUS
 from preparation.folders import Reader, is_mask_folder
-from preparation.masks import masks_beside
+from preparation.masks import masks_among
 from preparation.names import BAD, GOOD, TEST, TRAIN, read_name
 
 ROWS = 40
@@ -66,7 +66,7 @@ def report_unused(reader: Reader, samples: Iterable[Sample], folders: Sequence[P
         good, bad = (any(name.kind == kind for name in names) for kind in (GOOD, BAD))
         above = [folder, *folder.parents]
         in_masks = any(is_mask_folder(path) for path in above[: above.index(reader.root)])
-        masks = paths if in_masks else sorted(masks_beside(paths))
+        masks = paths if in_masks else sorted(masks_among(paths))
         images = [path for path in paths if path not in masks]
         if masks and good:
             reader.report(SURPLUS, folder, f"{_count(masks, 'mask')} of good images, which need none")

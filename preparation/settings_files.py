@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from datasets.foreground import rule_for
-from datasets.synthesis import OF_GOOD_IMAGES
+from datasets.sources import OF_GOOD_IMAGES
 from models.structures import NORMALIZATIONS, structure_of
 from preparation import diffusion_presets
 from preparation.presets import PRESETS
@@ -246,7 +246,9 @@ def settings_texts(
             section = r"^classifier:.*?(?=^TestSampler)"
             text = _replaced(path, section, "classifier: null  # one class\n", text)
         if name != "sample.yaml":
-            text = _replaced(path, "color_mode: RGB", f"color_mode: RGB{told.reading}", text)
+            # The diffusion model's validations draw grey images then, too.
+            colours = "RGB" if name.startswith("realnet") else values["COLOURS"]
+            text = _replaced(path, "color_mode: RGB", f"color_mode: {colours}{told.reading}", text)
         left = re.search("@[A-Z_]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")

@@ -383,7 +383,8 @@ _SYNTHESIS = {
     ),
     "match_grey": Setting(
         "bool",
-        "Make the anomalies of grey images grey. False repeats the paper's figures; True is for data of one's own.",
+        "Make the anomalies of grey images grey, as they are with color_mode: GRAY in any case. False repeats the "
+        "paper's figures; True is for data of one's own.",
         False,
     ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from easydict import EasyDict
 
 from models.sdas.diffusion import AfterStep, SpacedDiffusion, start_of
 from models.sdas.guidance import classifier_guidance, guidance_precision
-from models.sdas.trained import load_averaged
+from models.sdas.trained import class_list, load_averaged, load_networks
 from models.sdas.unet import check_size, create_classifier_unet, create_diffusion_unet
 from utils.config import collect_errors, model_kwargs
 from utils.device import to_device
@@ -74,9 +74,8 @@ class Sampler:
         Args:
             after_step: see SpacedDiffusion.p_sample_loop.
         """
-        # One generator per image, so that its noise does not depend on the batch.
-        generators = [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
-        strengths = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
+        generators = self._generators(name, indices)
+        strengths = _strengths(generators, low, high)
         goods, start = self._begin(name, generators)
         images = self.sample(number, strengths, generators, progress, after_step, goods, start)
         if not images.isfinite().all():
@@ -85,6 +84,10 @@ class Sampler:
         if self.grey:
             images = images.mean(dim=1, keepdim=True).expand_as(images)
         return to_uint8(images.cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+
+    def strengths(self, name: str, indices: Sequence[int], low: float, high: float) -> list[float]:
+        """The strengths that `draw` gives to images."""
+        return _strengths(self._generators(name, indices), low, high).tolist()
 
     def sample(
         self,
@@ -118,6 +121,10 @@ class Sampler:
             after_step=after_step,
         )
 
+    def _generators(self, name: str, indices: Sequence[int]) -> list[torch.Generator]:
+        """One for each image, so that its random numbers do not depend on the batch."""
+        return [torch.Generator().manual_seed(image_seed(self.seed, name, i)) for i in indices]
+
     def _begin(
         self, name: str, generators: Sequence[torch.Generator]
     ) -> tuple[torch.Tensor, list[int]] | tuple[None, None]:
@@ -129,6 +136,24 @@ class Sampler:
         depths = low + (high - low) * drawn[:, 1]
         goods = torch.stack([self.beginning.good(name, float(share)) for share in drawn[:, 0]])
         return goods, [start_of(self.process, float(depth)) for depth in depths]
+
+
+def _strengths(
+    generators: Sequence[torch.Generator], low: float | torch.Tensor, high: float | torch.Tensor
+) -> torch.Tensor:
+    """The strengths (N,) in [low, high]: the first number of each generator."""
+    return low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
+
+
+def open_networks(config: EasyDict, path: Path, known: Sequence[str]) -> tuple[dict[str, tuple[Path, dict]], list[str]]:
+    """The checkpoints that a sample.yaml at `path` names (see load_networks), checked, and their classes.
+
+    Args:
+        known: see class_list.
+    """
+    networks = load_networks(config)
+    check_networks(config, path)
+    return networks, class_list(config, networks, known)
 
 
 def check_networks(config: EasyDict, path: Path) -> None:

@@ -30,20 +30,19 @@ def step_sheet(sampler: Sampler, name: str, number: int, strength: Sequence[floa
     """
     count = sampler.process.num_timesteps
     shown = {int(t) for t in np.linspace(count - 1, 0, min(count, MOST_STEPS)).round()}
-    states = []
+    states = {}  # by timestep; with start_depth, the first ones are left out
 
     def keep(t: int, x: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
         if t in shown:
-            states.append((_pictures(x), _pictures(pred_xstart)))
+            states[t] = _pictures(x), _pictures(pred_xstart)
         return x
 
     sampler.draw(name, number, range(STEP_IMAGES), *strength, progress=True, after_step=keep)
-    captions = [f"t={sampler.process.timestep_map[t]}" for t in sorted(shown, reverse=True)]
     rows = []
     for i in range(STEP_IMAGES):
-        rows.append((f"image {i}, after the step from t", [_shown(x[i]) for x, _ in states]))
-        rows.append(("predicted x_0", [_shown(pred_xstart[i]) for _, pred_xstart in states]))
-    return contact_sheet(rows, captions)
+        rows.append((f"image {i}, after the step from t", [_shown(x[i]) for x, _ in states.values()]))
+        rows.append(("predicted x_0", [_shown(pred_xstart[i]) for _, pred_xstart in states.values()]))
+    return contact_sheet(rows, [f"t={sampler.process.timestep_map[t]}" for t in states])
 
 
 def reconstructions(sampler: Sampler, number: int, images: np.ndarray) -> np.ndarray:

@@ -116,7 +116,8 @@ def drawn(types: dict[str, float], image: np.ndarray, other: np.ndarray, seed: i
     """A training sample's anomalous image and mask."""
     foreground = np.ones(image.shape[:2], np.uint8) if foreground is None else foreground
     rng = np.random.default_rng(seed)
-    return Synthesis(types, **settings).anomaly(image, foreground, "part", lambda: other, PREPROCESSING, rng)
+    anomaly = Synthesis(types, **settings).draw(image, foreground, "part", lambda: other, PREPROCESSING, rng)
+    return (None, np.zeros_like(foreground)) if anomaly is None else (anomaly.blend(image), anomaly.mask)
 
 
 @pytest.mark.parametrize("name", LOCAL)
@@ -171,18 +172,18 @@ def test_the_other_image_is_asked_for_only_where_it_is_needed():
 
     image, foreground = pictures()[0], np.ones((96, 128), np.uint8)
     for name in ("normal", "self", "noise"):
-        Synthesis({name: 1.0}).anomaly(image, foreground, "part", refuse, PREPROCESSING, np.random.default_rng(0))
+        Synthesis({name: 1.0}).draw(image, foreground, "part", refuse, PREPROCESSING, np.random.default_rng(0))
     with pytest.raises(AssertionError, match="not needed"):
-        Synthesis({"cutpaste": 1.0}).anomaly(image, foreground, "part", refuse, PREPROCESSING, np.random.default_rng(0))
+        Synthesis({"cutpaste": 1.0}).draw(image, foreground, "part", refuse, PREPROCESSING, np.random.default_rng(0))
 
 
 def test_the_types_given_take_the_place_of_the_settings():
     image, other = pictures()
     synthesis, rng = Synthesis({"normal": 1.0}), np.random.default_rng(0)
-    assert synthesis.anomaly(image, np.ones((96, 128), np.uint8), "part", lambda: other, PREPROCESSING, rng)[0] is None
+    assert synthesis.draw(image, np.ones((96, 128), np.uint8), "part", lambda: other, PREPROCESSING, rng) is None
     types = {"noise": 1.0}
-    drawn_ = synthesis.anomaly(image, np.ones((96, 128), np.uint8), "part", lambda: other, PREPROCESSING, rng, types)
-    assert drawn_[0] is not None
+    drawn_ = synthesis.draw(image, np.ones((96, 128), np.uint8), "part", lambda: other, PREPROCESSING, rng, types)
+    assert drawn_.type == "noise"
 
 
 def test_a_training_set_of_local_types_needs_no_folder(tiny_data):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage import morphology
 
-from datasets.anomaly import AUGMENTATIONS, augment_texture, blend
-from datasets.build import check_realnet_data
+from datasets.anomaly import AUGMENTATIONS, augment_texture, blend, is_grey
+from datasets.build import build_realnet_train_set, check_realnet_data
 from datasets.catalog import CATALOG, ForegroundRule
 from datasets.foreground import apply_rule, auto_rule, foreground_mask, rule_for
 from datasets.images import Augmentation, Preprocessing, list_images
@@ -228,6 +228,20 @@ def test_samples_differ_from_the_normal_image_only_under_the_mask(tiny_data):
             assert sample["changed"] == bool(sample["mask"].any())
             changed += sample["changed"]
     assert 8 < changed < 32
+
+
+def test_where_only_grey_is_seen_anomalies_are_grey(tiny_data):
+    config = checked(settings(str(tiny_data), "none")["realnet"], "realnet.yaml", "realnet").dataset
+    config.train.anomaly_types = {"dtd": 1.0}
+
+    def coloured(mode: str) -> int:
+        config.image_reader.kwargs.color_mode = mode
+        dataset = build_realnet_train_set(config, "dots", 0)
+        drawn = [dataset.draw(0, index).anomaly for index in range(8)]
+        return sum(not is_grey(anomaly.source) for anomaly in drawn if anomaly is not None)
+
+    assert coloured("RGB") > 2
+    assert coloured("GRAY") == 0
 
 
 def test_the_draws_of_normal_sdas_and_dtd_stay_what_they_were(tiny_data):

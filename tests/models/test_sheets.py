@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from models.sdas import SpacedDiffusion
-from models.sdas.sampler import Sampler
+from models.sdas.sampler import Beginning, Sampler
 from models.sdas.sheets import MOST_STEPS, reconstruction_sheet, reconstructions, step_sheet
 from tests.models.test_diffusion import Gaussian
 
@@ -33,6 +33,16 @@ def test_the_steps_end_with_the_images_that_are_drawn():
         away = [np.abs(cells[:, left : left + 64] - drawn[i].astype(float)).mean() for left in range(0, 340, 68)]
         assert (np.diff(away) < 0).all(), away
         assert np.abs(predicted[:, :64] - drawn[i].astype(float)).mean() < away[0]
+
+
+def test_steps_before_the_images_begin_are_left_out():
+    sampler = sampler_of(20)
+    sampler.beginning = Beginning(lambda name, share: torch.zeros(3, 64, 64), (0.2, 0.4))
+    sheet = step_sheet(sampler, "dots", 0, [0.1, 0.2])
+    steps = (sheet.shape[1] + GAP) // (64 + GAP)
+    assert sheet.shape[1] == steps * (64 + GAP) - GAP
+    assert 4 <= steps <= 9
+    np.testing.assert_array_equal(sheet[2 * CAPTION :][:64, -64:], sampler.draw("dots", 0, [0], 0.1, 0.2)[0])
 
 
 def test_of_many_steps_some_are_shown():

@@ -167,6 +167,21 @@ def test_a_sampler_without_noise_has_no_strength(arguments, message, workspace, 
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quality-images", "8"], "--quality-images needs --quality"),
+        (["--preview", "--strength", "0", "1"], "--strength has no effect on --preview, which goes through strengths"),
+        (["--quality", "--strength", "0", "1"], "--strength has no effect on --quality"),
+        (["--reconstruct", "a.png", "--strength", "0", "1"], "--strength has no effect on --reconstruct"),
+    ],
+)
+def test_options_of_sample_that_would_do_nothing_are_refused(arguments, message, workspace, monkeypatch, capsys):
+    code, _, err = run(sample.main, ["--dataset", "tiny", *arguments], workspace.root, monkeypatch, capsys)
+    assert code == 2
+    assert message in err
+
+
 def test_all_mistakes_are_in_one_message(workspace, monkeypatch, capsys):
     config = copy.deepcopy(settings("data/tiny", "experiments/tiny")["realnet"])
     config["structure"][0]["layers"][0]["planes"] = 100

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.in_process import run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import load_config
 from utils.distributed import Run
+from utils.optim import Stepper
 from utils.signals import StopRequest
 
 STRENGTHS = [f"s = {s:g}" for s in sample.PREVIEW_STRENGTHS]
@@ -142,11 +144,11 @@ KID = (
 )  # fmt: skip
 
 
-def train(call, workspace: Workspace, name: str, *options: str) -> tuple[str, dict, list[dict]]:
+def train(call, workspace: Workspace, name: str, *options: str, code: int = 0) -> tuple[str, dict, list[dict]]:
     """Train a diffusion model; returns the output, the last checkpoint, and the validations in the log."""
     folders = {"checkpoints_dir": "checkpoints", "log_dir": "log", "vis_dir": "vis"}
     elsewhere = [part for key, value in folders.items() for part in ("--set", f"saver.{key}={name}/{value}")]
-    out = call(train_diffusion.main, workspace, *elsewhere, *options)
+    out = call(train_diffusion.main, workspace, *elsewhere, *options, code=code)
     path = workspace.out / name / "log/train_diffusion.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     checkpoint = load_checkpoint(workspace.out / name / "checkpoints/ckpt_last.pth.tar")
@@ -170,6 +172,39 @@ def test_validations_measure_kid_and_leave_the_training_as_it_is(workspace, call
         assert list(values) == [f"kid_s{s:g}{end}" for s in train_diffusion.STRENGTHS for end in ("", "_error")]
         assert f"KID {values['kid_s0']:.3f} +- {values['kid_s0_error']:.3f} at s = 0" in out
     assert "(4 images of each class)" in out
+
+
+@pytest.mark.parametrize("when", ["measuring", "training after it"])
+def test_a_training_that_measures_kid_resumes_bit_for_bit(when, workspace, call, monkeypatch):
+    options = [*KID, "--set", "features.weights=random", "--set", "trainer.save_freq_step=1"]
+    _, whole, lines = train(call, workspace, f"whole {when}", *options)
+    owner, name, number = (Sampler, "sample", 3) if when == "measuring" else (Stepper, "step", 3)
+    original, calls = getattr(owner, name), []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, signalled)
+        _, stopped, _ = train(call, workspace, f"stopped {when}", *options, code=128 + signal.SIGTERM)
+    assert stopped["position"]["step"] == {"measuring": 2, "training after it": 3}[when]
+    _, resumed, again = train(call, workspace, f"stopped {when}", *options, "--resume")
+    assert same({**whole, "run": None}, {**resumed, "run": None})
+    # A measurement that was stopped is lost, as the training had gone on before it; the others are the same.
+    assert again == (lines[1:] if when == "measuring" else lines)
+
+
+def test_validations_of_a_model_of_grey_images_draw_grey_ones(workspace, call, monkeypatch):
+    drawn, draw = [], Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    for mode in ("RGB", "GRAY"):
+        options = [f"dataset.image_reader.kwargs.color_mode={mode}", "features.weights=random", "trainer.max_epoch=1"]
+        train(call, workspace, f"in {mode}", *KID, *(part for value in options for part in ("--set", value)))
+        assert max(np.ptp(images, axis=3).max() > 0 for images in drawn) == (mode == "RGB")
+        drawn.clear()
 
 
 def test_validations_of_a_model_of_crops_draw_crops(workspace, call, monkeypatch):

@@ -1,5 +1,6 @@
 """The five commands, run as a user runs them: plain, under torchrun and under torch.distributed.launch."""
 
+import csv
 import json
 import os
 import re
@@ -154,6 +155,14 @@ def sampled_images(folder: Path) -> dict[int, np.ndarray]:
     return {int(path.stem.split("_")[1]): np.asarray(Image.open(path)) for path in folder.glob("*.jpg")}
 
 
+def strengths_in(folder: Path) -> dict[int, float]:
+    """The strengths of the images that are there, by index."""
+    with (folder / "strengths.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image"] for row in rows} == {path.name for path in folder.glob("*.jpg")}
+    return {int(Path(row["image"]).stem.split("_")[1]): float(row["strength"]) for row in rows}
+
+
 def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
     root = diffusion.data / "sdas"
     diffusion.run("sample.py")
@@ -161,6 +170,9 @@ def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
     assert {name: sorted(images) for name, images in plain.items()} == {name: list(range(5)) for name in CLASSES}
     assert plain["dots"][0].shape == (16, 16, 3)
     assert not np.array_equal(plain["dots"][0], plain["lines"][0])
+    strengths = strengths_in(root / "dots")
+    assert sorted(strengths) == list(range(5))
+    assert all(0.1 <= s <= 0.2 for s in strengths.values())
 
     # Existing images are kept; a missing one is drawn again, identically.
     untouched = root / "dots/rank0_0.jpg"
@@ -170,6 +182,7 @@ def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
     assert "4 of them existed already" in done.stdout
     assert untouched.stat().st_mtime_ns == stamp
     np.testing.assert_array_equal(sampled_images(root / "dots")[2], plain["dots"][2])
+    assert strengths_in(root / "dots") == strengths
 
     diffusion.run("sample.py", "--overwrite", launcher=TORCHRUN)
     for name in CLASSES:
@@ -177,6 +190,7 @@ def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
         assert any(path.name.startswith("rank1_") for path in (root / name).iterdir())
         for i, image in sampled_images(root / name).items():
             np.testing.assert_array_equal(image, plain[name][i])
+    assert strengths_in(root / "dots") == strengths
 
     diffusion.run("sample.py", "--class_name", "dots", "--overwrite", "--set", "dataset.batch_size=1")
     for i, image in sampled_images(root / "dots").items():

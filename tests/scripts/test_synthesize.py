@@ -16,6 +16,7 @@ import synthesize
 from datasets.images import read_image, read_mask
 from datasets.lists import read_list
 from datasets.pair_folders import PairFolder
+from datasets.pair_types import chosen_types
 from tests import in_process
 from tests.conftest import CLASSES, Workspace
 from utils.errors import RunError
@@ -108,6 +109,19 @@ def test_yolo_and_coco_files_name_the_pairs_and_their_masks(command, tmp_path):
     assert ids == sorted(set(ids))
 
 
+def test_annotations_of_an_earlier_command_name_the_pairs_that_are_added(command, tmp_path):
+    for options in (["3", "--format", "yolo"], ["3", "--format", "coco"], ["6"]):
+        assert command("--types", TYPES, "--count", *options)[0] == 0
+    folder = tmp_path / "pairs/dots"
+    images = [row["image"] for row in table(folder)]
+    assert len(images) == 6
+    annotations = json.loads((folder / "annotations.json").read_text())
+    assert [image["file_name"] for image in annotations["images"]] == images
+    assert {entry["image_id"] for entry in annotations["annotations"]} == set(range(6))
+    for kind in ("images", "labels"):
+        assert len([path for path in (folder / "yolo" / kind).rglob("*") if path.is_file()]) == 6
+
+
 def test_the_same_folder_for_any_ranks_and_threads_and_after_being_stopped(command, workspace, tmp_path, monkeypatch):
     options = ["--types", TYPES, "--format", "coco"]
     assert command("--count", "12", *options, "--set", "dataset.workers=2")[0] == 0
@@ -184,6 +198,19 @@ def test_a_list_of_all_classes_gives_a_folder_for_each(command, tmp_path):
         assert len(list((tmp_path / "pairs" / name / "test/good").iterdir())) == 4
 
 
+def test_images_that_are_added_for_one_class_do_not_concern_the_others(command, workspace, tmp_path):
+    for name in CLASSES:
+        shutil.copytree(workspace.data / "images" / name / "test/spot", tmp_path / "drawn" / name)
+    options = ["--types", "sdas", "--count", "2", "--set", f"dataset.train.sdas_dir={tmp_path}/drawn/{{}}"]
+    options += ["--set", "dataset.train.meta_file=data/tiny/samples/train_uni.json"]
+    assert command(*options)[0] == 0
+    shutil.copy(tmp_path / "drawn/lines/000.png", tmp_path / "drawn/lines/more.png")
+    code, out, err = command(*options)
+    assert code == 2
+    assert "dots: 2 pairs" in out
+    assert "pairs/lines: holds pairs of other settings (sources.sdas/lines" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,11 +253,11 @@ def test_outputs_that_hold_something_else_are_left_alone(command, tmp_path):
     (tmp_path / "pairs/dots/pairs.csv").write_text("image,mask\na,b\n")
     code, _, err = command("--types", TYPES, "--count", "2")
     assert code == 2
-    assert "pairs.csv, line 2: is not as synthesize.py has written it" in err
+    assert "pairs.csv, line 2: is not as it was written; pass --overwrite" in err
 
 
 def test_shares_need_not_add_up_and_are_in_one_order():
-    types = synthesize.chosen_types("noise=1, dtd=3", {})
+    types = chosen_types("noise=1, dtd=3", {})
     assert list(types.items()) == [("dtd", 0.75), ("noise", 0.25)]
-    assert synthesize.chosen_types("noise,dtd", {}) == {"dtd": 0.5, "noise": 0.5}
-    assert synthesize.chosen_types(None, {"normal": 0.5, "noise": 0.1, "sdas": 0.4}) == {"sdas": 0.8, "noise": 0.2}
+    assert chosen_types("noise,dtd", {}) == {"dtd": 0.5, "noise": 0.5}
+    assert chosen_types(None, {"normal": 0.5, "noise": 0.1, "sdas": 0.4}) == {"sdas": 0.8, "noise": 0.2}
