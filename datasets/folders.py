@@ -14,6 +14,17 @@ MASK_WORDS = frozenset(
     ("mask", "masks", "gt", "groundtruth", "maske", "masken", "masque", "masques", "maschera", "maschere", "mascara",
      "mascaras")
 )  # fmt: skip
+_OF_MASK = "masks?|gt|ground_?truth|label|seg|segmentation|annotation|maske|掩码"
+_MASK_NAME = re.compile(rf"^(?:{_OF_MASK})[ _.-](?=.)|(?<=.)[ _.-](?:{_OF_MASK})$", re.IGNORECASE)
+# Copies, thumbnails of network drives, and what was deleted.
+_OF_SYSTEMS = frozenset(
+    ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "@recycle", "$recycle.bin",
+     "system volume information")
+)  # fmt: skip
+_YEAR, _TWO, _BETWEEN = r"(?:19|20)\d\d", r"[0-3]\d", "[-_. ]"
+_DATE = re.compile(
+    rf"{_YEAR}(?:{_BETWEEN}{_TWO}{_BETWEEN}{_TWO}|[01]\d{_TWO})(?!\d).*|{_TWO}{_BETWEEN}{_TWO}{_BETWEEN}(?:{_YEAR}|\d\d)"
+)
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+")
 # The first bytes of image formats, as (position, bytes).
 _SIGNATURES = (
@@ -123,6 +134,26 @@ def names_masks(path: Path) -> bool:
     return any(word.lower() in MASK_WORDS for word in _WORD.findall(path.name))
 
 
+def is_date(name: str) -> bool:
+    """Whether a folder is called by a date, perhaps with a time, and so neither by a class nor by a kind of defect.
+
+    Example:
+        >>> [is_date(name) for name in ("2026-11-30", "20261130_0815", "30.11.2026", "01", "2026", "20261", "bolts")]
+        [True, True, True, False, False, False, False]
+    """
+    return _DATE.fullmatch(name) is not None
+
+
+def image_stem(stem: str) -> str:
+    """The name of the image whose mask has this name, both without suffix; the name itself if it is not that of a mask.
+
+    Example:
+        >>> [image_stem(stem) for stem in ("x_mask", "mask_x", "x.GT", "x-label", "x", "mask")]
+        ['x', 'x', 'x', 'x', 'x', 'mask']
+    """
+    return _MASK_NAME.sub("", stem, count=1)
+
+
 def not_read(others: Iterable[Path]) -> str:
     """A sentence about images in formats that are not read; "" without any.
 
@@ -138,8 +169,8 @@ def not_read(others: Iterable[Path]) -> str:
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder counts: killed runs and operating systems leave hidden ones behind."""
-    return not name.startswith(".") and name != "__MACOSX"
+    """Whether a file or folder counts: killed runs, operating systems and network drives leave others behind."""
+    return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
 
 
 def _identity(folder: Path) -> tuple[int, int]:

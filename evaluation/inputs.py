@@ -14,6 +14,7 @@ from datasets.folders import (
     FoundImages,
     find_images,
     has_image_content,
+    image_stem,
     is_mask_folder,
     names_masks,
     not_read,
@@ -25,7 +26,6 @@ from utils.log import log
 
 SCORES, HEAT_MAPS, MASKS = "scores.jsonl", "heatmaps", "masks"  # what predict.py writes into its output folder
 MASK_VALUES = 8
-_MASK_ENDING = re.compile(r"[._-](mask|gt|ground_?truth)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def image_of_mask(path: Path) -> Path | None:
         >>> image_of_mask(Path("lot/x_mask.png")).as_posix(), image_of_mask(Path("lot/x.png"))
         ('lot/x', None)
     """
-    base = _MASK_ENDING.sub("", path.stem)
+    base = image_stem(path.stem)
     return None if base == path.stem else path.parent / base
 
 
