@@ -46,7 +46,7 @@ from collections.abc import Sequence
 
 import torch
 
-from datasets.build import check_realnet_data
+from datasets.build import build_realnet_test_set, check_realnet_data
 from datasets.catalog import find
 from datasets.lists import UNIFIED, listed_classes
 from evaluation.benchmark_cell import FOLDERS, Cell, commands
@@ -147,10 +147,20 @@ def planned(args: argparse.Namespace, root: Path) -> tuple[list[Cell], dict[str,
 
 
 def check(config: dict, path: Path, class_name: str | None) -> list[str]:
-    """Check the settings of a variant before anything is trained; returns the classes."""
+    """Check the settings of a variant and the test lists before anything is trained; returns the classes."""
+
+    def check_test_list(name: str) -> None:
+        labels = {sample.label for sample in build_realnet_test_set(config.dataset, name).samples}
+        if len(labels) < 2:
+            lacking = " and ".join(word for label, word in enumerate(("good", "defective")) if label not in labels)
+            path = config.dataset.test.meta_file.replace("{}", name)
+            raise UsageError(f"{path}: holds no {lacking} image; a benchmark measures on good and defective ones")
+
     classes = cli.chosen_classes(class_name, config.dataset.train.meta_file, listed_classes, UNIFIED)
     checks = [("structure, net", lambda: check_realnet(config))]
-    checks += [("dataset", lambda name=name: check_realnet_data(config.dataset, name)) for name in classes]
+    for name in classes:
+        checks.append(("dataset", lambda name=name: check_realnet_data(config.dataset, name)))
+        checks.append(("dataset", lambda name=name: check_test_list(name)))
     collect_errors(path, checks)
     return classes
 

@@ -252,6 +252,8 @@ def evaluate(
             other = evaluate_class(name, maps.subset(chosen), options.target_fpr, options.pro_limit, theirs)
             result.others[selection] = other.metrics
         result.selection = selected
+        seen = trained.known(sample.filename for sample in scored.subset(chosen).samples)
+        result.verdict.doubts.extend([seen] if seen else [])
         if not options.other_checkpoint:
             result.training = read_validations(out / config.saver.log_dir / class_name / "train_realnet.jsonl")
         log_undefined_metrics(result)

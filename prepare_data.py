@@ -42,7 +42,8 @@ def parse_args() -> argparse.Namespace:
         "--max-megapixels", type=int, default=MEGAPIXELS, help=f"refuse images above this size ({MEGAPIXELS})"
     )
     own = parser.add_argument_group("for data sets of your own")
-    folders = {"type": Path, "nargs": "+", "metavar": "DIR", "default": []}
+    # extend: --good A --good B is as good as --good A B.
+    folders = {"type": Path, "nargs": "+", "metavar": "DIR", "default": [], "action": "extend"}
     own.add_argument("--good", **folders, help="folders of good images, in --root; the images are one class")
     own.add_argument(
         "--defects", **folders, help="folders of defective images: each a defect type, or a folder of those"
@@ -92,7 +93,7 @@ from datasets.sources import OF_GOOD_IMAGES, WITH_TEXTURES
 from datasets.splits import Fingerprint, split_good
 from preparation import diffusion_presets, findings, placing, settings_files
 from preparation.classes import UNSPLIT, DatasetOnDisk
-from preparation.duplicates import report_leaks
+from preparation.duplicates import report_leaks, report_repeats
 from preparation.inspection import inspect, report_bits
 from preparation.layouts import Chosen, recognize, report_masks
 from preparation.names import TEST, TRAIN
@@ -221,7 +222,10 @@ def prepare(args: argparse.Namespace) -> bool:
         if not train:
             raise UsageError(f"{args.root}: no readable image of a good part to train on")
         problems = data.findings + unreadable + report_masks(test) + report_bits(readable, infos)
-        problems += report_too_few(train) + report_leaks(train, test, fingerprints, parts)
+        problems += (
+            report_too_few(train) + report_repeats(train, fingerprints, parts) + report_unnamed(train + test, parts)
+        )
+        problems += report_leaks(train, test, fingerprints, parts)
         lists = list_texts(folder_of_lists(args.dataset), train, test)
         check_existing(lists, args.overwrite)
         names = [name for sample in train + test for name in (sample.filename, sample.maskname) if name]
@@ -246,6 +250,18 @@ def report_too_few(train: list[Sample]) -> list[findings.Finding]:
     counts = Counter(sample.clsname for sample in train)
     text = "has one training image; a model of good parts needs dozens"
     return [findings.Finding(findings.CHECK, name, text) for name, count in counts.items() if count == 1]
+
+
+def report_unnamed(samples: list[Sample], parts: dict[str, str]) -> list[findings.Finding]:
+    """A finding for images that --parts does not name, though it names others."""
+    unnamed = [sample.filename for sample in samples if sample.filename not in parts]
+    if not parts or not unnamed:
+        return []
+    named = f"names the part of {len(samples) - len(unnamed)} of {len(samples)} images"
+    text = f"{named}; each other counts as a part of its own"
+    return [
+        findings.Finding(findings.CHECK, "--parts", f"{text}: {', '.join(unnamed[:3])}{', ...' * (len(unnamed) > 3)}")
+    ]
 
 
 def folder_of_lists(dataset: str) -> Path:

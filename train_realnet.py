@@ -49,6 +49,7 @@ from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import GoodImages, RealNetTrainSet
 from evaluation.selections import FILES, LAST, SYNTHETIC, TEST
 from evaluation.thresholds import sidecar
+from evaluation.trained_model import joined_names
 from evaluation.validation import DIVERGED, SHEET_IMAGES, validate_held_out, validate_test
 from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
@@ -179,6 +180,7 @@ def train_class(
     freeze_untrained(network, config)
     # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
     settings = {"arch": plain(config.net), "config": plain(config)}
+    settings["trained_on"] = joined_names(sample.filename for sample in train_set.images.samples)
     lists, figures = (train_set.images.summary(), test_set.images.summary()), {FIGURES[TEST]: -1.0}
     if held_out:
         figures[FIGURES[SYNTHETIC]] = -1.0

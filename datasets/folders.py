@@ -14,8 +14,17 @@ MASK_WORDS = frozenset(
     ("mask", "masks", "gt", "groundtruth", "maske", "masken", "masque", "masques", "maschera", "maschere", "mascara",
      "mascaras")
 )  # fmt: skip
-# A name such as x_label.png is a mask's only if x.png lies beside it.
-MASK_ENDING = re.compile(r"[ _.-](masks?|gt|ground_?truth|label|maske|掩码)$", re.IGNORECASE)
+_OF_MASK = "masks?|gt|ground_?truth|label|seg|segmentation|annotation|maske|掩码"
+_MASK_NAME = re.compile(rf"^(?:{_OF_MASK})[ _.-](?=.)|(?<=.)[ _.-](?:{_OF_MASK})$", re.IGNORECASE)
+# Copies, thumbnails of network drives, and what was deleted.
+_OF_SYSTEMS = frozenset(
+    ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "@recycle", "$recycle.bin",
+     "system volume information")
+)  # fmt: skip
+_YEAR, _TWO, _BETWEEN = r"(?:19|20)\d\d", r"[0-3]\d", "[-_. ]"
+_DATE = re.compile(
+    rf"{_YEAR}(?:{_BETWEEN}{_TWO}{_BETWEEN}{_TWO}|[01]\d{_TWO})(?!\d).*|{_TWO}{_BETWEEN}{_TWO}{_BETWEEN}(?:{_YEAR}|\d\d)"
+)
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+")
 # The first bytes of image formats, as (position, bytes).
 _SIGNATURES = (
@@ -125,15 +134,24 @@ def names_masks(path: Path) -> bool:
     return any(word.lower() in MASK_WORDS for word in _WORD.findall(path.name))
 
 
-def image_of_mask(path: Path) -> Path | None:
-    """The path, without ending, of the image whose mask this may be; None if its name is not that of a mask.
+def is_date(name: str) -> bool:
+    """Whether a folder is called by a date, perhaps with a time, and so neither by a class nor by a kind of defect.
 
     Example:
-        >>> image_of_mask(Path("lot/x_mask.png")).as_posix(), image_of_mask(Path("lot/x.png"))
-        ('lot/x', None)
+        >>> [is_date(name) for name in ("2026-11-30", "20261130_0815", "30.11.2026", "01", "2026", "20261", "bolts")]
+        [True, True, True, False, False, False, False]
     """
-    base = MASK_ENDING.sub("", path.stem)
-    return None if base in ("", path.stem) else path.parent / base
+    return _DATE.fullmatch(name) is not None
+
+
+def image_stem(stem: str) -> str:
+    """The name of the image whose mask has this name, both without suffix; the name itself if it is not that of a mask.
+
+    Example:
+        >>> [image_stem(stem) for stem in ("x_mask", "mask_x", "x.GT", "x-label", "x", "mask")]
+        ['x', 'x', 'x', 'x', 'x', 'mask']
+    """
+    return _MASK_NAME.sub("", stem, count=1)
 
 
 def masks_beside(images: Iterable[Path]) -> set[Path]:
@@ -145,8 +163,8 @@ def masks_beside(images: Iterable[Path]) -> set[Path]:
     """
     images = list(images)
     stems = {(path.parent, path.stem.lower()) for path in images}
-    named = ((path, image_of_mask(path)) for path in images)
-    return {path for path, image in named if image is not None and (image.parent, image.name.lower()) in stems}
+    named = ((path, image_stem(path.stem)) for path in images)
+    return {path for path, stem in named if stem != path.stem and (path.parent, stem.lower()) in stems}
 
 
 def not_read(others: Iterable[Path]) -> str:
@@ -164,8 +182,8 @@ def not_read(others: Iterable[Path]) -> str:
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder counts: killed runs and operating systems leave hidden ones behind."""
-    return not name.startswith(".") and name != "__MACOSX"
+    """Whether a file or folder counts: killed runs, operating systems and network drives leave others behind."""
+    return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
 
 
 def _identity(folder: Path) -> tuple[int, int]:

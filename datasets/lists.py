@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from datasets.folders import is_date
 from utils import cli
 from utils.config import load_config
 from utils.errors import UsageError
@@ -49,11 +50,16 @@ class Sample:
 
     @property
     def defect_type(self) -> str:
-        """The first folder below that of the split, else the folder of the image: "good" or the defect type."""
+        """The first folder below that of the split, else the folder of the image: "good" or the defect type.
+
+        Without such a folder, "good" or "defective". Folders that are called by dates do not count.
+        """
         folders = list(PurePosixPath(self.filename).parts[:-1])
         split = next((i for i, name in enumerate(folders) if name.lower() in SPLIT_FOLDERS), None)
-        if split is not None and folders[split + 1 :]:
-            return folders[split + 1]
+        if split is not None:
+            folders = folders[split + 1 :][:1]
+        while folders and is_date(folders[-1]):
+            folders.pop()
         return folders[-1] if folders else ("defective" if self.label else "good")
 
 

@@ -1,6 +1,7 @@
 """Which images show the same part: several exposures or views of one part must not stand on both sides of a split."""
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -12,9 +13,9 @@ def parts_of(source: str | None, names: Sequence[str], setting: str = "dataset.t
     """The part that each image shows, by file name.
 
     Args:
-        source: a CSV file (first column: file name, with or without its folders; second: part; the first line is a
-            heading), or a regular expression that is searched for in file names. Its groups, or else the whole match,
-            name the part. None: nothing is known.
+        source: a CSV file (first column: file name, with or without its folders; second: part; between commas,
+            semicolons or tabs; a first line that names no image is a heading), or a regular expression that is searched
+            for in file names. Its groups, or else the whole match, name the part. None: nothing is known.
         names: file names as in the image lists.
         setting: what error messages call the source.
 
@@ -54,21 +55,30 @@ def _from_names(pattern: str, names: Sequence[str]) -> dict[str, str]:
 
 def _from_table(path: Path, names: Sequence[str]) -> dict[str, str]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            _, *rows = [row for row in csv.reader(file) if row]
+        text = path.read_text(encoding="utf-8-sig")
+        # German spreadsheets write semicolons.
+        delimiter = next((mark for mark in ",;\t" if mark in text.partition("\n")[0]), ",")
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is not readable as a table ({error})") from None
-    short = [number for number, row in enumerate(rows, 2) if len(row) < 2]
+    images = {*names, *(PurePosixPath(name).name for name in names)}
+    heading = int(bool(rows) and str(_path_in(rows[0])) not in images)
+    short = [number for number, row in enumerate(rows, 1) if len(row) < 2 and number > heading]
     if short:
         raise ValueError(f"{path}, line {short[0]}: has no second column, which names the part")
     table: dict[str, str | None] = {}
-    for file, part, *_ in rows:
-        full = PurePosixPath(file.strip().replace("\\", "/"))
+    for row in rows[heading:]:
+        full, part = _path_in(row), row[1]
         table[str(full)] = part.strip()
         # A bare name stands for the image too, unless files of several parts have it.
         same = table.get(full.name, part.strip()) == part.strip()
         table[full.name] = part.strip() if same else None
     looked_up = {name: table.get(name, table.get(PurePosixPath(name).name)) for name in names}
     return {name: part for name, part in looked_up.items() if part is not None}
+
+
+def _path_in(row: Sequence[str]) -> PurePosixPath:
+    """The file that a line of the table names."""
+    return PurePosixPath(row[0].strip().replace("\\", "/"))

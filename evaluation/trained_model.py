@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ class TrainedModel:
         fingerprint: see fingerprint_of.
         epoch: after which it was saved, or "?".
         held_out: scores of held-out good images; None if there are none.
+        trained_on: names of its training images in their list; empty if the checkpoint does not say.
     """
 
     network: RealNet
@@ -102,6 +104,15 @@ class TrainedModel:
     fingerprint: str
     epoch: int | str
     held_out: HeldOut | None = field(default=None, compare=False)
+    trained_on: frozenset[str] = frozenset()
+
+    def known(self, files: Iterable[str]) -> str:
+        """What the figures on these images are flattered by: those that training has seen; "" if it saw none."""
+        files = set(files)
+        held_out = {file for names in self.held_out.files.values() for file in names} if self.held_out else set()
+        counts = ((len(files & self.trained_on), "trained on"), (len(files & held_out), "held out for the threshold"))
+        seen = " and ".join(f"{count} of the {len(files)} test images were {how}" for count, how in counts if count)
+        return f"flattered: {seen}; train again, or test on other images" if seen else ""
 
     def thresholds(self, path: Path, target_fpr: float = TARGET_FPR) -> Thresholds | None:
         """The thresholds in the file beside the model at `path`, else those that held-out good images give, if any."""
@@ -144,7 +155,20 @@ def load_trained(path: Path, fallback: EasyDict | None = None, fallback_path: st
     weights = state_dict_of({"state_dict": content["ema_state_dict"]} if "ema_state_dict" in content else content)
     trained = trained_from(weights, config, path, where, content.get("epoch", "?"))
     held_out = HeldOut.from_content(content["held_out"], path) if "held_out" in content else None
-    return replace(trained, held_out=held_out)
+    return replace(trained, held_out=held_out, trained_on=_names_in(content, path))
+
+
+def joined_names(names: Iterable[str]) -> str:
+    """File names as one text, for the checkpoint's key `trained_on`; a hundred thousand values would be too many."""
+    return "\0".join(names)
+
+
+def _names_in(content: dict[str, Any], path: Path) -> frozenset[str]:
+    """The opposite of joined_names; no names if the checkpoint does not say."""
+    text = content.get("trained_on", "")
+    if not isinstance(text, str):
+        raise UsageError(f"{path}: trained_on is {shortened(text)}, not file names; train again")
+    return frozenset(text.split("\0")) - {""}
 
 
 def trained_from(

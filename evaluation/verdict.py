@@ -22,7 +22,7 @@ class Verdict:
         good, flagged: number of good images, and of those called anomalous.
         defective, missed: number of defective images, and of those called normal.
         image_auroc, pixel_auroc: 95% intervals (see bootstrap below); None if undefined.
-        doubts: sentences on what makes the detector hardly better than none; empty if nothing does.
+        doubts: what makes the figures doubtful, each after "<class> is"; empty if nothing does.
 
     flagged and missed are None without a threshold.
     """

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from datasets.folders import SUFFIXES, image_of_mask, is_visible
+from datasets.folders import SUFFIXES, image_stem, is_visible
 from evaluation.inputs import Input, no_input
 from utils.errors import UsageError
 from utils.log import log
@@ -124,9 +124,10 @@ class FolderWatch:
 
     def _is_mask(self, name: str, present: set[str]) -> bool:
         """Whether it is the mask of an image that is there, too."""
-        image = image_of_mask(Path(name))
+        path = Path(name)
+        image = path.with_name(image_stem(path.stem)).as_posix()
         endings = (*SUFFIXES, *map(str.upper, SUFFIXES))
-        return image is not None and any(f"{image.as_posix()}{ending}" in present for ending in endings)
+        return image_stem(path.stem) != path.stem and any(f"{image}{ending}" in present for ending in endings)
 
 
 def pause(seconds: float, stop: StopRequest) -> None:

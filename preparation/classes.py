@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datasets.images import read_mask
 from datasets.lists import Sample
-from preparation.findings import AMBIGUOUS, MISSING, SURPLUS, Finding
+from preparation.findings import AMBIGUOUS, MISSING, SURPLUS, UNREADABLE, Finding
 from preparation.folders import Reader, has_images, is_class, is_good_folder, is_mask_folder
 from preparation.masks import MaskIndex, without_masks
 from preparation.names import BAD, GOOD, TEST, TRAIN, UNCLEAR, are_zero_and_one, read_name
@@ -62,6 +63,7 @@ def read_class(reader: Reader, folder: Path, clsname: str, mask_folders: Sequenc
         for path in split[TRAIN]:
             samples[TRAIN] += _train_samples(reader, path, clsname)
         for path in _chosen_tests(split[TEST]):
+            masks.add_folders_in(path)
             samples[TEST] += _samples(reader, path, clsname, masks)
         _add_beside_split(reader, folder, clsname, masks, samples)
         if not split[TEST] and not samples[TEST]:
@@ -89,14 +91,20 @@ def _chosen_tests(folders: list[Path]) -> list[Path]:
 
 
 def _train_samples(reader: Reader, folder: Path, clsname: str) -> list[Sample]:
-    """Good images of a train folder: those directly in it, and those in subfolders called good, or just images."""
-    good, unknown = [], []
+    """Good images of a train folder: those directly in it, and those in subfolders called good, or just images.
+
+    Without a name that says good, the masks in the folder decide, if there are some.
+    """
+    good, unknown, masks = [], [], MaskIndex(reader)
+    masks.add_folders_in(folder)
     subfolders = [path for path in reader.subfolders(folder) if not is_mask_folder(path)]
     for subfolder in subfolders:
         name = read_name(subfolder.name)
         images = reader.images(subfolder)
-        if name.kind == GOOD or not (name.kind or name.core):
+        if name.kind == GOOD:
             good += images
+        elif _says_nothing(subfolder):
+            good += _good_by_masks(reader, images, subfolder, clsname, masks)
         elif images:
             unknown.append(subfolder)
             text = f"{len(images)} images that are not good; training uses good ones only"
@@ -106,7 +114,7 @@ def _train_samples(reader: Reader, folder: Path, clsname: str) -> list[Sample]:
         bad = [path for path in direct if read_name(path.stem).kind == BAD]
         for path in bad:
             reader.report(SURPLUS, path, "is defective by its name; training uses good images only")
-        good += [path for path in direct if path not in bad]
+        good += _good_by_masks(reader, [path for path in direct if path not in bad], folder, clsname, masks)
     if unknown and not good:
         names = ", ".join(path.name for path in unknown)
         raise UsageError(f"{folder}: not clear which folder holds good images ({names}); call it `good`, or {ASK}")
@@ -127,8 +135,13 @@ def _samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> li
         if is_good_folder(subfolder):
             samples += [Sample(reader.name(path), 0, clsname) for path in without_masks(reader, images)]
             continue
-        for path in filter(is_mask_folder, reader.subfolders(subfolder)):
-            masks.add_folder(path, subfolder)
+        masks.add_folders_in(subfolder, of_defect=True)
+        if _says_nothing(subfolder):
+            labelled = _by_masks(reader, images, subfolder, clsname, masks)
+            if labelled is None and images:
+                reader.report(SURPLUS, subfolder, f"{len(images)} images; nothing says whether they are good")
+            samples += labelled or []
+            continue
         samples += _defective(reader, masks.split_off(images, subfolder), subfolder, clsname, masks)
     if has_images(folder):
         samples += _direct_samples(reader, folder, clsname, masks)
@@ -136,15 +149,16 @@ def _samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> li
 
 
 def _direct_samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
-    """Images beside the folders of good and defective ones, if their names say which they are."""
+    """Images beside the folders of good and defective ones, if their names or masks say which they are."""
     images = masks.split_off(reader.images(folder, nested=False), folder)
     kinds = {path: read_name(path.stem).kind for path in images}
-    for path in images:
-        if kinds[path] not in (GOOD, BAD):
-            reader.report(SURPLUS, path, "is not in a folder that says whether it is good")
+    others = [path for path in images if kinds[path] not in (GOOD, BAD)]
+    labelled = _by_masks(reader, others, folder, clsname, masks)
+    for path in others if labelled is None else ():
+        reader.report(SURPLUS, path, "is not in a folder that says whether it is good")
     good = [Sample(reader.name(path), 0, clsname) for path in images if kinds[path] == GOOD]
     bad = [path for path in images if kinds[path] == BAD]
-    return good + _defective(reader, bad, folder, clsname, masks)
+    return good + _defective(reader, bad, folder, clsname, masks) + (labelled or [])
 
 
 def _add_beside_split(reader: Reader, folder: Path, clsname: str, masks: MaskIndex, samples: Samples) -> None:
@@ -180,10 +194,11 @@ def _split_of(folder: Path, image: Path, label: int) -> str:
 
 
 def _labelled_by_file_names(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> Samples:
-    """Images of a folder without kinds: all good, or good and defective by their names, such as bad_0.png."""
+    """Images of a folder without kinds: good and defective by their names (bad_0.png) or masks; else all good."""
     samples, images = no_samples(), reader.images(folder)
     if not images:
         return samples
+    _refuse_bad_folders(folder, images)
     names = {path: read_name(path.stem) for path in images}
     of_kind = {kind: [path for path in images if names[path].kind == kind] for kind in (GOOD, BAD, UNCLEAR)}
     words = {names[path].core.strip("0123456789 ") for path in of_kind[UNCLEAR]}
@@ -195,6 +210,15 @@ def _labelled_by_file_names(reader: Reader, folder: Path, clsname: str, masks: M
             f"{folder}: not clear from the file names which images are good ({', '.join(dict.fromkeys(shown))}); "
             f"move good and defective ones into folders called good and bad, or {ASK}"
         )
+    labelled = None if of_kind[GOOD] or of_kind[BAD] else _by_masks(reader, images, folder, clsname, masks)
+    if labelled is not None:
+        if all(sample.label for sample in labelled):
+            raise UsageError(
+                f"{folder}: the masks of its {len(labelled)} images all mark something, so none is good; add images of "
+                f"good parts, or, if these are masks of parts instead of defects, {ASK}"
+            )
+        samples[UNSPLIT] = labelled
+        return samples
     if not of_kind[BAD]:
         samples[TRAIN] = [Sample(reader.name(path), 0, clsname) for path in without_masks(reader, images)]
         return samples
@@ -206,6 +230,48 @@ def _labelled_by_file_names(reader: Reader, folder: Path, clsname: str, masks: M
     bad = [path for path in kept if names[path].kind == BAD]
     samples[UNSPLIT] += _defective(reader, bad, folder, clsname, masks)
     return samples
+
+
+def _says_nothing(folder: Path) -> bool:
+    """Whether a folder is called, say, `images`."""
+    name = read_name(folder.name)
+    return not (name.kind or name.core or name.rest)
+
+
+def _by_masks(reader: Reader, images: list[Path], folder: Path, clsname: str, masks: MaskIndex) -> list[Sample] | None:
+    """Images whose names say nothing: defective if their mask marks something, else good. None if no mask does."""
+    kept, marked, empty = masks.split_off(images, folder), [], []
+    for path in kept:
+        mask = masks.of(path, folder)
+        if mask is None:
+            continue
+        try:
+            (marked if read_mask(mask).any() else empty).append((path, mask))
+        except UsageError as error:
+            reason = str(error).removeprefix(str(mask)).strip()
+            reader.report(UNREADABLE, mask, f"mask {reason}; it would say whether {path.name} is good")
+            reader.told.add(path)
+    if not marked:
+        return None
+    bad = [path for path, _ in marked]
+    # Those that are told of have a mask that cannot be used.
+    good = [path for path in kept if path not in bad and path not in reader.told]
+    reader.told.update(mask for _, mask in empty)
+    return [Sample(reader.name(p), 0, clsname) for p in good] + _defective(reader, bad, folder, clsname, masks)
+
+
+def _good_by_masks(reader: Reader, images: list[Path], folder: Path, clsname: str, masks: MaskIndex) -> list[Path]:
+    """Images to train on without those whose masks mark something, which are reported."""
+    labelled = _by_masks(reader, images, folder, clsname, masks)
+    if labelled is None:
+        return images
+    for sample in labelled:
+        if sample.label:
+            reader.report(
+                SURPLUS, reader.root / sample.filename, "its mask marks a defect; training uses good images only"
+            )
+            reader.told.update([reader.root / sample.maskname] if sample.maskname else [])
+    return [reader.root / sample.filename for sample in labelled if not sample.label]
 
 
 def _defective(reader: Reader, images: list[Path], folder: Path, clsname: str, masks: MaskIndex) -> list[Sample]:
@@ -235,6 +301,13 @@ def refuse_unclear(folder: Path, subfolders: Sequence[Path]) -> None:
     if unclear or are_zero_and_one(names):
         shown = ", ".join(unclear or names)
         raise UsageError(f"{folder}: not clear which folder holds good images ({shown}); {ASK}")
+
+
+def _refuse_bad_folders(folder: Path, images: Sequence[Path]) -> None:
+    """Refuse images in a folder called, say, `bad`, where no folder is called good."""
+    for above in {path.parent for path in images}:
+        if any(read_name(part).kind == BAD for part in above.relative_to(folder).parts):
+            raise UsageError(f"{above}: has no folder of good images beside it; name that folder `good`, or {ASK}")
 
 
 def _refuse_several_products(folder: Path, subfolders: Sequence[Path]) -> None:
@@ -269,18 +342,18 @@ def read_chosen(
         defects: each is the folder of a defect type, or holds a folder per defect type.
         mask_folders: folders of masks; masks beside images and in folders called `masks` are found, too.
     """
-    samples, masks = no_samples(), MaskIndex(reader)
-    defect_folders = [folder for parent in defects for folder in _defect_folders(reader, parent)]
+    samples, masks, others = no_samples(), MaskIndex(reader), {*good, *defects, *mask_folders}
+    # One that is chosen itself, as good or for masks, is no defect type of the folder above it.
+    found = [folder for parent in defects for folder in _defect_folders(reader, parent)]
+    defect_folders = [folder for folder in dict.fromkeys(found) if folder in defects or folder not in others]
     for path in mask_folders:
         masks.add_folder(path, defect_folders=defect_folders)
-    others = {*good, *defects, *mask_folders}
     for folder in good:
         for image in without_masks(reader, _own_images(reader, folder, others)):
             split = _split_of(reader.root, image, 0)
             samples[split].append(Sample(reader.name(image), 0, clsname))
     for folder in defect_folders:
-        for path in filter(is_mask_folder, reader.subfolders(folder)):
-            masks.add_folder(path, folder)
+        masks.add_folders_in(folder, of_defect=True)
         images = masks.split_off(_own_images(reader, folder, others), folder)
         samples[TEST] += _defective(reader, images, folder, clsname, masks)
     if samples[UNSPLIT] or not samples[TRAIN]:

@@ -1,11 +1,11 @@
-"""Reports test images that are nearly the same as a training image."""
+"""Reports images that are nearly the same: test images as a training image, or most training images."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from datasets.lists import Sample
-from datasets.splits import Fingerprint, near_duplicates
-from preparation.findings import LEAK, Finding
+from datasets.splits import Fingerprint, duplicate_groups, near_duplicates
+from preparation.findings import CHECK, LEAK, Finding
 
 
 def report_leaks(
@@ -37,4 +37,24 @@ def report_leaks(
             if j not in similar_to and parts.get(file) in trained:
                 text = f"shows the same part ({parts[file]}) as the training image {trained[parts[file]]}"
                 findings.append(Finding(LEAK, file, text))
+    return findings
+
+
+def report_repeats(
+    train: Iterable[Sample], fingerprints: Mapping[str, Fingerprint], parts: Mapping[str, str]
+) -> list[Finding]:
+    """Findings for classes most of whose training images are nearly the same as others; none where parts are named."""
+    train, findings = list(train), []
+    for name in sorted({sample.clsname for sample in train}):
+        files = [sample.filename for sample in train if sample.clsname == name]
+        groups = duplicate_groups([fingerprints[file] for file in files])
+        if len(groups) <= len(files) / 2 and not parts:
+            largest = max(groups, key=len)
+            distinct = f"{len(groups)} distinct one{'s' * (len(groups) > 1)}"
+            example = " and ".join(files[index] for index in largest[:2])
+            text = (
+                f"its {len(files)} training images are {distinct} and copies, such as {example}; copies teach nothing"
+            )
+            text += ", but the threshold counts each of them"
+            findings.append(Finding(CHECK, name, text))
     return findings

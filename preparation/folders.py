@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets.images import SUFFIXES
+from datasets.folders import SUFFIXES, is_visible
 from preparation.findings import SURPLUS, UNREADABLE, Finding
 from preparation.names import GOOD, Name, read_name
 
@@ -43,7 +43,7 @@ class Reader:
 
     def subfolders(self, folder: Path) -> list[Path]:
         """Visible folders in a folder, sorted."""
-        folders = sorted(path for path in _entries(folder, self) if path.is_dir() and visible(path))
+        folders = sorted(path for path in _entries(folder, self) if path.is_dir() and is_visible(path.name))
         for path in folders:
             if not _printable(path):
                 self.report(UNREADABLE, path, NOT_UTF8)
@@ -58,7 +58,7 @@ class Reader:
         """
         images = []
         for path in sorted(_entries(folder, self)):
-            if not visible(path):
+            if not is_visible(path.name):
                 continue
             if path.is_dir():
                 if not _printable(path):
@@ -80,14 +80,11 @@ class Reader:
         return images
 
 
-def visible(path: Path) -> bool:
-    """Whether a file or folder is neither hidden nor left behind by an operating system."""
-    return not path.name.startswith(".") and path.name not in ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-
 def has_images(folder: Path) -> bool:
     """Whether a folder directly contains images."""
-    return any(path.suffix.lower() in SUFFIXES and visible(path) and path.is_file() for path in _entries(folder))
+    return any(
+        path.suffix.lower() in SUFFIXES and is_visible(path.name) and path.is_file() for path in _entries(folder)
+    )
 
 
 # ---- what a folder is by its name and by the names in it -------------------------------------------------------------

@@ -86,6 +86,8 @@ def _inspect_one(root: Path, sample: Sample) -> tuple[Sample, ImageInfo | None, 
     pages = count_pages(root / sample.filename)
     if pages > 1:
         problems.append(Finding(CHECK, sample.filename, f"has {pages} pages, of which only the first is used"))
+    if image.min() == image.max():
+        problems.append(Finding(CHECK, sample.filename, "has one colour all over; was the camera covered?"))
     if unusable:
         sample = replace(sample, maskname=None)
     return (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from datasets.catalog import CATALOG
+from datasets.folders import is_date
 from datasets.lists import Sample
 from preparation.classes import ASK, DatasetOnDisk, read_chosen, read_class, refuse_unclear
 from preparation.findings import NO_MASK, SURPLUS, Finding
@@ -98,18 +99,18 @@ def _own(folder: Path, dataset: str) -> DatasetOnDisk:
     root, classes, mask_folders = _class_folders(folder, dataset)
     reader = Reader(root)
     data = DatasetOnDisk(root, "", findings=reader.findings)
-    for name, path in classes.items():
+    for name, path in classes:
         # The root's mask folders may have a level for the class.
         of_class = [masks / path.name if (masks / path.name).is_dir() else masks for masks in mask_folders]
         for split, samples in read_class(reader, path, name, of_class).items():
             data.samples[split] += samples
     if not any(sample.label == 0 for sample in data.all()):
         raise UsageError(f"{folder}: no images of good parts found; expected {OWN_LAYOUTS}; or {ASK}")
-    if has_images(root) and root not in classes.values():
+    if has_images(root) and not any(path == root for _, path in classes):
         for path in reader.images(root, nested=False):
             reader.report(SURPLUS, path, "is not in the folder of a class")
     report_unused(reader, data.all(), [root])
-    splits = sorted({_split_in_words(data, name) for name in classes})
+    splits = sorted({_split_in_words(data, name) for name, _ in classes})
     data.layout = f"{_contents(data)}, {' and '.join(filter(None, splits))}"
     return data
 
@@ -127,28 +128,29 @@ def _split_in_words(data: DatasetOnDisk, name: str) -> str:
     return "with a split" if of_class[TRAIN] and of_class[TEST] else "without a split"
 
 
-def _class_folders(folder: Path, dataset: str) -> tuple[Path, dict[str, Path], list[Path]]:
-    """The folder that file names are relative to, each class's folder, and mask folders outside of these.
+def _class_folders(folder: Path, dataset: str) -> tuple[Path, list[tuple[str, Path]], list[Path]]:
+    """The folder that file names are relative to, each class's name and folder, and mask folders outside of these.
 
-    Without class folders, it is one class. The folder is the user's, or the only one in it, and so on.
+    Without class folders, or with dates as their names, it is one class. The folder is the user's, or the only one in
+    it, and so on.
     """
     reader, root, mask_folders = Reader(folder), folder, []
     for _ in range(DEPTH):
         if is_class(folder):
-            return root, {dataset: folder}, mask_folders
+            return root, [(dataset, folder)], mask_folders
         subfolders = [path for path in reader.subfolders(folder) if not is_mask_folder(path)]
         _refuse_without_good(folder, subfolders)
         if has_images(folder) and not any(is_class(path) for path in subfolders):
             _refuse_bad_name(folder)
-            return root, {dataset: folder}, mask_folders
+            return root, [(dataset, folder)], mask_folders
         masks = [path for path in reader.subfolders(folder) if is_mask_folder(path)]
         classes = [path for path in subfolders if is_class(path) or has_images(path)]
         if classes:
-            named = {path.name: path for path in classes}
-            if len(classes) == 1 and not read_name(classes[0].name).core:
-                # A folder called images, say, is no name for a class.
-                named = {dataset: classes[0]}
-            return root, named, mask_folders + masks
+            # A single folder called images, say, is no name for a class.
+            one = all(is_date(path.name) for path in classes) or (
+                len(classes) == 1 and not read_name(classes[0].name).core
+            )
+            return root, [(dataset if one else path.name, path) for path in classes], mask_folders + masks
         if len(subfolders) != 1:
             break
         mask_folders += masks

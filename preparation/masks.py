@@ -1,23 +1,24 @@
 """Matches masks to images."""
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets.folders import MASK_ENDING, masks_beside
+from datasets.folders import SUFFIXES, image_stem, masks_beside
 from preparation.findings import AMBIGUOUS, SURPLUS
-from preparation.folders import MASK_FOLDERS, Reader
+from preparation.folders import MASK_FOLDERS, Reader, is_mask_folder
 from preparation.names import read_name
 
-# The rest of MASK_ENDING can also be the ending of an image's name.
+# Any other name, such as x_label.png, is a mask's only if x.png lies beside it.
 _SURELY_MASK = re.compile(r"[ _.-](masks?|ground_?truth|maske|掩码)$", re.IGNORECASE)
 
 
 class MaskIndex:
     """Finds the mask of an image by folder and name.
 
-    The mask of <defect>/x.jpg is <mask folder>/<defect>/x.png or x_mask.png, in any image format. The mask
+    The mask of <defect>/x.jpg is <mask folder>/<defect>/x.png, x_mask.png or mask_x.png, in any image format. The mask
     folder may lack the <defect> level, name it ("crack masks") or lie inside the defect's folder, and x_mask.png may
     lie beside x.jpg.
     """
@@ -41,6 +42,15 @@ class MaskIndex:
         first = inside.name if inside else folder.name * named
         for path in self.reader.images(folder, masks=True):
             self.masks[_key(first, *path.relative_to(folder).parts[:-1], path.stem)].append(path)
+
+    def add_folders_in(self, folder: Path, of_defect: bool = False) -> None:
+        """Index the mask folders directly in a folder.
+
+        Args:
+            of_defect: whether it is that of a defect type.
+        """
+        for path in filter(is_mask_folder, self.reader.subfolders(folder)):
+            self.add_folder(path, folder if of_defect else None)
 
     def split_off(self, images: list[Path], defect_folder: Path) -> list[Path]:
         """Index the masks that lie beside their images, and return the images without them."""
@@ -82,8 +92,11 @@ def without_masks(reader: Reader, images: list[Path]) -> list[Path]:
 def _key(*parts: str) -> tuple[str, ...]:
     """The words of the folders, so that "Bad - crack" fits "crack masks", and the image's name without _mask.
 
-    Folders that say nothing, such as `images` and `masks`, are left out.
+    Folders that say nothing, such as `images` and `masks`, are left out, and so is the image's suffix in x.jpg.png.
     """
     *folders, stem = parts
     cores = (read_name(folder).core for folder in folders if folder.lower() not in MASK_FOLDERS)
-    return (*filter(None, cores), MASK_ENDING.sub("", stem).lower())
+    # Composed: the Mac writes an umlaut as two characters.
+    stem = unicodedata.normalize("NFC", image_stem(stem).lower())
+    inner = next((suffix for suffix in SUFFIXES if stem.endswith(suffix)), "")
+    return (*filter(None, cores), stem.removesuffix(inner))

@@ -17,7 +17,10 @@ _CLASS_NUMBER = re.compile(r"(?:class|cls|label|kind)?[ _-]*([01])", re.IGNORECA
 _RANDOM = re.compile(
     r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<![a-z0-9])[a-z]*(?:\d+[a-z]+){2,}\d*(?![a-z0-9])", re.IGNORECASE
 )
-_UNSPACED_FROM = 0x2E00  # CJK, kana and Hangul: scripts whose words are not separated
+_UNSPACED_FROM = "\u2e00"  # CJK, kana and Hangul: scripts whose words are not separated
+_UNSPACED = rf"{_UNSPACED_FROM}-\U0010ffff"
+# Letters of other scripts, of these, and digits: "OK图" is two words.
+_TOKEN = re.compile(rf"[^\W\d_{_UNSPACED}]+|(?:(?=[{_UNSPACED}])[^\W\d_])+|\d+")
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,14 @@ def are_zero_and_one(names: Sequence[str]) -> bool:
 
 
 def _words(text: str) -> list[_Word]:
-    tokens = re.findall(r"[^\W\d_]+|\d+", text)
+    tokens = _TOKEN.findall(text)
     found = []
     if not tokens:
         return [_Word(text, _OTHER, generic=False)]
     for before, token, after in zip(["", *tokens[:-1]], tokens, [*tokens[1:], ""], strict=True):
         if token.isdecimal():
             found.append(_Word(token, _NUMBER))
-        elif any(ord(letter) > _UNSPACED_FROM for letter in token):
+        elif token >= _UNSPACED_FROM:
             found += _unspaced_words(token)
         elif (token, after) == ("ground", "truth") or (before, token) == ("ground", "truth"):
             found.append(_Word(token, _MASK))

@@ -29,9 +29,11 @@ def roles_table(data: DatasetOnDisk) -> list[str]:
                 masked[row] += 1
                 masks[_folder(sample.maskname)] += 1
     kinds = Counter(folder for folder, _ in rows)
+    named = {_folder(s.filename) for s in data.all() if read_name(PurePosixPath(s.filename).stem).kind in (GOOD, BAD)}
     lines = []
     for (folder, role), count in sorted(rows.items()):
-        by_name = ", by the files' names" if kinds[folder] > 1 else ""
+        by_what = "by the files' names" if folder in named else "by their masks"
+        by_name = f", {by_what}" if kinds[folder] > 1 else ""
         with_mask = f", {masked[folder, role]} with a mask" if masked[folder, role] else ""
         lines.append((folder, count, f"{role}{by_name}{with_mask}"))
     lines += [(folder, count, "masks") for folder, count in sorted(masks.items()) if folder not in kinds]

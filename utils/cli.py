@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,7 +166,10 @@ def chosen_classes(wanted: str | None, meta_file: str, listed: Callable[[str], l
             how = "write it with prepare_data.py (the demo's: python -m preparation.demo), see data/README.md"
             raise UsageError(f"--class_name all: there is no list {meta_file}; {how}")
         return known
-    chosen = [name.strip() for name in wanted.split(",")]
+    # An umlaut may be one character or two, which look the same.
+    spelt = {unicodedata.normalize("NFC", name): name for name in known}
+    typed = [name.strip() for name in wanted.split(",")]
+    chosen = [spelt.get(unicodedata.normalize("NFC", name), name) for name in typed]
     for name in chosen:
         if name == unified:
             hint = "the model for all classes has settings of its own, --config experiments/NAME/realnet_unified.yaml"

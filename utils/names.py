@@ -29,6 +29,8 @@ def name_problem(name: object) -> str | None:
         return "holds a control character"
     if name[0] in ".- ":
         return "begins with a dot, dash or blank"
+    if name[-1] in ". ":
+        return "ends with a dot or blank"
     if "," in name or "{" in name:
         return "holds a comma or a brace, which --class_name and paths in settings use"
     if len(name.encode()) > MOST_BYTES:

@@ -42,13 +42,21 @@ def test_a_table_names_files_with_or_without_their_folders(tmp_path):
     assert parts_of(str(table), NAMES) == {NAMES[2]: "c"}
 
 
+@pytest.mark.parametrize("mark", ",;\t")
+def test_a_table_needs_no_heading_and_may_come_from_any_spreadsheet(tmp_path, mark):
+    table = tmp_path / "split.csv"
+    rows = [("kos01_Part0.jpg", "a"), ("kos01_Part1.jpg", "a"), ("x.jpg", "b")]
+    table.write_text("".join(mark.join(row) + "\r\n" for row in rows))
+    assert parts_of(str(table), NAMES) == {NAMES[0]: "a", NAMES[1]: "a", NAMES[3]: "b"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "missing.csv does not exist"),
         ("file,part\nonly.jpg\n", "line 2: has no second column"),
         ("file,part\nother.jpg,a\n", "names the part of none of the images, e.g. train/good/kos01_Part0.jpg"),
-        ("", "is not readable as a table"),
+        ("", "names the part of none of the images"),
     ],
 )
 def test_tables_of_no_use_are_refused(tmp_path, content, message):

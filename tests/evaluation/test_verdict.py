@@ -1,10 +1,14 @@
 """Words about verdicts: counts, bootstrap intervals, and doubts."""
 
+import shutil
+
 import numpy as np
 import pytest
 
+import evaluation_realnet
 from evaluation.metrics import Ranking
 from evaluation.verdict import image_auroc_interval, pixel_auroc_interval, verdict_of
+from tests.in_process import run
 
 
 def made_up(good: int, bad: int, shift: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -69,3 +73,27 @@ def test_one_label_alone_has_no_interval_and_no_doubt():
     for labels in (np.zeros(5, bool), np.ones(5, bool)):
         verdict = judged(np.linspace(0.1, 0.5, 5), labels, 0.3)
         assert (verdict.image_auroc, verdict.doubts, verdict.intervals()) == (None, [], "")
+
+
+def test_images_that_training_has_seen_flatter_the_figures(detector, monkeypatch, capsys):
+    """After a new split, test images may be among those that the checkpoint was trained on."""
+    shutil.copytree(detector.out / "predict_checkpoints", detector.out / "seen_checkpoints")
+    lists = detector.root / "data/tiny/samples"
+    train, test = (lists / f"{split}_dots.json" for split in ("train", "test"))
+    before = test.read_text()
+    arguments = ["--dataset", "tiny", "--class_name", "dots", "--no-pictures", "--gallery", "0"]
+    folders = {"checkpoints_dir": "seen_checkpoints/", "log_dir": "seen_log/", "results_dir": "seen_results/"}
+    arguments += [word for key, folder in folders.items() for word in ("--set", f"saver.{key}={folder}")]
+    said = {}
+    try:
+        for name, content in (("new", before), ("seen", before + "".join(train.read_text().splitlines(True)[:3]))):
+            test.write_text(content)
+            code, _, err = run(evaluation_realnet.main, arguments, detector.root, monkeypatch, capsys)
+            assert code == 0
+            said[name] = err
+    finally:
+        test.write_text(before)
+    assert "flattered" not in said["new"]
+    text = "warning: dots is flattered: 3 of the 11 test images were trained on; train again, or test on other images"
+    assert text in said["seen"]
+    assert text.removeprefix("warning: ") in (detector.out / "seen_results/report.html").read_text()

@@ -134,6 +134,31 @@ def test_a_single_training_image_is_found(tmp_path, prepare):
     assert out.count("to check") == 2  # and in the total
 
 
+def test_copies_of_a_few_images_are_found(tmp_path, prepare):
+    for number in range(24):
+        image_file(tmp_path / f"shots/{number}.png", number % 3)
+    out = prepare()
+    assert "to check: parts: its 24 training images are 3 distinct ones and copies, such as" in out
+
+
+def test_images_of_one_colour_are_found(tmp_path, prepare):
+    for number in range(4):
+        image_file(tmp_path / f"shots/{number}.png", number)
+    Image.new("RGB", (48, 40)).save(tmp_path / "shots/black.png")
+    out = prepare()
+    assert out.count("has one colour all over") == 1
+    assert "to check: black.png: has one colour all over; was the camera covered?" in out
+
+
+def test_images_that_parts_do_not_name_are_found(tmp_path, prepare):
+    for number in range(24):
+        image_file(tmp_path / f"shots/{'part' * (number > 1)}{number // 2}_{number}.png", number)
+    out = prepare("--parts", r"part\d+")
+    assert (
+        "to check: --parts: names the part of 22 of 24 images; each other counts as a part of its own: 0_0.png" in out
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no such limit on this system")
 def test_no_more_threads_than_allowed_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})

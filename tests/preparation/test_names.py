@@ -19,7 +19,7 @@ KINDS = {
         "accepted", "goodparts", "gut", "Gutteile", "Gute Teile", "i.O.", "IO", "fehlerfrei", "bon", "Pièces bonnes",
         "conforme", "buenas", "buono", "goed", "Годные", "良品", "良品图片", "正常", "合格品", "无缺陷", "正常な画像",
         "양품", "정상", "defect-free", "no defects", "non_defective", "without cracks", "ohne Fehler", "sans défaut",
-        "Ｇｏｏｄ", "no_1_good", "train_good",
+        "Ｇｏｏｄ", "no_1_good", "train_good", "OK图", "OK品", "ok样本", "无NG", "in Ordnung",
     ),
     BAD: (
         "bad", "Bad - crack", "1_bad", "NG", "NG_parts", "NGparts", "nok", "N-OK", "n_ok", "not ok", "KO", "not good",
@@ -27,8 +27,11 @@ KINDS = {
         "schlecht", "Schlechtteile", "nicht gut", "n.i.O.", "NIO", "Ausschuss", "Fehler", "mauvais", "défauts",
         "pas bon", "non conforme", "malo", "defectuoso", "difettosi", "defeito", "слом брак", "不良品", "不合格",
         "不正常", "异常", "划痕", "キズ", "불량", "비정상", "crack", "Scratches", "broken_large", "test_bad",
+        "NG图", "NG品", "ng样本", "不OK", "未OK", "有缺陷", "NG_划痕", "nicht in Ordnung", "Ausschussware", "scrapped",
     ),
-    UNCLEAR: ("positive", "Negative images", "pos", "true", "clean", "OK_NG", "good and bad", "陽性", "false positive"),
+    UNCLEAR: ("positive", "Negative images", "pos", "true", "clean", "OK_NG", "good and bad", "陽性", "false positive",
+        "正样本",
+    ),
     None: (
         "bottle", "metal_nut", "hazelnut", "IO_module", "okra", "passport", "cable_swap", "color", "image 7", "{}",
         "01", "positive_pole", "notebook", "MT_Free", "abc", "nuts", "badge", "goodyear", "normandy", "connector",
@@ -202,6 +205,10 @@ UNCLEAR_FOLDERS = {
     "bad with kinds": (["bad/crack", "bad/cut"], "shots/bad: has no folder of good images beside it"),
     "kinds alone": (["MT_Free", "MT_Crack"], "shots/MT_Crack: has no folder of good images beside it"),
     "images beside bad": (["", "bad"], "shots/bad: has no folder of good images beside it"),
+    "images beside bad, in a class": (
+        ["bolts", "bolts/bad", "nuts"],
+        "shots/bolts/bad: has no folder of good images beside",
+    ),
     "both in one": (["good", "OK_NG"], "not clear which folder holds good images (OK_NG)"),
     "days to train on": (
         ["train/day1", "train/day2", "test/bad"],
@@ -248,6 +255,29 @@ def test_what_nothing_takes_is_reported(tmp_path, prepare):
     assert not (tmp_path / "data/parts/samples/train_nuts.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"2026-11-29": 4, "2026-11-30": 3}, (7, 0, 0)),
+        ({"20261129/OK": 4, "20261129/NG": 1, "20261130_1400/OK": 6, "20261130_1400/NG": 2}, (8, 2, 3)),
+        ({"good/29.11.2026": 4, "good/30.11.2026": 1, "bad/30.11.2026": 2}, (4, 1, 2)),
+    ],
+)
+def test_dates_are_neither_classes_nor_kinds_of_defects(counts, expected, tmp_path, prepare):
+    fill(tmp_path, counts)
+    out, _ = prepare()
+    assert tuple(map(len, listed(tmp_path))) == expected
+    assert "defect type 30.11.2026" not in out
+    assert len(list((tmp_path / "data/parts/samples").glob("train_*"))) == 2  # and of all classes
+
+
+def test_what_network_drives_leave_behind_is_no_image(tmp_path, prepare):
+    fill(tmp_path, {"good": 5, "bad": 2, "good/@eaDir/0.png": 2, "#recycle": 3, "good/$RECYCLE.BIN": 1})
+    out, _ = prepare()
+    assert tuple(map(len, listed(tmp_path))) == (4, 1, 2)
+    assert "findings: 1 without a mask" in out
+
+
 def test_validation_images_beside_a_test_folder_are_reported(tmp_path, prepare):
     fill(tmp_path, {"train/good": 3, "test/good": 2, "test/bad": 2, "validation/good": 4})
     out, _ = prepare()
@@ -281,6 +311,64 @@ def test_masks_beside_the_class_folders_are_found(tmp_path, prepare):
     assert found == {f"{name}/bad/1.png": f"masks/{name}/bad/1.png" for name in ("bolts", "nuts")}
 
 
+# ---- images that their masks say something about -----------------------------------------------------------------
+
+
+def with_masks(root: Path, images: str, masks: str, marked: range, empty: range) -> None:
+    """Images and their masks; {} in the paths stands for the number."""
+    for number in (*marked, *empty):
+        image_file(root / "shots" / images.format(number), (images, number))
+        mask(root / "shots" / masks.format(number), value=255 if number in marked else 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        ("images/{}.png", "masks/{}.png"),
+        ("{}.png", "ground_truth/{}.png"),
+        ("photos/{}.png", "photos/{}_label.png"),
+        ("images/{}.png", "masks/mask_{}.png"),
+        ("images/{}.jpg", "masks/{}.jpg.png"),
+        ("images/{} Pr\u00fcfung.png", "masks/{} Pru\u0308fung_mask.png"),
+    ],
+)
+def test_where_no_name_says_it_masks_do(images, masks, tmp_path, prepare):
+    with_masks(tmp_path, images, masks, range(2), range(2, 7))
+    out, _ = prepare()
+    train, good, bad = listed(tmp_path)
+    assert sorted(train + good) == [images.format(number) for number in range(2, 7)]
+    assert (len(good), bad) == (1, [images.format(number) for number in range(2)])
+    assert "by their masks, 2 with a mask" in out
+    assert "surplus" not in out
+
+
+def test_masks_say_it_in_training_and_test_folders_too(tmp_path, prepare):
+    with_masks(tmp_path, "train/{}.png", "train/{}_GT.png", range(2), range(2, 7))
+    with_masks(tmp_path, "test/{}.png", "test/{}_GT.png", range(10, 13), range(13, 15))
+    out, _ = prepare()
+    train, good, bad = listed(tmp_path)
+    assert train == [f"train/{number}.png" for number in range(2, 7)]
+    assert (good, len(bad)) == ([f"test/{number}.png" for number in (13, 14)], 3)
+    assert "surplus: train/1.png: its mask marks a defect; training uses good images only" in out
+    with_masks(tmp_path, "test/images/{}.png", "test/masks/{}.png", range(20, 22), range(22, 23))
+    prepare("--overwrite")
+    assert tuple(map(len, listed(tmp_path))) == (5, 3, 5)
+
+
+def test_masks_of_all_images_leave_none_that_is_good(tmp_path, prepare):
+    with_masks(tmp_path, "images/{}.png", "masks/{}.png", range(3), range(0))
+    _, err = prepare(code=2)
+    assert "the masks of its 3 images all mark something, so none is good" in err
+    prepare("--good", "images")
+
+
+def test_images_of_a_folder_that_says_nothing_are_not_taken_for_defective(tmp_path, prepare):
+    fill(tmp_path, {"train/good": 5, "test/images": 3, "test/crack": 2})
+    out, _ = prepare()
+    assert tuple(map(len, listed(tmp_path))) == (5, 0, 2)
+    assert "surplus: test/images: 3 images; nothing says whether they are good" in out
+
+
 # ---- folders that the user names -------------------------------------------------------------------------------------
 
 
@@ -306,6 +394,17 @@ def test_a_chosen_folder_inside_another_is_taken_once(tmp_path, prepare):
     prepare("--good", ".", "--defects", "bad")
     train, good, bad = listed(tmp_path)
     assert (len(train), len(good), bad) == (4, 1, ["bad/0.png", "bad/1.png"])
+
+
+def test_a_chosen_folder_is_no_defect_type_of_the_folder_above_it(tmp_path, prepare):
+    fill(tmp_path, {"a": 3, "b": 2, "c": 2})
+    mask(tmp_path / "shots/painted/1.png")
+    # An option may stand twice.
+    out, _ = prepare("--good", "a", "--good", "b", "--defects", ".", "c", "--masks", "painted")
+    train, good, bad = listed(tmp_path)
+    assert sorted(Path(name).parent.name for name in train + good) == [*"aaabb"]
+    assert bad == ["c/0.png", "c/1.png"]
+    assert "surplus" not in out
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,24 @@ def test_wrong_use_is_refused_before_anything_runs(more, says, bench, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_class_without_good_or_defective_test_images_is_refused_before_anything_runs(bench, workspace, tmp_path):
+    lists = workspace.root / "data/tiny/samples"
+    lines = (lists / "test_dots.json").read_text().splitlines(keepends=True)
+    for name, kept in (("good", [line for line in lines if '"label": 0' in line]), ("none", [])):
+        (lists / f"train_{name}.json").write_text((lists / "train_dots.json").read_text())
+        (lists / f"test_{name}.json").write_text("".join(kept))
+    try:
+        for name, lacking in (("good", "defective"), ("none", "good and defective")):
+            code, _, err = bench("--class_name", name)
+            assert code == 2
+            assert f"test_{name}.json: holds no {lacking} image; a benchmark measures on good and defective ones" in err
+    finally:
+        for name in ("good", "none"):
+            (lists / f"train_{name}.json").unlink()
+            (lists / f"test_{name}.json").unlink()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_for_all_classes_gives_a_line_per_class():
     row = {"image_auroc": 0.9}
     cost = {"backbone": "resnet18", "weights_sha256": None, "input_size": [64, 64], "device": "cpu", "threads": 1}
