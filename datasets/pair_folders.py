@@ -27,6 +27,7 @@ from utils.config import changed_settings
 from utils.errors import UsageError
 from utils.files import link_file, remove_parts, write_text
 from utils.names import csv_cell
+from utils.pictures import Row as SheetRow
 from utils.pictures import contact_sheet, outline, thumbnail, write_image
 from utils.row_table import Row, RowTable
 
@@ -180,14 +181,13 @@ class PairFolder:
             # Outlined after shrinking, where a line of one pixel stays visible.
             outline(image, read_mask(self.path / row["mask"], image.shape[:2]) > 0, _OUTLINE)
         size = tuple(max(image.shape[axis] for image in images) for axis in (0, 1))
-        columns, sheets = min(len(rows), SHEET_COLUMNS), []
-        for start in range(0, len(rows), columns):
-            part = slice(start, start + columns)
+        lines: list[SheetRow] = []
+        for start in range(0, len(rows), SHEET_COLUMNS):
+            part = slice(start, start + SHEET_COLUMNS)
             captions = [f"{row['type']} {float(row['opacity']):.2f}" for row in rows[part]]
-            blank = [np.full((*size, 3), 255, np.uint8)] * (columns - len(captions))
-            lines = [("", [*(_cell(image, size) for image in shown[part]), *blank]) for shown in (images, outlined)]
-            sheets.append(contact_sheet(lines, captions))
-        return np.concatenate(sheets)
+            lines.append((captions, [_cell(image, size) for image in images[part]]))
+            lines.append(("", [_cell(image, size) for image in outlined[part]]))
+        return contact_sheet(lines)
 
 
 def _cell(image: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -3,12 +3,14 @@
 import copy
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from easydict import EasyDict
 
 from datasets.build import build_realnet_test_set, build_realnet_train_set
 from datasets.catalog import ForegroundRule
+from datasets.edits import EDIT, TABLE
 from datasets.images import list_images
 from datasets.local_anomalies import LOCAL
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
@@ -25,6 +27,7 @@ DESCRIPTIONS = {
     "noise": "blurred, sharpened, brighter and darker shapes",
     "sdas": "images of the diffusion model",
     "dtd": "textures",
+    EDIT: "good images that the diffusion model has changed",
 }
 # Not white: an all-ones mask would be invisible on the white sheet.
 _MASK_GREY = np.uint8(215)
@@ -84,6 +87,9 @@ def _with_available_types(config: EasyDict, class_name: str) -> EasyDict:
     train = config.train
     folders = {"sdas": (train.sdas_dir or "").replace("{}", class_name), "dtd": train.dtd_dir or ""}
     found = [name for name, folder in folders.items() if folder and list_images(folder)]
+    folders[EDIT] = (train.edit_dir or "").replace("{}", class_name)
+    if folders[EDIT] and (Path(folders[EDIT]) / TABLE).is_file():
+        found.append(EDIT)
     for name in folders:
         if name not in found and train.anomaly_types.get(name):
             log.info("%s: no %s images in %s yet", class_name, name, folders[name] or "(not set)")

@@ -62,6 +62,23 @@ def test_pages_name_existing_files(path: Path):
         assert (REPOSITORY / module).is_file(), f"{path}: {module} does not exist"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_commands_in_pages_are_shown_as_code(path: Path):
+    """A command that begins a line of a paragraph would be shown as prose."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^(?:python|torchrun|bash|pip) .*", text, re.MULTILINE)
+    assert not lines
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_placeholders_in_pages_are_shown(path: Path):
+    """<class> outside of code is taken for a tag, and not shown."""
+    text = re.sub(
+        r"^```.*?^```$|^    .*?$|`[^`]+`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    assert not re.findall(r"<[a-zA-Z]\w*>", text)
+
+
 def headings(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     names = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)

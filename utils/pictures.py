@@ -9,8 +9,13 @@ import numpy as np
 from utils.errors import RunError
 from utils.files import write_atomic
 
+Row = tuple[str | Sequence[str], Sequence[np.ndarray]]
+
+LEAST_WIDTH = 64  # of a picture in a sheet, in pixels
 _GAP = 4
 _CAPTION = 18
+_MARGIN = 2
+_FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.42)  # and its scale
 _WHITE = 255
 
 
@@ -36,39 +41,57 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = 95) -> None:
     write_atomic(path, encode)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str] = ()) -> np.ndarray:
+def contact_sheet(rows: Sequence[Row], columns: Sequence[str] = ()) -> np.ndarray:
     """One (H',W',3) picture of captioned rows of (H,W,3) or (H,W) uint8 images, all of the same size.
 
+    Where images are narrower than LEAST_WIDTH or than the caption of one of them, the pixels of all are repeated; where
+    the caption of a row is wider than the row, the sheet is.
+
     Args:
-        rows: (caption, images) of each row; an empty caption takes no space.
+        rows: (caption, images) of each row; the caption is one text (an empty one takes no space), or a text per image.
         columns: captions above the columns.
+
+    Example:
+        >>> small = np.zeros((16, 24), np.uint8)
+        >>> contact_sheet([("", [small] * 3)]).shape  # (3 * 16, 3 * (3 * 24) + 2 * 4, 3)
+        (48, 224, 3)
     """
-    width = rows[0][1][0].shape[1]
+    texts = [caption for caption, _ in rows if isinstance(caption, str)]
+    heads = [*columns, *(text for caption, _ in rows if not isinstance(caption, str) for text in caption)]
+    least = max([LEAST_WIDTH, *map(_text_width, heads)])
+    factor = -(-least // rows[0][1][0].shape[1])
+    width = rows[0][1][0].shape[1] * factor
     count = max(len(images) for _, images in rows)
+    whole = max([count * (width + _GAP) - _GAP, *map(_text_width, texts)])
     lines = []
-    if columns:
-        heads = [_text(caption, width) for caption in columns]
-        lines.append(_line(heads, count, width))
-    for caption, images in rows:
+    for caption, images in ((columns, ()), *rows):
         if caption:
-            lines.append(_text(caption, count * (width + _GAP) - _GAP))
-        lines.append(_line([_rgb(image) for image in images], count, width))
-        lines.append(np.full((_GAP, lines[-1].shape[1], 3), _WHITE, np.uint8))
-    return np.concatenate(lines[:-1])
+            lines.append(
+                _text(caption, whole) if isinstance(caption, str) else _line([_text(c, width) for c in caption])
+            )
+        if len(images):
+            lines.append(_line([_rgb(image).repeat(factor, axis=0).repeat(factor, axis=1) for image in images]))
+            lines.append(np.full((_GAP, whole, 3), _WHITE, np.uint8))
+    return np.concatenate([_widened(line, whole) for line in lines[:-1]])
 
 
-def _line(images: Sequence[np.ndarray], count: int, width: int) -> np.ndarray:
-    height = images[0].shape[0]
-    blank = np.full((height, width, 3), _WHITE, np.uint8)
-    gap = np.full((height, _GAP, 3), _WHITE, np.uint8)
-    cells = [*images, *[blank] * (count - len(images))]
-    return np.concatenate([part for cell in cells for part in (cell, gap)][:-1], axis=1)
+def _line(images: Sequence[np.ndarray]) -> np.ndarray:
+    gap = np.full((images[0].shape[0], _GAP, 3), _WHITE, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
+
+
+def _widened(line: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=_WHITE)
 
 
 def _text(caption: str, width: int) -> np.ndarray:
     strip = np.full((_CAPTION, width, 3), _WHITE, np.uint8)
-    cv2.putText(strip, caption, (2, _CAPTION - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(strip, caption, (_MARGIN, _CAPTION - 5), *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
     return strip
+
+
+def _text_width(caption: str) -> int:
+    return cv2.getTextSize(caption, *_FONT, 1)[0][0] + 2 * _MARGIN
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:

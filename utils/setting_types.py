@@ -127,6 +127,7 @@ def settings_page(tables: dict[str, Section]) -> str:
         lines += ["", f"## {file}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
         for key, setting in rows(section):
             default = "required" if setting.default is MISSING else f"`{_as_yaml(setting.default)}`"
-            meaning = ("*Legacy.* " if setting.legacy else "") + setting.help
+            # <dataset> would be taken for a tag, and not be shown.
+            meaning = ("*Legacy.* " if setting.legacy else "") + setting.help.replace("<", "&lt;")
             lines.append(f"| `{key}` | {constraint(setting)} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import torch
 
@@ -13,8 +12,7 @@ from utils.pictures import contact_sheet, thumbnail, to_uint8
 
 STEP_IMAGES = 3
 MOST_STEPS = 20  # columns of a sheet; of more steps, some are shown
-LEAST_SIDE, MOST_SIDE = 64, 160  # of a picture in a sheet of steps, in pixels
-LEAST_RECONSTRUCTION_SIDE = 128  # which has room for the captions
+MOST_SIDE = 160  # of a picture in a sheet of steps, in pixels
 DIFFERENCE_FACTOR = 4
 
 
@@ -40,8 +38,8 @@ def step_sheet(sampler: Sampler, name: str, number: int, strength: Sequence[floa
     sampler.draw(name, number, range(STEP_IMAGES), *strength, progress=True, after_step=keep)
     rows = []
     for i in range(STEP_IMAGES):
-        rows.append((f"image {i}, after the step from t", [_shown(x[i]) for x, _ in states.values()]))
-        rows.append(("predicted x_0", [_shown(pred_xstart[i]) for _, pred_xstart in states.values()]))
+        rows.append((f"image {i}, after the step from t", [thumbnail(x[i], MOST_SIDE) for x, _ in states.values()]))
+        rows.append(("predicted x_0", [thumbnail(x_0[i], MOST_SIDE) for _, x_0 in states.values()]))
     return contact_sheet(rows, [f"t={sampler.process.timestep_map[t]}" for t in states])
 
 
@@ -61,23 +59,11 @@ def reconstruction_sheet(names: Sequence[str], images: np.ndarray, recon: np.nda
     """
     differences = np.abs(images.astype(np.int16) - recon).max(axis=3) * DIFFERENCE_FACTOR
     cells = zip(images, recon, differences.clip(0, 255).astype(np.uint8), strict=True)
-    rows = [
-        (name, [_enlarged(picture, LEAST_RECONSTRUCTION_SIDE) for picture in row])
-        for name, row in zip(names, cells, strict=True)
-    ]
-    return contact_sheet(rows, ["image", "reconstruction", f"{DIFFERENCE_FACTOR} x difference"])
+    return contact_sheet(
+        list(zip(names, cells, strict=True)), ["image", "reconstruction", f"{DIFFERENCE_FACTOR} x difference"]
+    )
 
 
 def _pictures(images: torch.Tensor) -> np.ndarray:
     """(N,3,H,W) in about [-1, 1] -> (N,H,W,3) uint8."""
     return to_uint8(images.clamp(-1, 1).float().cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
-
-
-def _shown(image: np.ndarray) -> np.ndarray:
-    return thumbnail(_enlarged(image, LEAST_SIDE), MOST_SIDE)
-
-
-def _enlarged(image: np.ndarray, least: int) -> np.ndarray:
-    """The image, its pixels repeated until its longer side has `least`."""
-    factor = -(-least // max(image.shape[:2]))
-    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST) if factor > 1 else image

@@ -1,6 +1,7 @@
 """The contact sheet of what training will see."""
 
 import numpy as np
+from PIL import Image
 
 from preparation import preview
 from tests.conftest import settings
@@ -26,3 +27,20 @@ def test_every_type_that_there_are_images_for_has_a_row(tiny_data, monkeypatch):
     assert [words in row for words, row in zip(told, rows[3:], strict=True)] == [True] * 4
     rows = captions_of(tiny_data, monkeypatch, dtd_dir=None, sdas_dir=str(tiny_data / "images/{}/test"))
     assert [row.split(":")[0] for row in rows[3:]] == ["cutpaste", "self", "noise", "sdas"]
+
+
+def test_pairs_that_are_trained_on_have_a_row(tiny_data, monkeypatch):
+    folder = tiny_data / "edit/dots"
+    folder.mkdir(parents=True)
+    good = sorted((tiny_data / "images/dots/train/good").iterdir())[:3]
+    with Image.open(good[0]) as image:
+        mask = Image.new("L", image.size)
+    mask.paste(255, (2, 2, 8, 8))
+    mask.save(folder / "mask.png")
+    lines = [f"{path},mask.png,dots/train/good/{path.name},edit" for path in good]
+    (folder / "pairs.csv").write_text("\n".join(["image,mask,good,type", *lines]), encoding="utf-8")
+    types = {"normal": 0.5, "edit": 0.5}
+    rows = captions_of(tiny_data, monkeypatch, anomaly_types=types, edit_dir=str(tiny_data / "edit/{}"))
+    edits = [row for row in rows if row.startswith("edit:")]
+    assert len(edits) == 1
+    assert "50% of the training" in edits[0]

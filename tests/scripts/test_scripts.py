@@ -236,7 +236,7 @@ def test_preview_draws_a_strip_and_nothing_else(diffusion, classifier):
     diffusion.run("sample.py", "--preview", "--set", f"workspace.root={root}")
     for name in CLASSES:
         strip = np.asarray(Image.open(diffusion.out / f"sample_vis/{name}.png"))
-        assert strip.shape[1] == 7 * 16 + 6 * 4
+        assert strip.shape[1] == 7 * 64 + 6 * 4  # images of 16 pixels, enlarged
     assert not root.exists()
 
 
@@ -258,8 +258,9 @@ def test_images_are_reconstructed_with_their_differences(diffusion):
     means = [float(value) for value in re.findall(r"by (\d+\.\d+) grey levels", done.stdout)]
     assert len(means) == 3
     sheet = np.asarray(Image.open(diffusion.out / "sample_vis/dots_reconstruction.png")).astype(int)
-    top = 18 + 18
-    image, recon, difference = (sheet[top : top + 128 : 8, left : left + 128 : 8] for left in (0, 132, 264))
+    top, side = 18 + 18, (sheet.shape[1] - 2 * 4) // 3  # images of 16 pixels, enlarged
+    cells = (sheet[top : top + side, (side + 4) * i :][:, :side] for i in range(3))
+    image, recon, difference = (cell[:: side // 16, :: side // 16] for cell in cells)
     np.testing.assert_array_equal(image, read_image(photos[0], (16, 16)))
     assert np.abs(image - recon).mean() == pytest.approx(means[0], abs=0.01)
     np.testing.assert_array_equal(difference[..., 0], (4 * np.abs(image - recon).max(axis=2)).clip(0, 255))
