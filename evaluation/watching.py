@@ -49,9 +49,10 @@ class FolderWatch:
         """The images that are complete since the last look, in the order in which they arrived."""
         self.looks += 1
         present = set(self._names())
+        stems = {os.path.splitext(name)[0].lower() for name in present}
         arriving, complete = {}, []
         for name in present - self.taken:
-            stamp = None if self._is_mask(name, present) else self._stamp(name)
+            stamp = None if _is_mask(name, stems) else self._stamp(name)
             if stamp is None or stamp == self.broken.get(name):
                 continue
             first, before = self.arriving.get(name, (self.looks, None))
@@ -122,12 +123,12 @@ class FolderWatch:
             return None
         return (status.st_mtime_ns, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
-    def _is_mask(self, name: str, present: set[str]) -> bool:
-        """Whether it is the mask of an image that is there, too."""
-        path = Path(name)
-        image = path.with_name(image_stem(path.stem)).as_posix()
-        endings = (*SUFFIXES, *map(str.upper, SUFFIXES))
-        return image_stem(path.stem) != path.stem and any(f"{image}{ending}" in present for ending in endings)
+
+def _is_mask(name: str, stems: Collection[str]) -> bool:
+    """Whether it is the mask of an image that is there, too; by the rule of folders.masks_beside."""
+    path = Path(name)
+    stem = image_stem(path.stem)
+    return stem != path.stem and path.with_name(stem).as_posix().lower() in stems
 
 
 def pause(seconds: float, stop: StopRequest) -> None:

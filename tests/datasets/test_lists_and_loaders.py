@@ -7,14 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from datasets.build import sdas_reading
 from datasets.images import Augmentation, Preprocessing, SharedCache
 from datasets.lists import ImageList, Sample, class_names, listed_classes, read_list, write_list
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet
 from datasets.sdas import SDASDataset
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, settings
 from utils.distributed import Run
 from utils.errors import UsageError
 
@@ -323,3 +325,20 @@ def test_links_that_lead_out_of_the_image_folder_need_a_setting(tiny_data, tmp_p
     lines = tmp_path / "lines.json"
     write_list(lines, [Sample("lines/test/good/000.png", 0, "lines")])
     assert len(read_list(lines, tmp_path / "linked")) == 1
+
+
+def test_images_for_a_diffusion_model_are_read_as_its_settings_say(tmp_path):
+    Image.fromarray(np.full((16, 16), 2048, np.uint16)).save(tmp_path / "camera.png")
+    Image.new("RGB", (16, 16), (200, 0, 100)).save(tmp_path / "colour.png")
+
+    def mean(name: str, color_mode: str = "RGB") -> list[int]:
+        return sdas_reading(tmp_path, (8, 8), color_mode).read(tmp_path / name).mean(axis=(0, 1)).round().tolist()
+
+    assert mean("camera.png") == [8, 8, 8]
+    assert mean("colour.png") == [200, 0, 100]
+    assert mean("colour.png", "GRAY") == [71, 71, 71]
+    config = settings("data/tiny", "experiments/tiny")["diffusion"]
+    config["dataset"]["image_reader"]["kwargs"] |= {"bits": 12, "color_mode": "GRAY"}
+    (tmp_path / "diffusion.yaml").write_text(yaml.safe_dump(config))
+    assert mean("camera.png") == [128, 128, 128]
+    assert mean("colour.png") == [71, 71, 71]

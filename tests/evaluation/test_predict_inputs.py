@@ -212,13 +212,14 @@ def test_whatever_one_image_raises_the_others_are_scored(score, tmp_path, monkey
 
 def test_masks_and_results_below_the_input_are_not_scored(score, tmp_path):
     folder = tmp_path / "in"
-    for name in ("a.png", "a_mask.png", "lonely_mask.png", "lot/b.jpg", "lot/b-GT.png", "lot/ground_truth/b.png"):
+    masks = "a_mask.png", "A_label.png", "lot/b-GT.png"
+    for name in ("a.png", "lonely_mask.png", "lot/b.jpg", *masks, "lot/ground_truth/b.png"):
         image_file(folder / name, name)
     for output in ("in/results", "in/results", "in"):
         code, out, err, lines = score(folder, "--overwrite", output=output)
         assert code == 0, err
         assert list(lines) == ["a.png", "lonely_mask.png", "lot/b.jpg"]
-        assert "left out: masks that lie beside their images (x_mask.png beside x.png): 2" in out
+        assert "left out: masks that lie beside their images (x_mask.png beside x.png): 3" in out
     assert "left out: masks or results, not images to score: lot/ground_truth/, results/" in out
     # The folder now holds results of its own, and those of another run.
     code, out, err, lines = score(folder, output="elsewhere")

@@ -267,8 +267,9 @@ def test_a_file_is_waited_for_while_its_size_or_its_time_changes(tmp_path):
 def test_what_a_prediction_leaves_out_is_left_out(tmp_path):
     folder = tmp_path / "in"
     images = ("a.png", "lot/b.JPG", "lonely_mask.png")
-    others = ("a_mask.png", ".hidden.png", ".d/x.png", "ground_truth/a.png", "out/heatmaps/a.png", "notes.txt")
-    for name in (*images, *others):
+    masks = ("a_mask.png", "A_Label.PNG", "lot/mask_b.png", "ground_truth/a.png")
+    others = (".hidden.png", ".d/x.png", "out/heatmaps/a.png", "notes.txt")
+    for name in (*images, *masks, *others):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "gone.png").symlink_to("nowhere")
