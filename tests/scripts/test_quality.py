@@ -148,11 +148,15 @@ def train(call, workspace: Workspace, name: str, *options: str, code: int = 0) -
     """Train a diffusion model; returns the output, the last checkpoint, and the validations in the log."""
     folders = {"checkpoints_dir": "checkpoints", "log_dir": "log", "vis_dir": "vis"}
     elsewhere = [part for key, value in folders.items() for part in ("--set", f"saver.{key}={name}/{value}")]
-    out = call(train_diffusion.main, workspace, *elsewhere, *options, code=code)
+    return call(train_diffusion.main, workspace, *elsewhere, *options, code=code), *state_of(workspace, name)
+
+
+def state_of(workspace: Workspace, name: str) -> tuple[dict, list[dict]]:
+    """The last checkpoint of a training, and the validations in its log."""
     path = workspace.out / name / "log/train_diffusion.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     checkpoint = load_checkpoint(workspace.out / name / "checkpoints/ckpt_last.pth.tar")
-    return out, checkpoint, [line for line in lines if "validation" in line]
+    return checkpoint, [line for line in lines if "validation" in line]
 
 
 def same(first: object, second: object) -> bool:
@@ -177,7 +181,9 @@ def test_validations_measure_kid_and_leave_the_training_as_it_is(workspace, call
 @pytest.mark.parametrize("when", ["measuring", "training after it"])
 def test_a_training_that_measures_kid_resumes_bit_for_bit(when, workspace, call, monkeypatch):
     options = [*KID, "--set", "features.weights=random", "--set", "trainer.save_freq_step=1"]
-    _, whole, lines = train(call, workspace, f"whole {when}", *options)
+    if not (workspace.out / "whole").exists():
+        train(call, workspace, "whole", *options)
+    whole, lines = state_of(workspace, "whole")
     owner, name, number = (Sampler, "sample", 3) if when == "measuring" else (Stepper, "step", 3)
     original, calls = getattr(owner, name), []
 
@@ -193,18 +199,20 @@ def test_a_training_that_measures_kid_resumes_bit_for_bit(when, workspace, call,
     assert stopped["position"]["step"] == {"measuring": 2, "training after it": 3}[when]
     _, resumed, again = train(call, workspace, f"stopped {when}", *options, "--resume")
     assert same({**whole, "run": None}, {**resumed, "run": None})
-    # A measurement that was stopped is lost, as the training had gone on before it; the others are the same.
-    assert again == (lines[1:] if when == "measuring" else lines)
+    assert again == lines  # a measurement that was stopped is made again
 
 
 def test_validations_of_a_model_of_grey_images_draw_grey_ones(workspace, call, monkeypatch):
     drawn, draw = [], Sampler.draw
+
+    def sample_red(self, number, strengths, generators, *options):
+        return torch.tensor([1.0, -1, -1])[:, None, None].expand(len(generators), 3, *self.size)
+
+    monkeypatch.setattr(Sampler, "sample", sample_red)
     monkeypatch.setattr(Sampler, "draw", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
-    for mode in ("RGB", "GRAY"):
-        options = [f"dataset.image_reader.kwargs.color_mode={mode}", "features.weights=random", "trainer.max_epoch=1"]
-        train(call, workspace, f"in {mode}", *KID, *(part for value in options for part in ("--set", value)))
-        assert max(np.ptp(images, axis=3).max() > 0 for images in drawn) == (mode == "RGB")
-        drawn.clear()
+    options = ["dataset.image_reader.kwargs.color_mode=GRAY", "features.weights=random", "trainer.max_epoch=1"]
+    train(call, workspace, "grey", *KID, *(part for value in options for part in ("--set", value)))
+    assert {tuple(np.unique(images)) for images in drawn} == {(85,)}
 
 
 def test_validations_of_a_model_of_crops_draw_crops(workspace, call, monkeypatch):
