@@ -40,8 +40,10 @@ from utils.log import Board, log, progress_bar
 from utils.optim import accumulation_groups, seed_step
 from utils.precision import autocast
 from utils.run_record import identity_of
+from utils.saver import Saver
 from utils.signals import StopRequest, stop_requests
-from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
+from utils.training import Training, set_up_training, trainer_checks, training_folders
+from utils.training_log import report_step
 
 T_BINS = 10
 

@@ -49,8 +49,10 @@ from utils.optim import EpochLoss, accumulation_groups, seed_step
 from utils.pictures import contact_sheet, to_uint8, write_image
 from utils.precision import autocast
 from utils.run_record import identity_of
+from utils.saver import Saver
 from utils.signals import StopRequest, stop_requests
-from utils.training import Saver, Training, report_step, set_up_training, trainer_checks, training_folders
+from utils.training import Training, set_up_training, trainer_checks, training_folders
+from utils.training_log import report_step
 
 STRENGTHS = (0.0, 0.1, 0.2)
 IMAGES_PER_CLASS = 4

@@ -67,17 +67,17 @@ from utils.optim import seed_step
 from utils.pictures import contact_sheet, spread, write_image
 from utils.precision import autocast
 from utils.run_record import identity_of
+from utils.saver import Saver
 from utils.signals import StopRequest, stop_requests
 from utils.training import (
     BEST_SYNTHETIC,
     STALE,
-    Saver,
     Training,
-    report_step,
     set_up_training,
     trainer_checks,
     training_folders,
 )
+from utils.training_log import report_step
 
 CALIBRATION_BATCHES = 8
 NORMAL_IMAGES = 48  # good training images that evaluator.score is measured on

@@ -18,7 +18,8 @@ from evaluation.trained_model import HeldOut
 from utils.log import Board, log
 from utils.pictures import contact_sheet, heat_overlay, spread
 from utils.signals import StopRequest
-from utils.training import Training, log_json
+from utils.training import Training
+from utils.training_log import log_json
 
 SHEET_IMAGES = 8
 DIVERGED = float("-inf")  # the metric of a network whose anomaly maps are not finite

@@ -29,7 +29,8 @@ from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.log import Board, progress_bar
 from utils.signals import StopRequest
-from utils.training import Training, log_json
+from utils.training import Training
+from utils.training_log import log_json
 
 log = logging.getLogger("realnet")
 

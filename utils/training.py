@@ -1,13 +1,11 @@
-"""Shared by the training scripts: the state of a training run, saving it, and reporting its steps."""
+"""Shared by the training scripts: the state of a training run, and what sets it up."""
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +15,22 @@ from torch import nn
 
 from utils import distributed
 from utils.checkpoint import (
-    LAST,
     clear_earlier_run,
     has_finite_weights,
     load_weights,
     refuse_earlier_run,
-    save_for_resume,
     state_dict_of,
 )
 from utils.config import MOST, changed_settings, plain, shortened
 from utils.device import use_fast_kernels
-from utils.distributed import Run, peak_memory
-from utils.errors import RunError, Stopped, UsageError
-from utils.files import append_text
+from utils.distributed import Run
+from utils.errors import UsageError
 from utils.lock import folder_lock
 from utils.log import Board, set_up_logging
 from utils.meter import Forecast, Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer, learning_rate_factor
 from utils.precision import resolve_precision, training_precision
 from utils.run_record import record_run
-from utils.signals import StopRequest, signal_name
 
 log = logging.getLogger("realnet")
 
@@ -364,112 +358,6 @@ def set_up_training(
     training = Training(config, run, network, model, stepper, precision, settings, figures or {}, ema, epoch_loss)
     training.train_list, training.test_list = lists
     return training
-
-
-class Saver:
-    """Saves checkpoints to resume from: every trainer.save_freq_step steps, and when a signal ends the run.
-
-    Args:
-        folder: of the checkpoints.
-        stop: the stop request of this run.
-    """
-
-    def __init__(self, folder: Path, training: Training, stop: StopRequest) -> None:
-        self.folder, self.training, self.stop = folder, training, stop
-
-    def after_step(self) -> None:
-        """Save if a save is due, and end the run if a signal has arrived.
-
-        Raises:
-            Stopped: a signal has arrived; the state is saved.
-            RunError: too many steps in a row had no finite loss.
-        """
-        training, step = self.training, self.training.progress.step
-        every = training.config.trainer.save_freq_step
-        # The check waits for the device, so on a GPU it is not done after every step.
-        if training.run.device.type == "cpu" or step % training.stepper.max_bad_steps == 0:
-            training.stepper.check(self.folder / LAST)
-        number = self.stop.agreed()
-        if number or (every and step % every == 0):
-            self.save()
-        if number:
-            log.info("%s: saved after step %d; the same command with --resume continues", signal_name(number), step)
-            raise Stopped(number)
-
-    def after_epoch(self) -> None:
-        """Count the epoch if trainer.max_step has not cut it short; its steps may not all have been skipped.
-
-        Raises:
-            RunError: they were.
-        """
-        progress, steps = self.training.progress, self.training.steps_per_epoch
-        self.training.stepper.check_epoch(progress.step_in_epoch)
-        if progress.step_in_epoch >= steps:
-            progress.finish_epoch()
-
-    @contextmanager
-    def save_if_stopped(self) -> Iterator[None]:
-        """Around a validation: if a signal ends it, save the state so that a resumed run validates anew."""
-        try:
-            yield
-        except Stopped as stopped:
-            if self.training.progress.step_in_epoch == 0:
-                self.training.progress.reopen_epoch(self.training.steps_per_epoch)
-            self.save()
-            step = self.training.progress.step
-            text = "%s: saved after step %d, in the validation; the same command with --resume continues"
-            log.info(text, signal_name(stopped.signal), step)
-            raise
-
-    def save(self) -> None:
-        if self.training.run.is_main:
-            save_for_resume(self.folder, self.training.state_dict())
-
-
-def report_step(training: Training, board: Board) -> None:
-    """Print and record what the meter measured since the last report, learning rate, memory and skipped steps."""
-    progress, stepper, trainer = training.progress, training.stepper, training.config.trainer
-    reading = training.meter.read()
-    reading = replace(reading, means=distributed.mean_over_ranks(reading.means))
-    if not training.run.is_main:
-        return
-    skipped, steps = int(stepper.bad_steps), training.total_steps
-    eta = timedelta(seconds=round(max(0, steps - progress.step) * reading.step_seconds))
-    parts = [
-        f"epoch {progress.epoch + 1}/{trainer.max_epoch}",
-        f"step {progress.step}/{steps}",
-        *(f"{name} {value:.4f}" for name, value in reading.means.items()),
-        f"{reading.images_per_second:.1f} images/s",
-        f"data {100 * reading.data_share:.0f}%",
-        f"eta {eta}",
-        *([f"{skipped} steps skipped (loss not finite)"] if skipped else []),
-    ]
-    log.info("%s", "  ".join(parts))
-    scalars = {
-        **reading.means,
-        "images_per_second": reading.images_per_second,
-        "data_share": reading.data_share,
-        "learning_rate": stepper.optimizer.param_groups[0]["lr"],
-        "peak_memory_GiB": peak_memory(training.run.device) / 2**30,
-        "skipped_steps": skipped,
-    }
-    for name, value in scalars.items():
-        board.add_scalar(f"train/{name}", value, progress.step)
-    finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-    line = {"epoch": progress.epoch + 1, "step": progress.step, "eta_seconds": eta.total_seconds(), **finite}
-    log_json(training, line)
-
-
-def log_json(training: Training, line: dict[str, Any]) -> None:
-    """Append a line to the JSON log of this training, if it has one."""
-    if training.json_log is None:
-        return
-    try:
-        append_text(training.json_log, json.dumps(line) + "\n")
-    except RunError as error:
-        # The disk is full, say: a save will end the run if it has to end.
-        log.warning("warning: %s; the run goes on without this file", error)
-        training.json_log = None
 
 
 def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:

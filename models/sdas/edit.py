@@ -83,12 +83,28 @@ def put_back(image: np.ndarray, mask: np.ndarray, before: np.ndarray, after: np.
     height, width = mask.shape
     change = after.astype(np.float32) - before
     if change.shape[:2] != mask.shape:
-        smaller = height < change.shape[0]
-        change = cv2.resize(change, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+        change = _resized(change, (height, width), cv2.INTER_LINEAR)
     fade = max(1.0, height / before.shape[0] / 2, width / before.shape[1] / 2)
     distance = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     weight = np.minimum(distance / fade, 1)[..., None]
     return np.clip(np.round(image + weight * change), 0, 255).astype(np.uint8)
+
+
+def _resized(values: np.ndarray, size: Sequence[int], growing: int) -> np.ndarray:
+    """An array at another size (height, width): averaged along sides that shrink.
+
+    Args:
+        growing: OpenCV's interpolation along sides that grow.
+    """
+
+    def along(values: np.ndarray, height: int, width: int, shrinks: bool) -> np.ndarray:
+        return cv2.resize(values, (width, height), interpolation=cv2.INTER_AREA if shrinks else growing)
+
+    lower, narrower = (new < old for new, old in zip(size, values.shape[:2], strict=True))
+    if lower == narrower:
+        return along(values, *size, lower)
+    # OpenCV averages along no side if the other one grows.
+    return along(along(values, size[0], values.shape[1], lower), *size, narrower)
 
 
 def changed_mask(image: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -166,7 +182,7 @@ def edit_images(
     depths = depth[0] + (depth[1] - depth[0]) * drawn[:, 1]
     reduced = np.stack([good.reduced for good in goods])
     # Every pixel of the model that reaches into the mask is drawn; put_back cuts what lies outside.
-    masks = [cv2.resize(good.mask * 255.0, sampler.size[::-1], interpolation=cv2.INTER_AREA) > 0 for good in goods]
+    masks = [_resized(good.mask * 255.0, sampler.size, cv2.INTER_AREA) > 0 for good in goods]
     images = torch.from_numpy(reduced.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
     edited = edit_inside(
         sampler.process,

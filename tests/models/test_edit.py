@@ -1,5 +1,6 @@
 """Anomalies on given images, drawn with the exact predictor of Gaussian data."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -143,6 +144,27 @@ def test_a_change_at_another_size_keeps_the_grain_and_the_outside(size):
     middle = difference[size[0] // 2 - 1 : size[0] // 2 + 1, size[1] // 2 - 1 : size[1] // 2 + 1]
     np.testing.assert_array_equal(middle, 50)  # the grain is that of the image
     assert (difference[mask > 0] > 0).all()
+
+
+@pytest.mark.parametrize("size", [(200, 9), (9, 200)])
+def test_a_thin_mask_is_drawn_whole_in_an_image_that_is_longer_than_the_model_and_narrower(size):
+    image, mask = np.full((*size, 3), 80, np.uint8), np.zeros(size, np.uint8)
+    across = mask if size[0] > size[1] else mask.T
+    across[7::25] = 1  # lines of one pixel across the long side
+    seen = []
+
+    def model(x, t, y):
+        seen.append(x)
+        return Gaussian(0.4, 0.1)(x, t)
+
+    good = GoodImage(image, cv2.resize(image, (SIDE, SIDE)), mask, 1)
+    edit_images(sampler_of(model), 0, [good], [0.3, 0.3], [0.8, 0.8])
+    last = seen[-1][0].mean(dim=0).numpy()  # nearly without noise: where it is drawn, it is brighter
+    rows = last.mean(axis=1 if size[0] > size[1] else 0)
+    held = {(7 + 25 * k) * SIDE // 200 for k in range(8)}
+    drawn = {int(i) for i in np.flatnonzero(rows > -0.1)}
+    assert held <= drawn
+    assert len(drawn) < SIDE
 
 
 def test_the_mask_is_what_shows():

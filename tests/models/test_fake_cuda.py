@@ -38,8 +38,9 @@ from utils.config import load_config
 from utils.distributed import Run
 from utils.meter import Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer
+from utils.saver import Saver
 from utils.signals import StopRequest
-from utils.training import Saver, set_up_training
+from utils.training import set_up_training
 
 # torch warns of missing GPUs at autocast and pinned memory, and of deep copies of fake tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(CUDA is not|no accelerator is|data pointer of FakeTensor)")

@@ -288,6 +288,8 @@ def test_a_preset_is_a_whole_file_and_its_values_reach_the_settings(preset, tmp_
     told = settings_files.Told("auto", r"bolt\d+", {"bits": 12}, grey=True)
     texts = settings_files.settings_texts("bolts", 1, (96, 160), told, detector)
     assert yaml.safe_load(texts["sample.yaml"])["color_mode"] == "GRAY"
+    reading = yaml.safe_load(texts["diffusion.yaml"])["dataset"]["image_reader"]["kwargs"]
+    assert reading == {"image_dir": "data/bolts/images/", "color_mode": "GRAY", "bits": 12}
     text = texts["realnet.yaml"]
     assert yaml.safe_load(text)["dataset"]["train"]["parts"] == r"bolt\d+"
     (tmp_path / "realnet.yaml").write_text(text)
