@@ -200,7 +200,8 @@ def evaluable_classes(
         list_path = config.dataset.test.meta_file.replace("{}", name)
         test_set = build_realnet_test_set(config.dataset, name)
         if not len(test_set):
-            missing.append(f"{list_path}: holds no image; evaluation needs good and defective test images")
+            text = f"{list_path}: holds no image; evaluation needs good and defective test images"
+            missing.append(text + f" (predict.py works without: --checkpoint {shlex.quote(str(checkpoint.parent))})")
         elif not checkpoint.is_file():
             missing.append(f"{checkpoint} does not exist; train {name} first")
         else:

@@ -408,13 +408,22 @@ def anomaly_types_of(path: Path) -> dict[str, float]:
         return {"normal": 0.5, "sdas": 0.5}
 
 
+def holds_lines(path: Path) -> bool:
+    """Whether an image list is not empty."""
+    return path.stat().st_size > 0
+
+
 def print_next(args: argparse.Namespace) -> None:
-    """Print the commands that train and evaluate."""
+    """Print the commands that train and evaluate, or predict where there is nothing to evaluate on."""
     name = args.dataset
     classes = listed_classes(f"data/{name}/samples/train_{{}}.json")
     chosen = "all" if len(classes) > 1 else shlex.quote(classes[0])
     train = f"train_realnet.py --dataset {name} --class_name {chosen}"
-    evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
+    if any(map(holds_lines, folder_of_lists(name).glob("test_*.json"))):
+        evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
+    else:
+        checkpoint = shlex.quote(f"experiments/{name}/realnet_checkpoints/{classes[0]}")
+        evaluate = f"predict.py --checkpoint {checkpoint} --input NEW_IMAGES --output results"
     types = anomaly_types_of(Path("experiments") / name / "realnet.yaml")
     shares = {"cutpaste": OF_GOOD_IMAGES, "dtd": WITH_TEXTURES, "sdas": "{normal: 0.5, sdas: 0.5}"}
     quick, with_textures, with_diffusion = (

@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
 
 arguments.parse_early(__name__, parse_args)
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,12 @@ def main() -> None:
             checkpoints, log_dir = (out / config.saver[key] / class_name for key in ("checkpoints_dir", "log_dir"))
             with training_folders("train_realnet", checkpoints, log_dir, config, args, run) as board:
                 train_class(config, class_name, run, out, board, args, stop)
-        cli.log_next("evaluation_realnet.py", args)
+        if any(len(build_realnet_test_set(config.dataset, name)) for name in classes):
+            cli.log_next("evaluation_realnet.py", args)
+        else:
+            # Good images alone: nothing to evaluate on.
+            checkpoints = shlex.quote(str(out / config.saver.checkpoints_dir / classes[0]))
+            log.info("Next: python predict.py --checkpoint %s --input NEW_IMAGES --output results", checkpoints)
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:

@@ -97,7 +97,8 @@ class Thresholds:
         if self.normal is None:
             raise UsageError(
                 "--target-fpr: this model knows no scores of held-out good images; train it with "
-                "dataset.train.validation_fraction, or choose thresholds on a list: evaluation_realnet.py --target-fpr"
+                "dataset.train.validation_fraction and more than one good image, or choose thresholds on a list: "
+                "evaluation_realnet.py --target-fpr"
             )
         classes = {name: thresholds.at(target_fpr) for name, thresholds in self.classes.items()}
         tiled = {name: tiles.at(target_fpr) for name, tiles in self.tiled.items() if tiles.normal is not None}
