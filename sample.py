@@ -297,7 +297,8 @@ def reconstruction(sampler: Sampler, number: int, paths: list[str], reading: Pre
     recon = np.concatenate([reconstructions(sampler, number, images[i : i + size]) for i in range(0, len(paths), size)])
     for path, difference in zip(paths, np.abs(images.astype(np.int16) - recon).mean(axis=(1, 2, 3)), strict=True):
         log.info("%s: differs from its reconstruction by %.2f grey levels on average", path, difference)
-    return reconstruction_sheet([Path(path).name for path in paths], images, recon)
+    # With the folder: test images of different defects often have the same name.
+    return reconstruction_sheet(["/".join(Path(path).parts[-2:]) for path in paths], images, recon)
 
 
 def preview(sampler: Sampler, name: str, number: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Plots as SVG coordinates, which the macro in plot.template.html draws."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ class Plot:
         x_ticks: (x, anchor, label), below the plot.
         y_ticks: (y, label), on the left, each with a grid line.
         lines: (points, colour).
+        dots: (x, y, colour), of lines with one point, which would not show.
         bars: (x, y, width, height, colour).
         marker: x of a dashed vertical line.
     """
@@ -30,6 +32,7 @@ class Plot:
     x_ticks: list[tuple[float, str, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[tuple[str, str]] = field(default_factory=list)
+    dots: list[tuple[float, float, str]] = field(default_factory=list)
     bars: list[tuple[float, float, str, str, str]] = field(default_factory=list)
     marker: float | None = None
 
@@ -54,12 +57,23 @@ def ticks(
 ) -> tuple[list[tuple[float, str, str]], list[tuple[float, str]]]:
     """Ticks at both ends and in the middle of each axis."""
     anchors = ((0, "start"), (0.5, "middle"), (1, "end"))
-    x_ticks = [(x_at(f), anchor, f"{_between(x_range, f):.3g}") for f, anchor in anchors]
-    return x_ticks, [(y_at(f), f"{_between(y_range, f):.3g}") for f, _ in anchors]
+    x_ticks = [(x_at(f), anchor, tick_label(x_range, f)) for f, anchor in anchors]
+    return x_ticks, [(y_at(f), tick_label(y_range, f)) for f, _ in anchors]
 
 
-def _between(limits: tuple[float, float], fraction: float) -> float:
-    return limits[0] + fraction * (limits[1] - limits[0])
+def tick_label(limits: tuple[float, float], fraction: float) -> str:
+    """The value at a fraction of an axis, to three digits, and to no more than the axis shows.
+
+    Example:
+        >>> tick_label((-0.00745, 118), 0), tick_label((0.0418, 0.402), 0), tick_label((0, 2000), 1)
+        ('0', '0.0418', '2000')
+    """
+    low, high = limits
+    decimals = max(0, 3 - math.floor(math.log10(high - low))) if high > low else 9
+    # + 0: not -0.
+    value = round(low + fraction * (high - low), decimals) + 0
+    # Not 2e+03 steps.
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def curve_plot(
@@ -76,11 +90,14 @@ def curve_plot(
     """
     defined = {name: points for name, points in curves.items() if points is not None}
     legend = [(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(defined)]
-    lines = []
+    lines, dots = [], []
     for (xs, ys), (_, colour) in zip(defined.values(), legend, strict=True):
         across, up = _fractions(xs, x_range), _fractions(ys, y_range)
-        lines.append((" ".join(f"{x_at(a)},{y_at(b)}" for a, b in zip(across, up, strict=True)), colour))
-    return Plot(title, x_label, y_label, legend, *ticks(x_range, y_range), lines)
+        points = [(x_at(a), y_at(b)) for a, b in zip(across, up, strict=True)]
+        lines.append((" ".join(f"{x},{y}" for x, y in points), colour))
+        if len(points) == 1:
+            dots.append((*points[0], colour))
+    return Plot(title, x_label, y_label, legend, *ticks(x_range, y_range), lines, dots)
 
 
 def _fractions(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:

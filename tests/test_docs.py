@@ -18,9 +18,10 @@ PUBLIC = [
     "datasets.lists", "datasets.loaders", "datasets.local_anomalies", "datasets.pair_formats", "datasets.pairs",
     "datasets.perlin",
     "evaluation.inputs",
-    "evaluation.metrics", "evaluation.normal_scores", "evaluation.thresholds", "evaluation.tiling",
+    "evaluation.metrics", "evaluation.normal_scores", "evaluation.plots", "evaluation.thresholds", "evaluation.tiling",
     "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
-    "models.sdas.diffusion", "models.sdas.unet", "models.structures", "models.subspace", "utils.optim",
+    "models.sdas.diffusion", "models.sdas.unet", "models.structures", "models.subspace",
+    "utils.optim", "utils.pictures",
 ]  # fmt: skip
 PAGES = [
     *sorted(REPOSITORY.glob("*.md")),

@@ -54,12 +54,12 @@ def test_the_report_is_well_formed_and_self_contained(report):
 
     class Parser(HTMLParser):
         def handle_starttag(self, tag, attributes):
-            if tag not in ("meta", "link", "img", "input", "br", "line", "rect", "polyline"):
+            if tag not in ("meta", "link", "img", "input", "br", "line", "rect", "polyline", "circle"):
                 opened.append(tag)
             sources.extend(value for name, value in attributes if name in ("src", "href"))
 
         def handle_endtag(self, tag):
-            if tag not in ("line", "rect", "polyline"):
+            if tag not in ("line", "rect", "polyline", "circle"):
                 assert opened.pop() == tag
 
     Parser().feed(text)
