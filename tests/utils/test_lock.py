@@ -5,16 +5,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import REPOSITORY, two_ranks
+from tests.quick_start import Process
 from utils import distributed, lock
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
@@ -23,6 +21,7 @@ from utils.lock import GUARD, NAME, folder_lock
 ALONE = Run(0, 1, torch.device("cpu"))
 HOLDER = """
 import os, sys, time, torch
+os.setsid()
 from utils.distributed import Run
 from utils.lock import folder_lock
 with folder_lock(sys.argv[1], Run(0, 1, torch.device("cpu"))):
@@ -34,19 +33,13 @@ with folder_lock(sys.argv[1], Run(0, 1, torch.device("cpu"))):
 """
 
 
-def hold(folder: Path, *arguments: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), *(arguments or ("alone",))],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout.readline() == "held\n"
+def hold(folder: Path, how: str = "alone") -> Process:
+    process = Process(["-c", HOLDER, str(folder), how], REPOSITORY, {})
+    process.wait_for("held\n")
     return process
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: Process) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -91,7 +84,7 @@ def test_the_workers_of_a_killed_run_hold_no_lock(tmp_path):
     process = hold(tmp_path, "fork")
     try:
         process.kill()
-        process.wait()
+        process.communicate()
         with folder_lock(tmp_path, ALONE):
             pass
     finally:
@@ -153,9 +146,8 @@ def test_a_folder_that_its_last_holder_removes_is_made_again(tmp_path, monkeypat
     assert not folder.exists()
 
 
-def _contend(folder: str, seconds: float, counted: str) -> None:
-    finish = time.monotonic() + seconds
-    while time.monotonic() < finish:
+def _contend(folder: str, times: int, counted: str) -> None:
+    while times:
         try:
             with folder_lock(folder, ALONE):
                 # Two at once would make one of these fail.
@@ -164,21 +156,34 @@ def _contend(folder: str, seconds: float, counted: str) -> None:
                 with open(counted, "a") as file:
                     file.write("x")
                 os.unlink(counted + ".inside")
+            times -= 1
         except UsageError:
             pass
 
 
+def test_a_folder_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    folder, is_dir = tmp_path / "locked", Path.is_dir
+    folder.mkdir()
+    removals = []
+
+    def removed_before(path: Path, **options: object) -> bool:
+        if path == folder and not removals:
+            removals.append(folder.rmdir())
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", removed_before)  # Path.mkdir asks it where a path exists
+    with folder_lock(folder):
+        assert (folder / NAME).exists()
+    assert removals == [None]
+
+
 def test_no_two_of_many_contenders_hold_the_lock(tmp_path):
     """Locks are removed as they are released; a contender must not take one that has just been removed."""
-    context = get_context("spawn")
-    arguments = (str(tmp_path / "locked"), 2.0, str(tmp_path / "count"))
-    processes = [context.Process(target=_contend, args=arguments) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert (tmp_path / "count").stat().st_size > 20
+    arguments = (str(tmp_path / "locked"), 50, str(tmp_path / "count"))
+    program = f"from tests.utils.test_lock import _contend; _contend{arguments}"
+    processes = [Process(["-c", program], REPOSITORY, {}) for _ in range(4)]
+    assert [(process.communicate(), process.returncode) for process in processes] == [(("", ""), 0)] * 4
+    assert (tmp_path / "count").stat().st_size == 200
     assert list((tmp_path / "locked").iterdir()) == []
 
 
