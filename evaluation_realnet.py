@@ -394,6 +394,8 @@ def log_verdict(result: ClassResult) -> None:
         log.info("  threshold %.4g: %s", threshold.image, threshold.rule)
     if verdict.intervals():
         log.info("  %s (bootstrap over images)", verdict.intervals())
+    if verdict.left_out():
+        log.info("  %s", verdict.left_out())
     for doubt in verdict.doubts:
         log.warning("  warning: %s is %s", result.name, doubt)
 

@@ -98,7 +98,9 @@ def _section(result: ClassResult) -> dict:
     plots += _training_plots(result.training)
     return {
         "name": result.name,
-        "verdict": [text for text in (result.verdict.counts(), result.verdict.intervals()) if text],
+        "verdict": [
+            text for text in (result.verdict.counts(), result.verdict.intervals(), result.verdict.left_out()) if text
+        ],
         "doubts": [f"{result.name} is {doubt}" for doubt in result.verdict.doubts],
         "thresholds": f"{', '.join(texts)} ({thresholds.rule})"
         if texts

@@ -24,6 +24,8 @@ class Verdict:
         image_auroc, pixel_auroc: 95% intervals (see bootstrap below); None if undefined.
         doubts: what makes the figures doubtful, each after "<class> is"; empty if nothing does.
 
+        unmasked: number of defective images whose mask is not known.
+
     flagged and missed are None without a threshold.
     """
 
@@ -34,6 +36,13 @@ class Verdict:
     image_auroc: Interval | None
     pixel_auroc: Interval | None
     doubts: list[str]
+    unmasked: int = 0
+
+    def left_out(self) -> str:
+        """Which images the pixel metrics leave out, as words; empty if they leave out none, or are undefined."""
+        if not 0 < self.unmasked < self.defective:
+            return ""
+        return f"pixel metrics leave out {self.unmasked} of {self.defective} defective images, which have no mask"
 
     def counts(self) -> str:
         """The counts as a sentence."""
@@ -111,6 +120,7 @@ def verdict_of(
         image,
         pixel,
         doubts,
+        int(np.sum(~mask_known)),
     )
 
 

@@ -75,6 +75,15 @@ def test_one_label_alone_has_no_interval_and_no_doubt():
         assert (verdict.image_auroc, verdict.doubts, verdict.intervals()) == (None, [], "")
 
 
+def test_images_that_the_pixel_metrics_leave_out_are_counted():
+    scores, labels = np.linspace(0, 1, 6), np.array([False, False, True, True, True, True])
+    maps, said = np.zeros((6, 2, 2)), []
+    for known in ([0, 1, 2], range(6), [0, 1]):
+        mask_known = np.isin(np.arange(6), list(known))
+        said.append(verdict_of(scores, labels, 0.5, maps, maps.astype(bool), mask_known).left_out())
+    assert said == ["pixel metrics leave out 3 of 4 defective images, which have no mask", "", ""]
+
+
 def test_images_that_training_has_seen_flatter_the_figures(detector, monkeypatch, capsys):
     """After a new split, test images may be among those that the checkpoint was trained on."""
     shutil.copytree(detector.out / "predict_checkpoints", detector.out / "seen_checkpoints")
@@ -88,9 +97,9 @@ def test_images_that_training_has_seen_flatter_the_figures(detector, monkeypatch
     try:
         for name, content in (("new", before), ("seen", before + "".join(train.read_text().splitlines(True)[:3]))):
             test.write_text(content)
-            code, _, err = run(evaluation_realnet.main, arguments, detector.root, monkeypatch, capsys)
+            code, out, _ = run(evaluation_realnet.main, arguments, detector.root, monkeypatch, capsys)
             assert code == 0
-            said[name] = err
+            said[name] = out
     finally:
         test.write_text(before)
     assert "flattered" not in said["new"]

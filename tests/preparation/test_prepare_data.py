@@ -250,10 +250,14 @@ def test_a_split_follows_its_seed_and_fraction(tmp_path, prepare):
 def test_if_all_images_are_good_all_are_for_training(tmp_path, prepare):
     for i in range(6):
         image_file(tmp_path / f"shots/{i}.png", i)
-    prepare("--dataset", "parts", "--root", "shots")
+    out = prepare("--dataset", "parts", "--root", "shots").out
     assert len(lines_of(tmp_path / "data/parts/samples/train_parts.json")) == 6
     assert lines_of(tmp_path / "data/parts/samples/test_parts.json") == []
-    prepare("--dataset", "parts", "--root", "shots", "--test-fraction", "0.5", "--overwrite")
+    # There is nothing to evaluate on.
+    assert "predict.py --checkpoint experiments/parts/realnet_checkpoints/parts" in out
+    assert "evaluation_realnet.py" not in out
+    out = prepare("--dataset", "parts", "--root", "shots", "--test-fraction", "0.5", "--overwrite").out
+    assert "evaluation_realnet.py" in out
     assert len(lines_of(tmp_path / "data/parts/samples/test_parts.json")) == 3
 
 
