@@ -69,6 +69,23 @@ def test_a_good_detector_is_not_doubted():
     assert judged(scores, labels, float(np.median(scores))).doubts == []
 
 
+def test_a_few_missed_ones_among_many_defective_images_are_no_doubt():
+    """13 good images, none flagged, and 31 defective ones, 6 of them missed, as examples/own_images.py finds."""
+    labels = np.arange(44) >= 13
+    scores = np.where(labels, 0.95, 0.2) + np.linspace(0, 0.01, 44)
+    scores[13:19] = 0.8
+    assert judged(scores, labels, 0.9).doubts == []
+
+
+def test_verdicts_that_miss_most_or_flag_nearly_all_are_doubted():
+    labels = np.arange(100) >= 50
+    scores = np.linspace(0, 1, 100)
+    missed = "hardly better than calling every image anomalous: F1 33.3, against 66.7"
+    assert judged(scores, labels, scores[90]).doubts == [missed]
+    (doubt,) = judged(scores, labels, scores[2]).doubts
+    assert doubt.startswith("hardly better than calling every image anomalous: F1 67.6")
+
+
 def test_one_label_alone_has_no_interval_and_no_doubt():
     for labels in (np.zeros(5, bool), np.ones(5, bool)):
         verdict = judged(np.linspace(0.1, 0.5, 5), labels, 0.3)
