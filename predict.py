@@ -330,7 +330,7 @@ def tiled_thresholds(thresholds: Thresholds, tiles: Tiles, args: argparse.Namesp
         return tiled
     if args.threshold is None and thresholds.image is not None:
         text = "warning: the threshold %.6g was chosen on whole images, and tiles score differently; choose one for "
-        advice = "tiles with evaluation_realnet.py --tile %d --overlap %d, or pass --threshold (docs/benchmarks.md)"
+        advice = "tiles with evaluation_realnet.py --tile %d --overlap %d, or pass --threshold (docs/deployment.md)"
         log.warning(text + advice, thresholds.image, tiles.size, tiles.overlap)
     return thresholds
 

@@ -175,7 +175,7 @@ def _listed(path: Path, image_dir: str | None, follow_links: bool) -> list[Input
 
 def _listed_file(line: str, folder: Path) -> Input:
     """A path that is relative to the working directory or to the list's folder, perhaps written on Windows."""
-    for name in dict.fromkeys((line, with_slashes(line, folder))):
+    for name in dict.fromkeys((line, line.replace("\\", "/"))):
         for file in (Path(name), folder / name):
             if file.exists():
                 return Input(file, name)

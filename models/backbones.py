@@ -177,7 +177,7 @@ class Backbone(nn.Module):
         if self.own_size:
             images = F.interpolate(images, self.own_size, mode="bilinear", align_corners=False)
         if images.device.type == "cpu" and not torch.compiler.is_exporting():
-            # Inference on a CPU is faster with the channels last, up to twice for narrow networks (docs/benchmarks.md).
+            # Inference on a CPU is faster with the channels last, up to twice for some networks (docs/performance.md).
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.feature_extractor(images)
         return {layer: _as_map(feature, self.layouts[layer]) for layer, feature in features.items()}

@@ -13,6 +13,7 @@ import evaluation_realnet
 import export
 from datasets import images as images_module
 from evaluation.detector import Detector
+from evaluation.inputs import find_inputs
 from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.errors import RunError
@@ -313,3 +314,11 @@ def test_scores_of_a_few_images_are_printed_and_a_finished_run_says_so(score, tm
     code, out, err, _ = score(tmp_path / "in", "--threshold", "0", "--continue")
     assert code == 0, err
     assert "1 images were scored before; all are done" in out
+
+
+def test_a_list_from_windows_may_go_up_folders(tmp_path):
+    image_file(tmp_path / "shots/lot 1/a.png", 1)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/new.txt").write_text("\ufeff..\\shots\\lot 1\\a.png\r\n", encoding="utf-8")
+    (found,) = find_inputs(str(tmp_path / "lists/new.txt"), None, []).images
+    assert found.path.is_file()
