@@ -1,8 +1,10 @@
 """A small data set on disk, settings for it, and the commands run as a user runs them."""
 
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
 import urllib.error
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -200,23 +202,34 @@ class Workspace:
         return path
 
     def run(
-        self, script: str, *arguments: str, launcher: Sequence[str] = (), code: int = 0
+        self, script: str, *arguments: str, ranks: int = 1, nodes: int = 1, launcher: Sequence[str] = (), code: int = 0
     ) -> subprocess.CompletedProcess:
-        """Run a script with `--dataset tiny` in this folder and check its exit code."""
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        options = ["--dataset", "tiny", *arguments]
+        """Run a script with `--dataset tiny` in this folder and check its exit code.
+
+        Args:
+            ranks, nodes: run it on so many, without a launcher, which would import the libraries in each process.
+            launcher: run it in real processes with this one, e.g. TORCHRUN.
+        """
+        command = [*launcher, str(REPOSITORY / script), "--dataset", "tiny", *arguments]
         if launcher:
-            command = [sys.executable, *launcher, str(REPOSITORY / script), *options]
-            done = subprocess.run(
-                command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=300, check=False
-            )
+            command, pipes = [sys.executable, *command], {"capture_output": True, "text": True}
+            done = subprocess.run(command, cwd=self.root, env=script_environment(), timeout=300, check=False, **pipes)
         else:
-            done = quick_start.run(REPOSITORY / script, options, self.root, environment, seconds=300)
+            done = quick_start.run(command, self.root, script_environment(), ranks=ranks, nodes=nodes)
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         if code == 2:
             assert "Traceback" not in done.stderr, done.stderr
             assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
         return done
+
+    def start(self, script: str, *arguments: str) -> quick_start.Process:
+        """Start a script with `--dataset tiny` in this folder."""
+        command = [str(REPOSITORY / script), "--dataset", "tiny", *arguments]
+        return quick_start.Process(command, self.root, script_environment())
+
+
+def script_environment() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -243,18 +256,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def two_ranks(function: Callable, *arguments: object) -> None:
     """Run function(run, *arguments) in two gloo processes; the function must be importable."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_in_rank, (port, function, arguments), nprocs=2)
-
-
-def _in_rank(rank: int, port: int, function: Callable, arguments: tuple) -> None:
-    from utils import distributed
-
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    with distributed.session("cpu") as run:
-        function(run, *arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        call = Path(folder, "call")
+        call.write_bytes(pickle.dumps((function, arguments)))
+        command = [str(REPOSITORY / "tests/in_rank.py"), str(call)]
+        done = quick_start.run(command, REPOSITORY, script_environment(), seconds=120, ranks=2)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

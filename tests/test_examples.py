@@ -24,7 +24,7 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 def in_quick_process(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess:
     """As subprocess.run, without the time that importing libraries takes."""
     assert command[0] == sys.executable
-    done = quick_start.run(Path(command[1]), command[2:], cwd, {"CUDA_VISIBLE_DEVICES": ""}, seconds=120)
+    done = quick_start.run(command[1:], cwd, {"CUDA_VISIBLE_DEVICES": ""}, seconds=120)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,8 @@ from evaluation import anomaly_command, watching
 from evaluation.anomaly_command import CommandQueue, parse_command
 from evaluation.detector import Detector
 from evaluation.watching import FolderWatch
-from tests.conftest import REPOSITORY
+from tests import quick_start
+from tests.conftest import REPOSITORY, script_environment
 from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.errors import UsageError
@@ -408,21 +408,18 @@ def test_commands_that_cannot_be_run_safely_are_refused(text, says, tmp_path, mo
 
 def test_a_process_scores_what_arrives_until_it_is_stopped(detector, tmp_path):
     image_file(tmp_path / "in/before.png", 1)
-    command = [sys.executable, str(REPOSITORY / "predict.py"), "--checkpoint", CLASS_FOLDER, "--device", "cpu"]
+    command = [str(REPOSITORY / "predict.py"), "--checkpoint", CLASS_FOLDER, "--device", "cpu"]
     command += ["--watch", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--interval", "0.05", *ALL]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=detector.root, env=environment, stdout=subprocess.PIPE, text=True)
+    process = quick_start.Process(command, detector.root, script_environment())
     try:
-        lines = iter(process.stdout.readline, "")
-        assert any("anomalous  before.png" in line for line in lines)
+        process.wait_for("anomalous  before.png")
         image_file(tmp_path / "in/after.png", 2)
-        assert any("anomalous  after.png" in line for line in lines)
+        process.wait_for("anomalous  after.png")
         process.send_signal(signal.SIGTERM)
-        rest = process.stdout.read()
-        assert process.wait(60) == 0
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
     finally:
         process.kill()
-        process.stdout.close()
-    assert "2 images, 2 anomalous, 0 that could not be scored" in rest
+    assert "2 images, 2 anomalous, 0 that could not be scored" in out
     assert [line["file"] for line in rows(tmp_path / "out")] == ["before.png", "after.png"]
     assert not list(tmp_path.glob("out/.*"))

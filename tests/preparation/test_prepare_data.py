@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -18,8 +16,8 @@ from PIL import Image
 import prepare_data
 from datasets.catalog import CATALOG
 from datasets.lists import read_list
-from tests import in_process
-from tests.conftest import REPOSITORY
+from tests import in_process, quick_start
+from tests.conftest import REPOSITORY, script_environment
 from tests.layout_trees import BAD, GOOD, TRAIN, image_file, mask, mvtec_class, official, ok_ko_class
 from utils.config import load_config
 
@@ -104,10 +102,10 @@ def test_official_lists_train_for_a_step(tree, tmp_path, prepare):
     text = (REPOSITORY / "experiments" / dataset / "realnet.yaml").read_text()
     (tmp_path / "experiments" / dataset / "realnet.yaml").write_text(text)
     name = CATALOG[dataset].classes[-1]
-    command = [sys.executable, str(REPOSITORY / "train_realnet.py"), "--dataset", dataset, "--class_name", name]
+    command = [str(REPOSITORY / "train_realnet.py"), "--dataset", dataset, "--class_name", name]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = quick_start.run(command, tmp_path, script_environment())
     assert done.returncode == 0, done.stderr
     assert "pixel_auroc" in done.stdout
     assert (tmp_path / "experiments" / dataset / "realnet_checkpoints" / name / "ckpt_best.pth.tar").is_file()

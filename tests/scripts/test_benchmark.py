@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,9 @@ from evaluation import benchmark_cell
 from evaluation.benchmark_table import Benchmark, Figure
 from tests.conftest import REPOSITORY, Workspace
 from tests.in_process import run
+from tests.quick_start import Process
 from tests.scripts.benchmark_stubs import write_stubs
+from utils import processes
 from utils.errors import UsageError
 
 STEPS = 6
@@ -195,10 +198,17 @@ def alive(folder: Path) -> list[str]:
     return [line for line in listing.splitlines() if f"{folder}/" in line]
 
 
-def test_one_real_cell(workspace, tmp_path):
-    options = ["--class_name", "dots", "--seeds", "1", "--device", "cpu", "--output", str(tmp_path / "out")]
-    done = workspace.run("benchmark.py", *options)
-    assert "ckpt_last.pth.tar (the last of the training)" in done.stdout
+def test_one_real_cell(workspace, tmp_path, monkeypatch, capsys):
+    def start_quickly(command: list[str], env: dict[str, str], **streams: object) -> Process:
+        assert command[0] == sys.executable
+        return Process(command[1:], workspace.root, env)
+
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=start_quickly, DEVNULL=None, STDOUT=None))
+    command = ["--dataset", "tiny", "--class_name", "dots", "--seeds", "1", "--device", "cpu"]
+    command += ["--output", str(tmp_path / "out")]
+    code, out, err = run(benchmark.main, command, workspace.root, monkeypatch, capsys)
+    assert code == 0, err
+    assert "ckpt_last.pth.tar (the last of the training)" in out
     result = json.loads((tmp_path / "out/default/dots/seed_1/result.json").read_text())
     image, pixel = (result["validation"][f"{name}_auroc"] for name in ("image", "pixel"))
     assert [step for step, _ in image] == [2, 4]

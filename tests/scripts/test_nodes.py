@@ -1,6 +1,5 @@
-"""Two nodes, that is two launchers that meet at an address, give what one node with two ranks gives."""
+"""Two nodes give what one node with two ranks gives."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -9,15 +8,13 @@ import torch
 
 import evaluation_realnet
 import sample
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, script_environment
 from tests.in_process import run
 from utils.checkpoint import BEST, LAST, load_checkpoint
 
-ONE_NODE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
-
-def on_two_nodes(workspace, script, *arguments):
-    """Run a script with one rank on each of two nodes of this machine."""
+def under_two_launchers(workspace, script, *arguments):
+    """Run a script with one rank on each of two nodes of this machine, whose launchers meet at an address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port, processes = free.getsockname()[1], []
@@ -26,8 +23,7 @@ def on_two_nodes(workspace, script, *arguments):
         command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node=1"]
         command += [str(REPOSITORY / script), "--dataset", "tiny", "--device", "cpu", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(command, cwd=workspace.root, env=environment, **pipes))
+        processes.append(subprocess.Popen(command, cwd=workspace.root, env=script_environment(), **pipes))
     outputs = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
 
@@ -42,14 +38,14 @@ def test_training_and_evaluation(workspace, monkeypatch, capsys):
         return ["--class_name", "dots", *given(*(f"saver.{key}_dir={name}/{key}/" for key in keys))]
 
     training = given("trainer.max_epoch=1")
-    on_two_nodes(workspace, "train_realnet.py", *folders("nodes"), *training)
-    workspace.run("train_realnet.py", *folders("node"), *training, launcher=ONE_NODE)
+    under_two_launchers(workspace, "train_realnet.py", *folders("nodes"), *training)
+    workspace.run("train_realnet.py", *folders("node"), *training, ranks=2)
     two, one = (load_checkpoint(workspace.out / name / "checkpoints/dots" / LAST) for name in ("nodes", "node"))
     assert two["epoch"] == one["epoch"]
     for name, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][name]), name
 
-    on_two_nodes(workspace, "evaluation_realnet.py", *folders("nodes"))
+    workspace.run("evaluation_realnet.py", *folders("nodes"), ranks=2, nodes=2)
     best = workspace.out / "nodes/checkpoints/dots" / BEST
     alone = ["--dataset", "tiny", "--device", "cpu", *folders("alone"), "--checkpoint", str(best)]
     assert run(evaluation_realnet.main, alone, workspace.root, monkeypatch, capsys)[0] == 0
@@ -65,7 +61,7 @@ def test_sampling(workspace, monkeypatch, capsys):
     for name in ("nodes", "alone"):
         options = given(f"workspace.root={name}", "classifier=null", "sample_number=3", trained)
         if name == "nodes":
-            on_two_nodes(workspace, "sample.py", *options)
+            workspace.run("sample.py", *options, ranks=2, nodes=2)
         else:
             options = ["--dataset", "tiny", "--device", "cpu", *options]
             assert run(sample.main, options, workspace.root, monkeypatch, capsys)[0] == 0

@@ -1,12 +1,8 @@
 """Two ranks with a criterion that reaches one network only, and ranks that were started differently."""
 
-import subprocess
-import sys
-
-from tests.conftest import REPOSITORY
+from tests import quick_start
+from tests.conftest import REPOSITORY, script_environment
 from tests.utils.test_watchdog import start_ranks
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def test_one_loss_alone_trains_on_two_ranks(workspace):
@@ -15,7 +11,7 @@ def test_one_loss_alone_trains_on_two_ranks(workspace):
     for i, options in enumerate(([feature], [entropy, "net.rrs.kwargs.stop_grad=True"])):
         folders = [f"saver.{key}=alone{i}/{key}/" for key in ("checkpoints_dir", "log_dir", "vis_dir")]
         settings = [part for value in [*options, *folders, "trainer.max_epoch=1"] for part in ("--set", value)]
-        done = workspace.run("train_realnet.py", "--class_name", "dots", *settings, launcher=TORCHRUN)
+        done = workspace.run("train_realnet.py", "--class_name", "dots", *settings, ranks=2)
         assert "which is frozen" in done.stdout
         assert (workspace.out / f"alone{i}/checkpoints_dir/dots/ckpt_best.pth.tar").is_file()
 
@@ -57,9 +53,7 @@ cli.run(main)
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
-    )
+    done = quick_start.run(["-c", program], REPOSITORY, script_environment())
     assert done.returncode == 1
     waiting, error = done.stderr.strip().splitlines()
     assert waiting == "rank 0: waiting for 2 ranks at 127.0.0.1:29777, for up to 0.0666667 minutes"

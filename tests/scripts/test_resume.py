@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, Workspace
+from tests import quick_start
+from tests.conftest import REPOSITORY, Workspace, script_environment
 from tests.in_process import run
+from tests.quick_start import TORCHRUN, Process
 from utils.checkpoint import (
     LAST,
     NEXT,
@@ -33,7 +35,6 @@ from utils.lock import folder_lock
 from utils.optim import Stepper
 from utils.signals import StopRequest, signal_name
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ALONE = Run(0, 1, torch.device("cpu"))
 STEPS = ["--set", "trainer.save_freq_step=1", "--set", "trainer.max_epoch=4"]
 
@@ -43,15 +44,13 @@ def elsewhere(stage: str) -> list[str]:
     return [part for key, name in folders.items() for part in ("--set", f"saver.{key}={stage}/{name}")]
 
 
-def start(workspace: Workspace, script: str, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(REPOSITORY / script), "--dataset", "tiny", *arguments]
-    return subprocess.Popen(
-        command, cwd=workspace.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start_under_torchrun(workspace: Workspace, script: str, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, *TORCHRUN, str(REPOSITORY / script), "--dataset", "tiny", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=workspace.root, env=script_environment(), **pipes)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], process: Process | subprocess.Popen, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -155,7 +154,7 @@ def test_max_step_ends_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on(
 def test_a_process_that_gets_a_signal_saves_and_ends(workspace):
     folder = checkpoints_of(workspace, "signalled", "realnet")
     arguments = ["--class_name", "dots", *elsewhere("signalled"), *STEPS, "--set", "trainer.max_epoch=300"]
-    process = start(workspace, "train_realnet.py", *arguments)
+    process = workspace.start("train_realnet.py", *arguments)
     wait_for(lambda: (folder / LAST).is_file(), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -167,9 +166,9 @@ def test_a_process_that_gets_a_signal_saves_and_ends(workspace):
 
 def test_a_killed_training_resumes_bit_for_bit_with_two_ranks(workspace):
     arguments = ["--class_name", "dots", *STEPS]
-    workspace.run("train_realnet.py", *arguments, *elsewhere("whole_ranks"), launcher=TORCHRUN)
+    workspace.run("train_realnet.py", *arguments, *elsewhere("whole_ranks"), ranks=2)
     folder = checkpoints_of(workspace, "killed_ranks", "realnet")
-    process = start(workspace, "train_realnet.py", *arguments, *elsewhere("killed_ranks"), launcher=TORCHRUN)
+    process = start_under_torchrun(workspace, "train_realnet.py", *arguments, *elsewhere("killed_ranks"))
     wait_for(lambda: (folder / PREVIOUS).is_file(), process)
     # Kill one rank: the job ends within a minute, and says so.
     killed = children_of(process.pid)[-1]
@@ -180,7 +179,7 @@ def test_a_killed_training_resumes_bit_for_bit_with_two_ranks(workspace):
     assert time.monotonic() - began < 60
     assert "connection to another rank is lost" in err or "Signal 9" in err
     assert all(not Path(f"/proc/{pid}").exists() for pid in (killed,))
-    done = workspace.run("train_realnet.py", *arguments, *elsewhere("killed_ranks"), "--resume", launcher=TORCHRUN)
+    done = workspace.run("train_realnet.py", *arguments, *elsewhere("killed_ranks"), "--resume", ranks=2)
     assert "resumed" in done.stdout
     last = checkpoints_of(workspace, "whole_ranks", "realnet") / LAST
     assert_same_state(last, folder / LAST)
@@ -195,14 +194,14 @@ def children_of(pid: int) -> list[int]:
 def test_ranks_end_when_their_launcher_is_killed(training, workspace):
     folder = workspace.out / f"no_launcher_{training}"
     arguments = [*elsewhere(folder.name), *STEPS, "--set", "trainer.max_epoch=500"]
-    process = start(workspace, "train_diffusion.py", *arguments, launcher=TORCHRUN)
+    process = start_under_torchrun(workspace, "train_diffusion.py", *arguments)
     if training:
         wait_for(lambda: (folder / "checkpoints" / LAST).is_file(), process)
     else:
         wait_for(lambda: len(children_of(process.pid)) >= 2, process)
     process.kill()
-    # This waits for the ranks, which hold the other ends of the pipes.
-    _, err = process.communicate(timeout=60)
+    # This waits for the ranks, which hold the other ends of the pipes, and may have libraries to import before.
+    _, err = process.communicate(timeout=200)
     assert "the launcher has ended" in err
     # The ranks' unfinished files stay until a run resumes; delete them, as other tests look for leftovers.
     shutil.rmtree(folder, ignore_errors=True)
@@ -212,14 +211,14 @@ def test_two_ranks_with_loader_workers_stop_at_the_same_step(workspace):
     folder = workspace.out / "ranks_stop/checkpoints"
     # The launcher signals whole process groups, which include loader workers.
     arguments = [*elsewhere("ranks_stop"), *STEPS, "--set", "trainer.max_epoch=500", "--set", "dataset.workers=1"]
-    process = start(workspace, "train_diffusion.py", *arguments, launcher=TORCHRUN)
+    process = start_under_torchrun(workspace, "train_diffusion.py", *arguments)
     wait_for(lambda: (folder / LAST).is_file(), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert "SIGTERM: saved after step" in out, err
     steps = position(folder)
     arguments = [*elsewhere("ranks_stop"), "--set", "trainer.max_epoch=1", "--resume"]
-    done = workspace.run("train_diffusion.py", *arguments, launcher=TORCHRUN)
+    done = workspace.run("train_diffusion.py", *arguments, ranks=2)
     assert f"step {steps}" in done.stdout
 
 
@@ -229,7 +228,7 @@ def test_killed_sampling_later_draws_the_rest(workspace):
     arguments = ["--no-classifier", "--class_name", "dots", "--set", "sample_number=12"]
     workspace.run("sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_whole")
     root = workspace.data / "drawn_killed/dots"
-    process = start(workspace, "sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_killed")
+    process = workspace.start("sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_killed")
     wait_for(lambda: len(list(root.glob("rank*.jpg"))) > 2, process)
     process.kill()
     process.communicate()
@@ -248,7 +247,7 @@ def test_sampling_that_is_asked_to_stop_finishes_its_batch(workspace):
         workspace.run("train_diffusion.py")
     arguments = ["--no-classifier", "--class_name", "dots", "--set", "sample_number=3000"]
     root = workspace.data / "drawn_stopped/dots"
-    process = start(workspace, "sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_stopped")
+    process = workspace.start("sample.py", *arguments, "--set", "workspace.root=data/tiny/drawn_stopped")
     wait_for(lambda: len(list(root.glob("rank*.jpg"))) > 2, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -338,7 +337,7 @@ def test_a_full_disk_damages_nothing(tmp_path):
 def test_a_second_run_is_refused_with_the_first_one_s_process(workspace):
     folder = workspace.out / "locked/checkpoints"
     arguments = [*elsewhere("locked"), *STEPS, "--set", "trainer.max_epoch=300"]
-    process = start(workspace, "train_classifier.py", *arguments)
+    process = workspace.start("train_classifier.py", *arguments)
     try:
         wait_for(lambda: (folder / LAST).is_file(), process)
         done = workspace.run("train_classifier.py", *arguments, code=2)
@@ -404,9 +403,7 @@ def test_an_error_of_one_rank_only_is_reported(workspace, tmp_path):
         "cli.run(main)\n"
     )
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(tmp_path / "fail.py")], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = quick_start.run([str(tmp_path / "fail.py")], tmp_path, script_environment(), ranks=2)
     assert done.returncode != 0
     assert "rank 1: rank one has no disk" in done.stderr
     assert time.monotonic() - began < 60

@@ -14,9 +14,9 @@ from PIL import Image
 
 from datasets.images import read_image
 from tests.conftest import CLASSES, Workspace, settings
+from tests.quick_start import TORCHRUN
 from utils.checkpoint import load_checkpoint
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # One port per test process, because two of them may launch at the same time.
 LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={20000 + os.getpid() % 10000}")
 
@@ -114,7 +114,7 @@ def test_diffusion_starts_from_a_file_and_logs_what_fitted(diffusion):
 
 
 def test_diffusion_under_two_ranks(diffusion):
-    diffusion.run("train_diffusion.py", *elsewhere(diffusion, "ranks"), launcher=TORCHRUN)
+    diffusion.run("train_diffusion.py", *elsewhere(diffusion, "ranks"), ranks=2)
     assert (diffusion.out / "ranks/checkpoints/ckpt_2.pth.tar").is_file()
     assert {path.stem for path in (diffusion.out / "ranks/vis/epoch_2").iterdir()} == set(CLASSES)
     shutil.rmtree(diffusion.out / "ranks")
@@ -133,7 +133,7 @@ def test_classifier_reports_accuracy_also_by_timestep(classifier):
 
 
 def test_classifier_under_two_ranks_counts_every_image_once(classifier):
-    done = classifier.run("train_classifier.py", *elsewhere(classifier, "ranks"), launcher=LAUNCH)
+    done = classifier.run("train_classifier.py", *elsewhere(classifier, "ranks"), ranks=2)
     assert "over 8 images" in done.stdout
     shutil.rmtree(classifier.out / "ranks")
 
@@ -184,7 +184,7 @@ def test_sampling_depends_on_seed_class_and_index_only(diffusion, classifier):
     np.testing.assert_array_equal(sampled_images(root / "dots")[2], plain["dots"][2])
     assert strengths_in(root / "dots") == strengths
 
-    diffusion.run("sample.py", "--overwrite", launcher=TORCHRUN)
+    diffusion.run("sample.py", "--overwrite", ranks=2)
     for name in CLASSES:
         assert len(list((root / name).glob("rank*.jpg"))) == 5
         assert any(path.name.startswith("rank1_") for path in (root / name).iterdir())
@@ -334,8 +334,8 @@ def table_of(stdout: str) -> list[str]:
 
 def test_evaluation_gives_the_same_results_with_any_number_of_ranks(realnet):
     tables, files = [], []
-    for launcher in ((), TORCHRUN):
-        done = realnet.run("evaluation_realnet.py", "--class_name", "all", launcher=launcher)
+    for ranks in (1, 2):
+        done = realnet.run("evaluation_realnet.py", "--class_name", "all", ranks=ranks)
         tables.append(table_of(done.stdout))
         names = ("metrics.json", "metrics_by_defect.csv", "report.html")
         written = [(realnet.out / "realnet_results" / name).read_text() for name in names]
@@ -464,7 +464,7 @@ def test_a_broken_image_in_a_loader_worker_is_named(tmp_path):
 
 
 def test_wrong_use_is_printed_once_with_two_ranks(workspace):
-    done = workspace.run("train_realnet.py", "--class_name", "squares", launcher=TORCHRUN, code=1)
+    done = workspace.run("train_realnet.py", "--class_name", "squares", ranks=2, code=1)
     assert done.stderr.count("known are dots, lines") == 1
 
 

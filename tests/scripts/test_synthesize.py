@@ -21,7 +21,6 @@ from tests import in_process
 from tests.conftest import CLASSES, Workspace
 from utils.errors import RunError
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TYPES = "cutpaste,self,noise"
 
 
@@ -129,7 +128,7 @@ def test_the_same_folder_for_any_ranks_and_threads_and_after_being_stopped(comma
     expected = digests(tmp_path / "pairs")
 
     arguments = ["--class_name", "dots", "--count", "12", *options, "--output", str(tmp_path / "ranks")]
-    workspace.run("synthesize.py", *arguments, launcher=TORCHRUN)
+    workspace.run("synthesize.py", *arguments, ranks=2)
     assert digests(tmp_path / "ranks") == expected
 
     write, written = PairFolder.write, []

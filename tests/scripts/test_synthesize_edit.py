@@ -14,7 +14,6 @@ from tests.conftest import UNET, settings
 from tests.in_process import run
 from tests.rule_filled import fill
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 COMMAND = ["--config", "experiments/edited/realnet.yaml", "--source", "edit", "--count", "10", "--size", "native"]
 
 
@@ -62,7 +61,7 @@ def test_edits_keep_all_pixels_outside_their_masks_for_any_number_of_ranks(edite
     assert rows[8]["good"] == rows[0]["good"]
     assert rows[8]["depth"] != rows[0]["depth"]
 
-    edited.run("synthesize.py", *COMMAND, "--class_name", "dots", "--output", "edits_2", launcher=TORCHRUN)
+    edited.run("synthesize.py", *COMMAND, "--class_name", "dots", "--output", "edits_2", ranks=2)
     assert files_of(edited.root / "edits_2/dots") == files_of(folder)
 
     # They are what the anomaly type edit trains on; more of them, and of other depths, are other pairs.

@@ -2,12 +2,11 @@
 
 import os
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
 
+from tests import quick_start
 from tests.conftest import REPOSITORY
 from utils import distributed
 from utils.errors import RunError, UsageError
@@ -80,15 +79,7 @@ cli.run(main)
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "x"}, {"RANK": "x"}, {"LOCAL_RANK": "x"}])
 def test_a_command_says_so_with_exit_code_2(variables):
     clean = {name: value for name, value in os.environ.items() if name not in NAMES}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=REPOSITORY,
-        env={**clean, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = quick_start.run(["-c", PROGRAM], REPOSITORY, {**clean, **variables})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {next(iter(variables))} is ")
     assert done.stderr.count("\n") == 1

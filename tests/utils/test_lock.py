@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, two_ranks
+from tests.quick_start import Process
 from utils import distributed, lock
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
@@ -23,6 +22,7 @@ from utils.lock import GUARD, NAME, folder_lock
 ALONE = Run(0, 1, torch.device("cpu"))
 HOLDER = """
 import os, sys, time, torch
+os.setsid()
 from utils.distributed import Run
 from utils.lock import folder_lock
 with folder_lock(sys.argv[1], Run(0, 1, torch.device("cpu"))):
@@ -34,19 +34,13 @@ with folder_lock(sys.argv[1], Run(0, 1, torch.device("cpu"))):
 """
 
 
-def hold(folder: Path, *arguments: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), *(arguments or ("alone",))],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout.readline() == "held\n"
+def hold(folder: Path, how: str = "alone") -> Process:
+    process = Process(["-c", HOLDER, str(folder), how], REPOSITORY, {})
+    process.wait_for("held\n")
     return process
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: Process) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -91,7 +85,7 @@ def test_the_workers_of_a_killed_run_hold_no_lock(tmp_path):
     process = hold(tmp_path, "fork")
     try:
         process.kill()
-        process.wait()
+        process.communicate()
         with folder_lock(tmp_path, ALONE):
             pass
     finally:
@@ -166,6 +160,22 @@ def _contend(folder: str, seconds: float, counted: str) -> None:
                 os.unlink(counted + ".inside")
         except UsageError:
             pass
+
+
+def test_a_folder_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    folder, is_dir = tmp_path / "locked", Path.is_dir
+    folder.mkdir()
+    removals = []
+
+    def removed_before(path: Path, **options: object) -> bool:
+        if path == folder and not removals:
+            removals.append(folder.rmdir())
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", removed_before)  # Path.mkdir asks it where a path exists
+    with folder_lock(folder):
+        assert (folder / NAME).exists()
+    assert removals == [None]
 
 
 def test_no_two_of_many_contenders_hold_the_lock(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, two_ranks
+from tests.quick_start import Process
 from utils import distributed, signals
 from utils.distributed import Run
 from utils.errors import Stopped
@@ -29,7 +30,7 @@ def main():
     run = Run(int(sys.argv[1]), 2, torch.device("cpu"))
     with stop_requests(run) as stop:
         print("ready", flush=True)
-        time.sleep(4)  # a long step: the answer does not wait for it
+        time.sleep(float(sys.argv[2]))  # a long step: the answer does not wait for it
         for item in progress_bar(range(10), run, "batches", stop=stop):
             print("batch", item, flush=True)
 
@@ -37,30 +38,22 @@ cli.run(main)
 """
 
 
-def start(rank: int, **streams: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(rank)],
-        cwd=REPOSITORY,
-        text=True,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
-    )
-
-
 def test_the_first_signal_is_answered_at_once_and_heeded_at_the_next_batch():
-    process = start(0)
-    assert process.stdout.readline() == "ready\n"
+    process = Process(["-c", PROGRAM, "0", "4"], REPOSITORY, {})
+    process.wait_for("ready\n")
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == ANSWER + "\n"
+    process.wait_for(ANSWER + "\n")
     assert time.monotonic() - began < 2
     out, err = process.communicate(timeout=30)
-    assert (out, err, process.returncode) == ("", "", 128 + signal.SIGTERM)
+    assert (out, err, process.returncode) == (f"ready\n{ANSWER}\n", "", 128 + signal.SIGTERM)
 
 
 def test_on_a_terminal_the_answer_is_on_stderr():
     pty = pytest.importorskip("pty")
     terminal, screen = pty.openpty()
-    process = start(0, stderr=screen)
+    command = [sys.executable, "-c", PROGRAM, "0", "1"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=screen)
     os.close(screen)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -71,10 +64,10 @@ def test_on_a_terminal_the_answer_is_on_stderr():
 
 
 def test_only_rank_0_answers():
-    process = start(1)
-    assert process.stdout.readline() == "ready\n"
+    process = Process(["-c", PROGRAM, "1", "1"], REPOSITORY, {})
+    process.wait_for("ready\n")
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=30) == ("ready\n", "")
     assert process.returncode == 128 + signal.SIGTERM
 
 

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from datetime import timedelta
 
@@ -12,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.conftest import REPOSITORY
+from tests.quick_start import Process
 from utils import watchdog
 
 PROGRAM = """
@@ -37,14 +36,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_ranks(program: str, **of_rank_1: str) -> list[subprocess.Popen]:
+def start_ranks(program: str, **of_rank_1: str) -> list[Process]:
     port, processes = str(free_port()), []
     for rank in range(2):
         ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **ranks, "OMP_NUM_THREADS": "1", **(of_rank_1 if rank else {})}
-        command = [sys.executable, "-c", program]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes))
+        environment = {**os.environ, **ranks, **(of_rank_1 if rank else {})}
+        processes.append(Process(["-c", program], REPOSITORY, environment))
     return processes
 
 
@@ -53,7 +50,7 @@ def test_a_stopped_rank_ends_the_other_one_with_a_message(stopped):
     processes = start_ranks(PROGRAM)
     try:
         for process in processes:
-            assert process.stdout.readline() == "runs\n"
+            process.wait_for("runs\n")
         time.sleep(0.5)
         processes[stopped].send_signal(signal.SIGSTOP)
         _, err = processes[1 - stopped].communicate(timeout=30)
