@@ -84,7 +84,8 @@ def _lock_in(folder: Path, guard: FileLock) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             guard.acquire()
             return
-        except FileNotFoundError:
+        # mkdir raises FileExistsError if the folder was there when it tried, but no longer when it looked.
+        except (FileNotFoundError, FileExistsError):
             if attempt == ATTEMPTS - 1:
                 raise
 
