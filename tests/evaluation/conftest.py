@@ -1,11 +1,13 @@
 """A trained and evaluated detector, for the tests of predict.py and export.py."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import predict
-from tests.conftest import Workspace
+from tests import quick_start
+from tests.conftest import REPOSITORY, Workspace, script_environment
 from tests.in_process import run
 
 
@@ -18,6 +20,19 @@ def detector(workspace: Workspace) -> Workspace:
     workspace.run("train_realnet.py", *settings, *folders, *results)
     workspace.run("evaluation_realnet.py", *settings, *folders, *results)
     return workspace
+
+
+@pytest.fixture(scope="session")
+def exported(detector: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the detector as model.onnx and model.pt2; copy them to change them."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("exported")
+    command = [str(REPOSITORY / "export.py"), "--checkpoint", "experiments/tiny/predict_checkpoints/dots"]
+    done = quick_start.run([*command, "--output", str(folder)], detector.root, script_environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("largest difference from PyTorch on 8 images") == 2
+    return folder
 
 
 @pytest.fixture

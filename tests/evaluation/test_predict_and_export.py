@@ -3,9 +3,7 @@
 import csv
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,17 +205,25 @@ def test_results_are_overwritten_only_on_request(detector, tmp_path, monkeypatch
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most_bytes", [10**9, 1000], ids=["one file", "data beside"])
-def test_exported_models_give_the_same_verdicts(most_bytes, detector, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "MOST_BYTES", most_bytes)
-    code, out, err = run(
-        export.main, ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path)], detector.root, monkeypatch, capsys
-    )
+def test_exported_models_give_the_same_verdicts(detector, exported, tmp_path, monkeypatch, capsys):
+    assert not (exported / "model.onnx.data").exists()
+    assert_same_verdicts(exported / "model.onnx", detector, tmp_path, monkeypatch, capsys)
+
+
+def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(detector, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "MOST_BYTES", 1000)
+    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx"]
+    code, out, err = run(export.main, arguments, detector.root, monkeypatch, capsys)
     assert code == 0, err
-    assert out.count("largest difference from PyTorch on 8 images") == 2
-    assert (tmp_path / "model.onnx.data").exists() == (most_bytes == 1000)
+    assert out.count("largest difference from PyTorch on 8 images") == 1
+    assert (tmp_path / "model.onnx.data").exists()
+    assert not (tmp_path / "model.pt2").exists()
+    assert_same_verdicts(tmp_path / "model.onnx", detector, tmp_path, monkeypatch, capsys)
+
+
+def assert_same_verdicts(model, detector, tmp_path, monkeypatch, capsys):
     results = []
-    for checkpoint in (CLASS_FOLDER, str(tmp_path / "model.onnx")):
+    for checkpoint in (CLASS_FOLDER, str(model)):
         output = tmp_path / str(len(results))
         arguments = ["--checkpoint", checkpoint, "--input", TEST_FOLDER, "--output", str(output)]
         assert run(predict.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
@@ -227,12 +233,9 @@ def test_exported_models_give_the_same_verdicts(most_bytes, detector, tmp_path, 
     np.testing.assert_allclose(*scores, atol=1e-4)
 
 
-def test_metadata_says_how_to_prepare_images(detector, tmp_path, monkeypatch, capsys):
+def test_metadata_says_how_to_prepare_images(detector, exported, tmp_path, monkeypatch, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
-    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx", "--input", TEST_FOLDER]
-    assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
-    assert not (tmp_path / "model.pt2").exists()
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(exported / "model.onnx"), providers=["CPUExecutionProvider"])
     preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
     assert preprocessing["size"] == {"height": 64, "width": 64}
     assert preprocessing["mean"] == [0.485, 0.456, 0.406]
@@ -274,22 +277,11 @@ def test_each_class_of_a_multi_class_model_has_its_own_thresholds(detector, tmp_
     assert "no thresholds for the class 'other'; known are strict, lenient" in err
 
 
-@pytest.fixture(scope="module")
-def exported_model(detector, tmp_path_factory) -> Path:
-    """A model.onnx with its checksum beside it, exported once for several tests; copy it to change it."""
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    folder = tmp_path_factory.mktemp("exported")
-    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(folder), "--format", "onnx", "--input", TEST_FOLDER]
-    subprocess.run([sys.executable, str(REPOSITORY / "export.py"), *arguments], cwd=detector.root, check=True)
-    return folder / "model.onnx"
-
-
 def test_an_export_is_not_replaced_unasked_and_a_flipped_bit_in_it_is_noticed(
-    detector, exported_model, tmp_path, monkeypatch, capsys
+    detector, exported, tmp_path, monkeypatch, capsys
 ):
     model = tmp_path / "model.onnx"
-    for file in exported_model.parent.iterdir():
+    for file in exported.glob("model.onnx*"):
         shutil.copy(file, tmp_path)
     arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx", "--input", TEST_FOLDER]
     code, _, err = run(export.main, arguments, detector.root, monkeypatch, capsys)
@@ -320,13 +312,13 @@ def test_an_export_is_not_replaced_unasked_and_a_flipped_bit_in_it_is_noticed(
     ],
 )
 def test_foreign_onnx_files_are_refused_or_their_images_not_scored(
-    change, says, detector, exported_model, tmp_path, monkeypatch, capsys
+    change, says, detector, exported, tmp_path, monkeypatch, capsys
 ):
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper
 
-    metadata = onnxruntime.InferenceSession(str(exported_model)).get_modelmeta().custom_metadata_map
+    metadata = onnxruntime.InferenceSession(str(exported / "model.onnx")).get_modelmeta().custom_metadata_map
     side, name, output = change.get("size", 64), change.get("name", "image"), change.get("output", "anomaly_map")
     shape = [change.get("batch", "N"), 3, side, side]
     nodes = [

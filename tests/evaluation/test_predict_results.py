@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import export
 from datasets.lists import Sample
 from evaluation.detector import Detector
 from evaluation.exported import read_program
@@ -21,7 +20,6 @@ from evaluation.score import ScoredImages
 from evaluation.tables import COLUMNS, write_tables
 from evaluation.thresholds import Thresholds
 from models.realnet import RealNet
-from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.distributed import Run
 from utils.errors import RunError, Stopped, UsageError
@@ -348,10 +346,8 @@ def test_tiled_images_are_held_one_at_a_time(score, tmp_path, monkeypatch):
 # ---- model.pt2 -------------------------------------------------------------------------------------------------------
 
 
-def test_an_exported_program_carries_its_metadata_and_is_never_run(score, detector, tmp_path, monkeypatch, capsys):
-    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path / "exported"), "--format", "torch"]
-    assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
-    path = tmp_path / "exported/model.pt2"
+def test_an_exported_program_carries_its_metadata_and_is_never_run(score, detector, exported, monkeypatch):
+    path = exported / "model.pt2"
     extra = {"config": "", "thresholds": "", "preprocessing": ""}
     torch.export.load(path, extra_files=extra)
     assert json.loads(extra["preprocessing"])["size"] == {"height": 64, "width": 64}

@@ -10,12 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-import export
 from datasets.given_images import from_array, from_pillow
 from datasets.images import read_image
 from evaluation.detector import Detector
 from tests.conftest import REPOSITORY
-from tests.in_process import run
 from tests.layout_trees import image_file
 from utils.errors import RunError, UsageError
 
@@ -142,15 +140,10 @@ def test_the_limit_of_the_model_s_settings_holds_for_files(detector, tmp_path, m
 
 
 @pytest.mark.parametrize("ending", ["pth.tar", "onnx", "pt2"])
-def test_many_images_give_what_each_one_gives(ending, loaded, detector, tmp_path, monkeypatch, capsys):
+def test_many_images_give_what_each_one_gives(ending, loaded, detector, request):
+    one_by_one = loaded
     if ending != "pth.tar":
-        pytest.importorskip("onnxruntime")
-        kind = {"onnx": "onnx", "pt2": "torch"}[ending]
-        arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", kind]
-        assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
-        one_by_one, loaded = loaded, Detector.load(tmp_path / f"model.{ending}", device="cpu")
-    else:
-        one_by_one = loaded
+        loaded = Detector.load(request.getfixturevalue("exported") / f"model.{ending}", device="cpu")
     paths = sorted((detector.root / TEST_FOLDER).rglob("*.png"))
     images = [paths[0], np.asarray(Image.open(paths[1])), Image.open(paths[2]), *paths[3:]]
     found = list(loaded.predict_many(iter(images), batch_size=3))
