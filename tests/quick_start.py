@@ -23,7 +23,7 @@ from pathlib import Path
 
 LIBRARIES = (
     "numpy", "cv2", "PIL.Image", "yaml", "easydict", "tqdm", "filelock", "jinja2", "torch", "torch.distributed",
-    "torch._dynamo", "torchvision", "torch.utils.tensorboard",
+    "torch._dynamo", "torchvision", "torch.utils.tensorboard", "sklearn.neighbors",
 )  # fmt: skip
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 READY = "ready"
