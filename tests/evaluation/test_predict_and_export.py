@@ -277,24 +277,28 @@ def test_each_class_of_a_multi_class_model_has_its_own_thresholds(detector, tmp_
     assert "no thresholds for the class 'other'; known are strict, lenient" in err
 
 
-def test_an_export_is_not_replaced_unasked_and_a_flipped_bit_in_it_is_noticed(
+def test_an_export_is_not_replaced_unasked_and_flipped_bits_in_it_are_noticed(
     detector, exported, tmp_path, monkeypatch, capsys
 ):
-    model = tmp_path / "model.onnx"
-    for file in exported.glob("model.onnx*"):
-        shutil.copy(file, tmp_path)
-    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--format", "onnx", "--input", TEST_FOLDER]
+    for file in exported.iterdir():
+        shutil.copy2(file, tmp_path)
+    models = [tmp_path / f"model.{ending}" for ending in ("onnx", "pt2")]
+    before = [model.stat().st_mtime_ns for model in models]
+    arguments = ["--checkpoint", CLASS_FOLDER, "--output", str(tmp_path), "--input", TEST_FOLDER]
     code, _, err = run(export.main, arguments, detector.root, monkeypatch, capsys)
     assert code == 2
     assert "model.onnx already exists; choose another --output, or pass --overwrite" in err
-    assert run(export.main, [*arguments, "--overwrite"], detector.root, monkeypatch, capsys)[0] == 0
-    whole = bytearray(model.read_bytes())
-    whole[len(whole) // 2] ^= 4
-    model.write_bytes(whole)
-    arguments = ["--checkpoint", str(model), "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
-    code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
-    assert code == 2
-    assert "model.onnx does not match" in err
+    arguments += ["--overwrite", "--format", "torch"]
+    assert run(export.main, arguments, detector.root, monkeypatch, capsys)[0] == 0
+    assert [model.stat().st_mtime_ns == time for model, time in zip(models, before, strict=True)] == [True, False]
+    for model in models:
+        whole = bytearray(model.read_bytes())
+        whole[len(whole) // 2] ^= 4
+        model.write_bytes(whole)
+        arguments = ["--checkpoint", str(model), "--input", TEST_FOLDER, "--output", str(tmp_path / "out")]
+        code, _, err = run(predict.main, arguments, detector.root, monkeypatch, capsys)
+        assert code == 2
+        assert f"{model.name} does not match" in err
     assert not (tmp_path / "out").exists()
 
 
