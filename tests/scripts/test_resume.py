@@ -37,6 +37,7 @@ from utils.signals import StopRequest, signal_name
 
 ALONE = Run(0, 1, torch.device("cpu"))
 STEPS = ["--set", "trainer.save_freq_step=1", "--set", "trainer.max_epoch=4"]
+FEW_STEPS = [*STEPS, "--set", "trainer.max_epoch=2"]  # four or more, of which the third is in the middle of an epoch
 
 
 def elsewhere(stage: str) -> list[str]:
@@ -78,26 +79,23 @@ def assert_same_state(first_path: Path, second_path: Path) -> None:
         )
 
 
-TRAININGS = [
-    ("train_diffusion.py", []),
-    ("train_classifier.py", []),
-    ("train_realnet.py", ["--class_name", "dots"]),
-]
+TRAININGS = {"train_diffusion.py": [], "train_classifier.py": [], "train_realnet.py": ["--class_name", "dots"]}
+SIGNALS = [(script, signal.SIGTERM) for script in TRAININGS]
+SIGNALS += [("train_classifier.py", number) for number in (signal.SIGINT, signal.SIGUSR1)]
 
 
 def checkpoints_of(workspace: Workspace, stage: str, script: str) -> Path:
     return workspace.out / stage / "checkpoints" / ("dots" if "realnet" in script else "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=["TERM", "INT", "USR1"])
-@pytest.mark.parametrize(("script", "arguments"), TRAININGS, ids=[script for script, _ in TRAININGS])
-def test_a_stopped_training_resumes_bit_for_bit(script, arguments, number, workspace, monkeypatch, capsys):
+@pytest.mark.parametrize(("script", "number"), SIGNALS, ids=[f"{script}-{number.name}" for script, number in SIGNALS])
+def test_a_stopped_training_resumes_bit_for_bit(script, number, workspace, monkeypatch, capsys):
     """The signal arrives in the middle of the third step."""
     whole, stopped = f"whole_{script}", f"stopped_{script}_{number}"
     main = importlib.import_module(Path(script).stem).main
 
     def train(stage: str, *more: str) -> tuple[int, str, str]:
-        command = ["--dataset", "tiny", "--device", "cpu", *arguments, *elsewhere(stage), *STEPS, *more]
+        command = ["--dataset", "tiny", "--device", "cpu", *TRAININGS[script], *elsewhere(stage), *FEW_STEPS, *more]
         return run(main, command, workspace.root, monkeypatch, capsys)
 
     if not (workspace.out / whole).exists():
@@ -125,10 +123,8 @@ def test_a_stopped_training_resumes_bit_for_bit(script, arguments, number, works
     assert list(folder.glob(".*")) == []
 
 
-@pytest.mark.parametrize(("script", "arguments"), TRAININGS, ids=[script for script, _ in TRAININGS])
-def test_max_step_ends_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on(
-    script, arguments, workspace, monkeypatch, capsys
-):
+@pytest.mark.parametrize("script", TRAININGS)
+def test_max_step_ends_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on(script, workspace, monkeypatch, capsys):
     """Three steps, then the rest: the same as at once; also with a schedule and averaged weights."""
     whole, parts = f"schedule_whole_{script}", f"schedule_parts_{script}"
     main = importlib.import_module(Path(script).stem).main
@@ -136,7 +132,8 @@ def test_max_step_ends_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on(
     options = [argument for setting in schedule for argument in ("--set", setting)]
 
     def train(stage: str, *more: str) -> tuple[int, str, str]:
-        command = ["--dataset", "tiny", "--device", "cpu", *arguments, *elsewhere(stage), *STEPS, *options, *more]
+        common = ["--dataset", "tiny", "--device", "cpu", *TRAININGS[script]]
+        command = [*common, *elsewhere(stage), *FEW_STEPS, *options, *more]
         return run(main, command, workspace.root, monkeypatch, capsys)
 
     assert train(whole)[0] == 0
