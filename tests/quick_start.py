@@ -75,7 +75,7 @@ class Process:
             self.returncode = int(code.read_text())
         return self.returncode
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = 900) -> tuple[str, str]:
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
@@ -96,7 +96,7 @@ def run(
     command: Sequence[str],
     folder: Path,
     environment: dict[str, str],
-    seconds: float = 300,
+    seconds: float = 900,
     ranks: int = 1,
     nodes: int = 1,
 ) -> subprocess.CompletedProcess:

@@ -184,7 +184,7 @@ def test_no_two_of_many_contenders_hold_the_lock(tmp_path):
     processes = [Process(["-c", program], REPOSITORY, {}) for _ in range(4)]
     assert [(process.communicate(), process.returncode) for process in processes] == [(("", ""), 0)] * 4
     assert (tmp_path / "count").stat().st_size == 200
-    assert list((tmp_path / "locked").iterdir()) == []
+    assert list(tmp_path.glob("locked/*")) == []  # the last one may have made the folder, and removed it
 
 
 def _lock_in_rank(run: Run, folder: Path) -> None:
