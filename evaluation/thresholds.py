@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ class Thresholds:
             UsageError: there are no thresholds for this class.
         """
         if not self.classes:
-            if self.chosen_on.endswith(f"_{name}.json"):
+            # The whole name: "bolts" is not the class of test_long_bolts.json.
+            if re.search(rf"(?:^|[/\\ ])(?:train|test)_{re.escape(name)}\.json$", self.chosen_on):
                 return self
             raise UsageError(
                 f"no thresholds for the class {name!r}; this model serves one class, so leave the name out"
