@@ -18,6 +18,7 @@ import train_diffusion
 import train_realnet
 import utils.optim
 from evaluation import validation
+from evaluation.exported import read_program
 from tests.conftest import settings
 from tests.in_process import run
 from utils.checkpoint import load_checkpoint, load_for_resume, refuse_earlier_run, save_checkpoint, save_numbered
@@ -170,8 +171,6 @@ def test_thresholds_of_other_weights_or_preprocessing_are_not_used(evaluated, tm
 
 
 def test_exports_carry_matching_thresholds_only(evaluated, tmp_path, monkeypatch, capsys):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
     folder = tmp_path / "dots"
     folder.mkdir()
     for path in (evaluated.out / "judged/checkpoints/dots").glob("ckpt_best*"):
@@ -180,11 +179,11 @@ def test_exports_carry_matching_thresholds_only(evaluated, tmp_path, monkeypatch
     for fits in (True, False):
         if not fits:
             sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "fingerprint": "other"}))
-        arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / str(fits)), "--format", "onnx"]
+        arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / str(fits)), "--format", "torch"]
         code, _, err = run(export.main, arguments, evaluated.root, monkeypatch, capsys)
         assert code == 0, err
-        stored = {p.key: p.value for p in onnx.load(tmp_path / str(fits) / "model.onnx").metadata_props}
-        assert (json.loads(stored["thresholds"]) is not None) == fits
+        metadata = read_program(tmp_path / str(fits) / "model.pt2")[1]  # the same in a model.onnx
+        assert (json.loads(metadata["thresholds"]) is not None) == fits
 
 
 def test_another_evaluation_does_not_replace_a_models_own_thresholds(evaluated, command):
