@@ -238,9 +238,12 @@ def prepare(args: argparse.Namespace) -> bool:
         write_text(path, text)
     print_counts(train, test)
     if own:
-        size = tuple(args.input_size or settings_files.input_size([info.size for info in infos.values()]))
+        sizes = [info.size for info in infos.values()]
+        size = tuple(args.input_size or settings_files.input_size(sizes))
         grey = all(infos[sample.filename].grey for sample in train)
         write_settings(args, len({sample.clsname for sample in train}), size, grey, len(train))
+        if not args.input_size and (told := settings_files.resizing(sizes, size)):
+            log.info("  %s", told)
     log_stale_lists(args.dataset, {sample.clsname for sample in train})
     return findings.report(problems, findings_file(args.dataset))
 

@@ -4,6 +4,7 @@ In templates, @DATASET@ and the like stand for values. Presets (experiments/pres
 called parts.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,24 @@ def input_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         ratio = 1.0
     sides = np.sqrt(AREA * ratio), np.sqrt(AREA / ratio)
     return tuple(max(STEP, STEP * round(side / STEP)) for side in sides)
+
+
+def resizing(sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> str | None:
+    """What to know where most images (height, width) have sides over 3 times, or below 2/3 of, the input size's.
+
+    Example:
+        >>> resizing([(1024, 1280)] * 3, (256, 256))
+        'most images are 1024x1280, so a defect of 9 pixels becomes 2: a larger --input-size or tiles show smaller ones'
+    """
+    height, width = (round(float(side)) for side in np.median(np.array(sizes), axis=0))
+    factor = math.sqrt(height * width / (size[0] * size[1]))
+    if factor > 3:
+        lost = f"so a defect of {round(2 * factor)} pixels becomes 2"
+        return f"most images are {height}x{width}, {lost}: a larger --input-size or tiles show smaller ones"
+    if factor < 1 / 1.5:
+        own = " ".join(str(max(STEP, STEP * round(side / STEP))) for side in (height, width))
+        return f"most images are {height}x{width}, so they are enlarged; --input-size {own} would be faster"
+    return None
 
 
 def diffusion_size(size: Sequence[int]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ PUBLIC = [
     "evaluation.metrics", "evaluation.normal_scores", "evaluation.plots", "evaluation.thresholds", "evaluation.tiling",
     "models.afs", "models.backbones", "models.losses", "models.realnet", "models.recon", "models.rrs",
     "models.sdas.diffusion", "models.sdas.unet", "models.structures", "models.subspace",
-    "utils.optim", "utils.pictures",
+    "preparation.settings_files", "utils.optim", "utils.pictures",
 ]  # fmt: skip
 PAGES = [
     *sorted(REPOSITORY.glob("*.md")),

@@ -201,6 +201,7 @@ def test_own_images_in_the_layout_of_mvtec(tmp_path, prepare):
     }
     config = load_config(tmp_path / "experiments/MyParts/realnet.yaml")
     assert config.dataset.input_size == [224, 288]
+    assert "so they are enlarged; --input-size 32 64 would be faster" in done.out
     assert config.dataset.foreground == "none"
     assert load_config(tmp_path / "experiments/MyParts/sample.yaml").classifier is None
     assert not (tmp_path / "experiments/MyParts/classifier.yaml").exists()
@@ -339,6 +340,7 @@ def test_sizes_that_the_diffusion_model_cannot_draw_are_rounded_up_for_it(tmp_pa
     done = prepare("--dataset", "parts", "--root", "shots", "--input-size", 119, 193, "--foreground", "auto")
     config = load_config(tmp_path / "experiments/parts/realnet.yaml")
     assert config.dataset.input_size == [119, 193]
+    assert "enlarged" not in done.out  # the size was chosen
     assert config.dataset.foreground == "auto"
     assert load_config(tmp_path / "experiments/parts/diffusion.yaml").dataset.input_size == [128, 224]
     sample = load_config(tmp_path / "experiments/parts/sample.yaml").dataset
