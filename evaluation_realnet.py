@@ -143,9 +143,8 @@ def main() -> None:
         if run.is_main:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
             checkpoint = args.checkpoint or out / config.saver.checkpoints_dir / results[0].name
-            predict = f"predict.py --checkpoint {shlex.quote(str(checkpoint))}"
-            predict += "" if options.precision == FP32 else f" --precision {options.precision}"
-            log.info("Next: python %s --input NEW_IMAGES --output results", predict)
+            precision = "" if options.precision == FP32 else f" --precision {options.precision}"
+            log.info("Next: python %s", cli.predict_command(checkpoint, precision))
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:

@@ -31,7 +31,6 @@ arguments.parse_early(__name__, parse_args)
 import io
 import json
 import logging
-import shlex
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -103,7 +102,7 @@ def export(args: argparse.Namespace, path: Path) -> None:
         write_atomic(file, lambda part: part.write_bytes(program))
         compare(file, expected, run_torch(file, images))
         write_checksums(file)
-    log.info("Next: python predict.py --checkpoint %s --input NEW_IMAGES --output results", shlex.quote(str(file)))
+    log.info("Next: python %s", cli.predict_command(file))
 
 
 def require_onnx(wanted: str) -> None:

@@ -425,8 +425,7 @@ def print_next(args: argparse.Namespace) -> None:
     if any(map(holds_lines, folder_of_lists(name).glob("test_*.json"))):
         evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
     else:
-        checkpoint = shlex.quote(f"experiments/{name}/realnet_checkpoints/{classes[0]}")
-        evaluate = f"predict.py --checkpoint {checkpoint} --input NEW_IMAGES --output results"
+        evaluate = cli.predict_command(f"experiments/{name}/realnet_checkpoints/{classes[0]}")
     types = anomaly_types_of(Path("experiments") / name / "realnet.yaml")
     shares = {"cutpaste": OF_GOOD_IMAGES, "dtd": WITH_TEXTURES, "sdas": "{normal: 0.5, sdas: 0.5}"}
     quick, with_textures, with_diffusion = (

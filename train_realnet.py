@@ -26,7 +26,6 @@ def parse_args() -> argparse.Namespace:
 
 arguments.parse_early(__name__, parse_args)
 
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,8 +103,8 @@ def main() -> None:
             cli.log_next("evaluation_realnet.py", args)
         else:
             # Good images alone: nothing to evaluate on.
-            checkpoints = shlex.quote(str(out / config.saver.checkpoints_dir / classes[0]))
-            log.info("Next: python predict.py --checkpoint %s --input NEW_IMAGES --output results", checkpoints)
+            checkpoints = out / config.saver.checkpoints_dir / classes[0]
+            log.info("Next: python %s", cli.predict_command(checkpoints))
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
@@ -168,7 +167,7 @@ def train_class(
 ) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
     seed = config.random_seed
-    held_out = hold_out(config.dataset, class_name, config.random_seed, run, stop)
+    held_out = hold_out(config.dataset, class_name, seed, run, stop)
     train_set = build_realnet_train_set(config.dataset, class_name, seed, held_out)
     test_set = build_realnet_test_set(config.dataset, class_name)
     sizes = (len(train_set), len(held_out), len(test_set))

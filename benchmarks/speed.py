@@ -45,8 +45,8 @@ from utils.precision import autocast, cast_weights, resolve_precision
 CPU = torch.device("cpu")
 BASE = "float32"
 MATMUL = 1024  # side of the matrices
-DETECTORS = {"WRN-50": ("MVTec-AD/realnet.yaml", 2), "quick": ("presets/quick.yaml", 4)}  # settings, batch
 LARGE = "WRN-50"
+DETECTORS = {LARGE: ("MVTec-AD/realnet.yaml", 2), "quick": ("presets/quick.yaml", 4)}  # settings, batch
 SIDE = 256  # of the detectors' images
 SMALL_UNET = ["unet.classifier_width=64", "classifier.classifier_width=32"]
 SMALL_SIDE, SMALL_BATCH = 64, 4

@@ -2,9 +2,8 @@
 
 from torch import nn
 
+from utils.choices import PADDINGS
 from utils.errors import UsageError
-
-PADDINGS = ("zeros", "replicate")
 
 
 def set_padding(network: nn.Module, padding: str, setting: str) -> None:

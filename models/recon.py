@@ -9,10 +9,10 @@ from torch import nn
 from models.padding import set_padding
 from models.sdas.blocks import AttentionBlock, GroupNorm32, zero_init
 from models.subspace import NormalSubspace
+from utils.choices import STARTS
 from utils.errors import UsageError
 
 HEAD_CHANNELS = 64
-STARTS = ("zero", "identity", "subspace")
 SHARE = 0.95
 
 

@@ -10,10 +10,11 @@ from easydict import EasyDict
 
 from datasets.build import build_realnet_test_set, build_realnet_train_set
 from datasets.catalog import ForegroundRule
-from datasets.edits import EDIT, TABLE
+from datasets.edits import TABLE
 from datasets.images import list_images
 from datasets.local_anomalies import LOCAL
 from datasets.realnet import RealNetTestSet, RealNetTrainSet
+from utils.choices import EDIT
 from utils.pictures import contact_sheet, outline, spread, thumbnail
 
 log = logging.getLogger("realnet")

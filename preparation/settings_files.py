@@ -73,7 +73,12 @@ def input_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     if np.mean(np.abs(ratios / ratio - 1) < 0.1) < 0.9:
         ratio = 1.0
     sides = np.sqrt(AREA * ratio), np.sqrt(AREA / ratio)
-    return tuple(max(STEP, STEP * round(side / STEP)) for side in sides)
+    return tuple(map(_in_steps, sides))
+
+
+def _in_steps(side: float) -> int:
+    """The nearest multiple of STEP above 0."""
+    return max(STEP, STEP * round(side / STEP))
 
 
 def resizing(sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> str | None:
@@ -89,7 +94,7 @@ def resizing(sizes: Sequence[tuple[int, int]], size: tuple[int, int]) -> str | N
         lost = f"so a defect of {round(2 * factor)} pixels becomes 2"
         return f"most images are {height}x{width}, {lost}: a larger --input-size or tiles show smaller ones"
     if factor < 1 / 1.5:
-        own = " ".join(str(max(STEP, STEP * round(side / STEP))) for side in (height, width))
+        own = " ".join(str(_in_steps(side)) for side in (height, width))
         return f"most images are {height}x{width}, so they are enlarged; --input-size {own} would be faster"
     return None
 

@@ -29,6 +29,11 @@ def log_next(script: str, args: argparse.Namespace) -> None:
     log.info("Next: python %s %s", script, options)
 
 
+def predict_command(checkpoint: str | Path, options: str = "") -> str:
+    """The command that scores new images with a checkpoint, or with an exported model."""
+    return f"predict.py --checkpoint {shlex.quote(str(checkpoint))}{options} --input NEW_IMAGES --output results"
+
+
 def config_path(args: argparse.Namespace, name: str) -> Path:
     """The settings file: --config ({} stands for the data set), else experiments/<dataset>/<name>.yaml."""
     if args.config:

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+from utils.choices import PADDINGS, STARTS
 from utils.setting_types import MISSING, Entries, Section, Setting
 
 MOST_PIXELS = 16_384  # of a side of the networks' inputs
@@ -66,7 +67,7 @@ _MEASURED = {
 }
 _DEPTH = Setting("int", "Length of the residual stack.", 2, low=0, high=64)
 _START = {
-    "start": Setting("str", "What the reconstruction begins as.", "zero", choices=("zero", "identity", "subspace")),
+    "start": Setting("str", "What the reconstruction begins as.", "zero", choices=STARTS),
     "share": Setting("float", "Share of the variance that the normal subspace holds.", 0.95, above=0, high=1),
 }
 _PADDING = {
@@ -74,7 +75,7 @@ _PADDING = {
         "str",
         "What convolutions see beyond the border: zeros, or the outermost values.",
         "zeros",
-        choices=("zeros", "replicate"),
+        choices=PADDINGS,
     )
 }
 _PARTS = {

@@ -48,13 +48,15 @@ def test_slow_configurations_come_last():
 @pytest.mark.parametrize("script", gpu.TRAININGS)
 def test_the_estimate_covers_the_training_state_and_grows_with_the_batch(script, bench):
     subject = bench.subject(script)
-    one, many = memory.peaks_of(partial(memory.training, subject), [1, 16])
+    one, four, many = memory.peaks_of(partial(memory.training, subject), [1, 4, 16])
     trainable = sum(p.numel() for n, p in subject.build().named_parameters() if not n.startswith("backbone"))
     assert one > 4 * 4 * trainable  # weights, gradients, two moments
-    assert many > one
+    assert many > four >= one
+    if script != "detector":  # whose peak is the optimiser's step for so few small images
+        assert four > one
     if script == "classifier":
         recomputed = bench.subject(script, "classifier.use_checkpoint=True")
-        assert memory.peaks_of(partial(memory.training, recomputed), [16])[0] < many
+        assert memory.peaks_of(partial(memory.training, recomputed), [4])[0] < four
 
 
 def test_sampling_and_prediction_are_estimated(bench):

@@ -65,8 +65,7 @@ def test_the_output_is_a_data_set_that_prepare_data_reads(command, workspace, tm
             np.testing.assert_array_equal(image[mask == 0], original[mask == 0])
             assert set(np.unique(cv2.imread(str(folder / row["mask"]), cv2.IMREAD_GRAYSCALE))) <= {0, 255}
             assert bool(row["source"]) == (row["type"] == "dtd")
-        columns = read_image(folder / "preview.png").shape[1] - 5 * 4  # without the gaps
-        assert columns % (6 * 64) == 0  # six images, perhaps enlarged
+        assert read_image(folder / "preview.png").shape[1] == 6 * 128 + 5 * 4  # of 64 pixels, enlarged
     arguments = ["--dataset", "Pairs", "--root", str(tmp_path / "pairs")]
     code, out, err = in_process.run(prepare_data.main, arguments, tmp_path, monkeypatch, capsys)
     assert code == 0, err
