@@ -1,8 +1,14 @@
-"""The small data set with trained networks, one training for each test file."""
+"""The small data set and networks trained on it, for each test file."""
 
 import pytest
 
 from tests.conftest import Workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Of each test file its own, so that no file meets what another one has trained."""
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture(scope="module")
