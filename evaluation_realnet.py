@@ -271,7 +271,8 @@ def evaluate(
         own = replace(own, low=low, high=high, classes={**own.classes, **classes})
     own = own.measured_in(options.precision)
     if options.tiles:
-        whole = trained.thresholds(checkpoint) or Thresholds(None, None, "none for whole images")
+        none = Thresholds(None, None, "none for whole images", class_name=own.class_name)
+        whole = trained.thresholds(checkpoint) or none
         own = replace(whole.with_tiled(options.tiles.name, own), fingerprint=trained.fingerprint)
     save_thresholds(checkpoint, own, options)
     return results
@@ -349,8 +350,9 @@ def thresholds_on_list(
     scored: ScoredImages, results: list[ClassResult], options: Options, fingerprint: str, chosen_on: str
 ) -> Thresholds:
     """The thresholds from the evaluated list: for all images, and for each class if the model serves several."""
-    thresholds = results[0].thresholds
-    if len(results) > 1:
+    if len(results) == 1:
+        thresholds = replace(results[0].thresholds, class_name=results[0].name)
+    else:
         # The thresholds for all images are for new images of unknown class.
         rankings = scored.rankings()
         thresholds = thresholds_of(scored.scores, scored.maps, scored.labels, *rankings, options.target_fpr)

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ log = logging.getLogger("realnet")
 BEST_F1 = "best F1 on the evaluation set"
 HELD_OUT = "held-out good images"
 PIXEL_SHARE = 0.1  # of the rate of false alarms: the share of good images' pixels that may be flagged
+_ORIGIN = ("fingerprint", "chosen_on", "class_name")  # of a whole model's thresholds, so not repeated in their parts
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Thresholds:
         classes: thresholds of each class, if one model serves several classes.
         fingerprint: of the model whose scores they were chosen on (trained_model.fingerprint_of).
         chosen_on: the list of the images that they were chosen on.
+        class_name: of the model's class, if it serves one.
         normal: scores of held-out good images, for other false alarm rates; None if no images were held out.
         scale: deviation of these scores' log-odds, by which scores are normalised; None leaves scores as they are.
         tiled: thresholds for scoring in tiles, by "<size>/<overlap>".
@@ -54,6 +55,7 @@ class Thresholds:
     classes: dict[str, "Thresholds"] = field(default_factory=dict)
     fingerprint: str = ""
     chosen_on: str = ""
+    class_name: str = ""
     normal: NormalScores | None = None
     scale: float | None = None
     tiled: dict[str, "Thresholds"] = field(default_factory=dict)
@@ -142,8 +144,7 @@ class Thresholds:
             UsageError: there are no thresholds for this class.
         """
         if not self.classes:
-            # The whole name: "bolts" is not the class of test_long_bolts.json.
-            if re.search(rf"(?:^|[/\\ ])(?:train|test)_{re.escape(name)}\.json$", self.chosen_on):
+            if name == self.class_name:
                 return self
             raise UsageError(
                 f"no thresholds for the class {name!r}; this model serves one class, so leave the name out"
@@ -211,7 +212,8 @@ def of_normals(
     of_classes = {name: from_normal(normal, target_fpr, low, high) for name, normal in normals.items()}
     if len(of_classes) == 1:
         ((name, thresholds),) = of_classes.items()
-        return replace(thresholds, fingerprint=fingerprint, chosen_on=f"{HELD_OUT} of train_{name}.json")
+        chosen_on = f"{HELD_OUT} of train_{name}.json"
+        return replace(thresholds, fingerprint=fingerprint, chosen_on=chosen_on, class_name=name)
     thresholds = from_normal(pooled(list(normals.values())), target_fpr, low, high)
     return replace(thresholds, classes=of_classes, fingerprint=fingerprint, chosen_on=HELD_OUT)
 
@@ -286,7 +288,7 @@ def write_thresholds(checkpoint: str | Path, thresholds: Thresholds) -> Path:
 def as_content(thresholds: Thresholds) -> dict[str, Any]:
     """Thresholds as plain values for JSON; without what they have not."""
     content = {name: getattr(thresholds, name) for name in ("image", "pixel", "rule", "low", "high")}
-    content |= {"fingerprint": thresholds.fingerprint, "chosen_on": thresholds.chosen_on}
+    content |= {name: getattr(thresholds, name) for name in _ORIGIN}
     if thresholds.scale is not None:
         content["scale"] = thresholds.scale
     if thresholds.precision != FP32:
@@ -300,7 +302,7 @@ def as_content(thresholds: Thresholds) -> dict[str, Any]:
 
 
 def _without_origin(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name not in ("fingerprint", "chosen_on")}
+    return {name: value for name, value in content.items() if name not in _ORIGIN}
 
 
 def thresholds_from(content: Any, where: str) -> Thresholds:
@@ -329,8 +331,8 @@ def thresholds_from(content: Any, where: str) -> Thresholds:
         if not isinstance(found, dict):
             raise UsageError(f"{where}: {name} is not a JSON object; evaluate the model again")
         parts[name] = {str(key): thresholds_from(value, f"{where}, {what} {key}") for key, value in found.items()}
-    texts = {name: str(content.get(name, "")) for name in ("rule", "fingerprint", "chosen_on")}
-    # Files of earlier versions do not say it.
+    # Files of earlier versions lack the class and the precision.
+    texts = {name: str(content.get(name, "")) for name in ("rule", *_ORIGIN)}
     texts["precision"] = precision_in(content, where)
     normal = content.get("normal")
     scores = None if normal is None else NormalScores.from_content(normal, where)

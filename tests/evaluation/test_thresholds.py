@@ -75,12 +75,12 @@ def test_sidecars_lie_beside_the_model_and_survive_a_round_trip(tmp_path):
     assert read_thresholds(path).of_class("b").image == 0.2
     with pytest.raises(UsageError, match="known are a, b"):
         read_thresholds(path).of_class("c")
-    for chosen_on in ("data/x/samples/test_long_bolts.json", "held-out good images of train_long_bolts.json"):
-        alone = Thresholds(0.5, None, "by hand", chosen_on=chosen_on)
-        assert alone.of_class("long_bolts") == alone
-        for other in ("nuts", "bolts", "long"):
-            with pytest.raises(UsageError, match="leave the name out"):
-                alone.of_class(other)
+    alone = replace(overall, fingerprint="abc", chosen_on="data/x/samples/test_bolts.json", class_name="bolts")
+    write_thresholds(path, alone)
+    assert read_thresholds(path).of_class("bolts") == alone
+    for thresholds, other in [(alone, "nuts"), (alone, "bolt"), (overall, "bolts")]:
+        with pytest.raises(UsageError, match="leave the name out"):
+            thresholds.of_class(other)
 
 
 def test_thresholds_hold_for_the_precision_that_they_were_chosen_in():
