@@ -138,11 +138,12 @@ def main() -> None:
         use_exact_kernels(run.device)
         record_run(run, out / config.saver.log_dir, "evaluation_realnet", config)
         results: list[ClassResult] = []
-        for class_name, test_set, checkpoint in evaluable_classes(config, classes, args, out):
+        evaluable = evaluable_classes(config, classes, args, out)
+        for class_name, test_set, checkpoint in evaluable:
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out, stop)
         if run.is_main:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
-            checkpoint = args.checkpoint or out / config.saver.checkpoints_dir / results[0].name
+            checkpoint = args.checkpoint or evaluable[0][2].parent
             precision = "" if options.precision == FP32 else f" --precision {options.precision}"
             log.info("Next: python %s", cli.predict_command(checkpoint, precision))
 
@@ -324,7 +325,7 @@ def held_out_thresholds(
         image_dir: the folder of the held-out images, for tiles or another precision than that of the checkpoint.
 
     Raises:
-        UsageError: they are asked for, but the checkpoint has none.
+        UsageError: they are asked for, but the checkpoint has none; or they cannot have the rate of false alarms.
     """
     if options.rule == HELD_OUT_RULE and trained.held_out is None:
         raise UsageError(
@@ -333,6 +334,8 @@ def held_out_thresholds(
         )
     if options.rule == BEST_RULE or trained.held_out is None:
         return None
+    if options.target_fpr == 0:
+        raise UsageError("--target-fpr 0: held-out good images can promise no such rate; pass one above 0, e.g. 0.01")
     target, held_out = options.target_fpr or TARGET_FPR, trained.held_out
     if options.tiles is None and options.precision == held_out.precision:
         return trained.own_thresholds(target) if run.is_main else None
