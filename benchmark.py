@@ -51,13 +51,13 @@ from datasets.catalog import find
 from datasets.lists import UNIFIED, listed_classes
 from evaluation.benchmark_cell import FOLDERS, Cell, commands
 from evaluation.benchmark_table import Benchmark, text_tables, write_benchmark
-from evaluation.detector import as_one_process
 from models.realnet import check_realnet
 from utils import cli
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run, pick_device, usable_cores
 from utils.errors import RunError, Stopped, UsageError
 from utils.files import sha256
+from utils.launcher import as_one_process
 from utils.lock import folder_lock
 from utils.log import log, log_to_file, log_to_terminal, progress_bar
 from utils.names import name_problem

@@ -1,8 +1,6 @@
 """Load a trained detector (a RealNet checkpoint, or a model that export.py wrote) and score images with it."""
 
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -293,17 +291,6 @@ class Detector:
             # Resizing the map has averaged away the pixels that made the score.
             mask.flat[np.argmax(values)] = True
         return replace(detection, mask=mask, is_anomalous=anomalous)
-
-
-def as_one_process() -> None:
-    """Forget the ranks of a launcher that are left in the environment, for commands that need none.
-
-    Under torchrun, all ranks but the first end here: they would write the same files.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
-        sys.exit(0)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
 
 
 def checkpoint_path(path: str | Path) -> Path:
