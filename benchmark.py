@@ -45,6 +45,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from easydict import EasyDict
 
 from datasets.build import build_realnet_test_set, check_realnet_data
 from datasets.catalog import find
@@ -146,7 +147,7 @@ def planned(args: argparse.Namespace, root: Path) -> tuple[list[Cell], dict[str,
     return cells, info.paper if info else {}
 
 
-def check(config: dict, path: Path, class_name: str | None) -> list[str]:
+def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     """Check the settings of a variant and the test lists before anything is trained; returns the classes."""
 
     def check_test_list(name: str) -> None:

@@ -366,7 +366,7 @@ def set_up_training(
     return training
 
 
-def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:
+def trainer_checks(trainer: EasyDict) -> list[tuple[str, Callable[[], Any]]]:
     """Checks of a `trainer` section, for config.collect_errors."""
     cpu = torch.device("cpu")
     return [
