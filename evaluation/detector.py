@@ -82,9 +82,11 @@ def tiles_of(size: int | None, overlap: int | None, batch: int) -> Tiles | None:
     """The tiles that --tile and --overlap ask for; None without --tile.
 
     Raises:
-        UsageError: the sizes do not fit.
+        UsageError: the sizes do not fit, or --overlap has no tiles to apply to.
     """
     if size is None:
+        if overlap is not None:
+            raise UsageError("--overlap needs --tile")
         return None
     if size < 16:
         raise UsageError(f"--tile {size}: at least 16 pixels")
