@@ -45,19 +45,20 @@ import os
 from collections.abc import Sequence
 
 import torch
+from easydict import EasyDict
 
 from datasets.build import build_realnet_test_set, check_realnet_data
 from datasets.catalog import find
 from datasets.lists import UNIFIED, listed_classes
 from evaluation.benchmark_cell import FOLDERS, Cell, commands
 from evaluation.benchmark_table import Benchmark, text_tables, write_benchmark
-from evaluation.detector import as_one_process
 from models.realnet import check_realnet
 from utils import cli
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run, pick_device, usable_cores
 from utils.errors import RunError, Stopped, UsageError
 from utils.files import sha256
+from utils.launcher import as_one_process
 from utils.lock import folder_lock
 from utils.log import log, log_to_file, log_to_terminal, progress_bar
 from utils.names import name_problem
@@ -146,7 +147,7 @@ def planned(args: argparse.Namespace, root: Path) -> tuple[list[Cell], dict[str,
     return cells, info.paper if info else {}
 
 
-def check(config: dict, path: Path, class_name: str | None) -> list[str]:
+def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     """Check the settings of a variant and the test lists before anything is trained; returns the classes."""
 
     def check_test_list(name: str) -> None:

@@ -138,11 +138,12 @@ def main() -> None:
         use_exact_kernels(run.device)
         record_run(run, out / config.saver.log_dir, "evaluation_realnet", config)
         results: list[ClassResult] = []
-        for class_name, test_set, checkpoint in evaluable_classes(config, classes, args, out):
+        evaluable = evaluable_classes(config, classes, args, out)
+        for class_name, test_set, checkpoint in evaluable:
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out, stop)
         if run.is_main:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
-            checkpoint = args.checkpoint or out / config.saver.checkpoints_dir / results[0].name
+            checkpoint = args.checkpoint or evaluable[0][2].parent
             precision = "" if options.precision == FP32 else f" --precision {options.precision}"
             log.info("Next: python %s", cli.predict_command(checkpoint, precision))
 
@@ -223,59 +224,70 @@ def evaluate(
     stop: StopRequest,
 ) -> list[ClassResult]:
     """The results of each class in a test list, on rank 0; writes thresholds and pictures."""
-    shown = range(len(test_set)) if options.pictures != NO_PICTURES or options.gallery else ()
-    trained, scored, measured = score_checkpoint(checkpoint, config, test_set, run, options, shown, stop)
-    selected, others = selection_of(trained), {}
-    image_dir = Path(config.dataset.image_reader.kwargs.image_dir)
-    own = held_out_thresholds(trained, checkpoint, image_dir, run, options, stop)
+    pictured = range(len(test_set)) if options.pictures != NO_PICTURES or options.gallery else ()
+    scored = score_checkpoint(checkpoint, config, test_set, run, options, pictured, stop)
+    others: dict[str, ScoredCheckpoint] = {}
     if not (options.other_checkpoint or options.tiles):
-        for selection, file in other_selections(checkpoint, selected).items():
-            model, maps = trained, measured
-            if not file.samefile(checkpoint):
-                model, _, maps = score_checkpoint(file, config, test_set, run, options, (), stop)
-            others[selection] = maps, held_out_thresholds(model, file, image_dir, run, options, stop)
-    if scored is None:
+        for selection, file in other_selections(checkpoint, selection_of(scored.trained)).items():
+            same = file.samefile(checkpoint)
+            others[selection] = scored if same else score_checkpoint(file, config, test_set, run, options, (), stop)
+    if scored.pictured is None:
         return []
-    for line in overruled_settings(trained.config, config):
-        log.info("%s: uses the checkpoint's %s", class_name, line)
-    log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(test_set))
-    if scored.images_per_second:
-        log.info("%s: %.1f images/s in the forward pass", class_name, scored.images_per_second)
-    names = scored.classes if class_name == UNIFIED else np.full(len(scored), class_name)
+    log_checkpoint(class_name, checkpoint, scored, config)
+    names = scored.pictured.classes if class_name == UNIFIED else np.full(len(test_set), class_name)
     results = []
     for name in sorted(set(names.tolist())):
-        thresholds = None if own is None else own.classes.get(name, own)
         chosen = names == name
-        result = evaluate_class(name, measured.subset(chosen), options.target_fpr, options.pro_limit, thresholds)
-        for selection, (maps, theirs) in others.items():
-            theirs = None if theirs is None else theirs.classes.get(name, theirs)
-            other = evaluate_class(name, maps.subset(chosen), options.target_fpr, options.pro_limit, theirs)
-            result.others[selection] = other.metrics
-        result.selection = selected
-        seen = trained.known(sample.filename for sample in scored.subset(chosen).samples)
-        result.verdict.doubts.extend([seen] if seen else [])
+        result = class_result(name, chosen, scored, others, options)
         if not options.other_checkpoint:
             result.training = read_validations(out / config.saver.log_dir / class_name / "train_realnet.jsonl")
         log_undefined_metrics(result)
         folder = None if options.pictures == NO_PICTURES else out / config.saver.vis_dir / name
         # On rank 0 alone, which is the only one here.
         with folder_lock(folder) if folder else nullcontext():
-            draw_images(result, scored.subset(chosen), options.gallery, folder, run, stop, options.pictures)
+            draw_images(result, scored.pictured.subset(chosen), options.gallery, folder, run, stop, options.pictures)
         results.append(result)
-    if own is None:
-        chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
-        own = thresholds_on_list(measured, results, options, trained.fingerprint, chosen_on)
-    else:
-        low, high = heat_range(measured.maps)
-        classes = {result.name: result.thresholds for result in results} if own.classes else {}
-        own = replace(own, low=low, high=high, classes={**own.classes, **classes})
-    own = own.measured_in(options.precision)
-    if options.tiles:
-        none = Thresholds(None, None, "none for whole images", class_name=own.class_name)
-        whole = trained.thresholds(checkpoint) or none
-        own = replace(whole.with_tiled(options.tiles.name, own), fingerprint=trained.fingerprint)
-    save_thresholds(checkpoint, own, options)
+    chosen_on = config.dataset.test.meta_file.replace("{}", class_name)
+    save_thresholds(checkpoint, thresholds_to_save(scored, checkpoint, results, options, chosen_on), options)
     return results
+
+
+@dataclass(frozen=True)
+class ScoredCheckpoint:
+    """A checkpoint's model with what it gives on a test list; on other ranks than 0, the model alone.
+
+    Args:
+        trained: the model.
+        pictured: its maps at its input size, for pictures.
+        measured: its maps at the size for pixel metrics.
+        held_out: the thresholds of held-out good images; None if the list shall give them.
+    """
+
+    trained: TrainedModel
+    pictured: ScoredImages | None
+    measured: ScoredImages | None
+    held_out: Thresholds | None
+
+    def evaluate(self, name: str, chosen: np.ndarray, options: Options) -> ClassResult:
+        """The result of a class, whose images a mask (N,) chooses."""
+        thresholds = None if self.held_out is None else self.held_out.classes.get(name, self.held_out)
+        return evaluate_class(name, self.measured.subset(chosen), options.target_fpr, options.pro_limit, thresholds)
+
+
+def class_result(
+    name: str, chosen: np.ndarray, scored: ScoredCheckpoint, others: dict[str, ScoredCheckpoint], options: Options
+) -> ClassResult:
+    """The result of a class, beside those of checkpoints that were selected otherwise.
+
+    Args:
+        chosen: (N,) bool, its images in the test list.
+    """
+    result = scored.evaluate(name, chosen, options)
+    result.others = {selection: other.evaluate(name, chosen, options).metrics for selection, other in others.items()}
+    result.selection = selection_of(scored.trained)
+    seen = scored.trained.known(sample.filename for sample in scored.measured.subset(chosen).samples)
+    result.verdict.doubts.extend([seen] if seen else [])
+    return result
 
 
 def score_checkpoint(
@@ -284,38 +296,59 @@ def score_checkpoint(
     test_set: RealNetTestSet,
     run: Run,
     options: Options,
-    shown: Collection[int],
+    pictured: Collection[int],
     stop: StopRequest,
-) -> tuple[TrainedModel, ScoredImages | None, ScoredImages | None]:
-    """The model, its maps, and its maps at the size for pixel metrics; on other ranks than 0, None for both.
+) -> ScoredCheckpoint:
+    """Load a checkpoint, and score the test list and, where thresholds need it, its held-out good images.
 
     Args:
-        shown: indices of the images to keep for pictures.
+        pictured: indices of the images to keep for pictures.
 
     Raises:
+        UsageError: see check_threshold_options.
         RunError: weights or maps are not finite.
     """
     torch.manual_seed(config.random_seed)
     trained = load_trained(checkpoint, config)
+    check_threshold_options(trained, checkpoint, options)
     test_set = RealNetTestSet(test_set.images, preprocessing_of(trained.config.dataset))
     if options.tiles:
         detector = Detector.of(trained, None, run.device, options.precision)
-        measured = score_in_tiles(detector, test_set, options.tiles, run, shown, stop)
-        return trained, None if measured is None else at_input_size(measured, test_set), measured
-    batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
-    loader = make_loader(test_set, batches, config.dataset.workers, run)
-    window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
-    cast_weights(model, options.precision)
-    scored = predict_maps(model, test_set, loader, run, window, options.precision, shown, stop)
-    if scored is None:
-        return trained, None, None
-    if not scored.finite or not has_finite_weights(model):
-        raise RunError(f"{checkpoint}: its weights or anomaly maps are not finite; train it again with a lower lr")
-    return trained, scored, at_own_sizes(scored, test_set, run, stop) if options.full_size else scored
+        measured = score_in_tiles(detector, test_set, options.tiles, run, pictured, stop)
+        scored = None if measured is None else at_input_size(measured, test_set)
+    else:
+        batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
+        loader = make_loader(test_set, batches, config.dataset.workers, run)
+        window, model = pooling_window(trained.config.evaluator), trained.network.to(run.device)
+        cast_weights(model, options.precision)
+        scored = predict_maps(model, test_set, loader, run, window, options.precision, pictured, stop)
+        if scored is not None and not (scored.finite and has_finite_weights(model)):
+            raise RunError(f"{checkpoint}: its weights or anomaly maps are not finite; train it again with a lower lr")
+        resized = options.full_size and scored is not None
+        measured = at_own_sizes(scored, test_set, run, stop) if resized else scored
+    image_dir = Path(config.dataset.image_reader.kwargs.image_dir)
+    own = held_out_thresholds(trained, image_dir, run, options, stop)
+    return ScoredCheckpoint(trained, scored, measured, own)
+
+
+def check_threshold_options(trained: TrainedModel, checkpoint: Path, options: Options) -> None:
+    """Before anything is scored.
+
+    Raises:
+        UsageError: the checkpoint's held-out good images cannot give the thresholds that are asked for.
+    """
+    if trained.held_out is None:
+        if options.rule == HELD_OUT_RULE:
+            raise UsageError(
+                f"--threshold-rule {HELD_OUT_RULE}: {checkpoint} has no held-out good images; train it with "
+                "dataset.train.validation_fraction, e.g. 0.2"
+            )
+    elif options.rule != BEST_RULE and options.target_fpr == 0:
+        raise UsageError("--target-fpr 0: held-out good images can promise no such rate; pass one above 0, e.g. 0.01")
 
 
 def held_out_thresholds(
-    trained: TrainedModel, checkpoint: Path, image_dir: Path, run: Run, options: Options, stop: StopRequest
+    trained: TrainedModel, image_dir: Path, run: Run, options: Options, stop: StopRequest
 ) -> Thresholds | None:
     """The thresholds that held-out good images give; None if there are none, or if the list shall give them.
 
@@ -323,15 +356,7 @@ def held_out_thresholds(
 
     Args:
         image_dir: the folder of the held-out images, for tiles or another precision than that of the checkpoint.
-
-    Raises:
-        UsageError: they are asked for, but the checkpoint has none.
     """
-    if options.rule == HELD_OUT_RULE and trained.held_out is None:
-        raise UsageError(
-            f"--threshold-rule {HELD_OUT_RULE}: {checkpoint} has no held-out good images; train it with "
-            "dataset.train.validation_fraction, e.g. 0.2"
-        )
     if options.rule == BEST_RULE or trained.held_out is None:
         return None
     target, held_out = options.target_fpr or TARGET_FPR, trained.held_out
@@ -360,6 +385,28 @@ def thresholds_on_list(
     return replace(thresholds, fingerprint=fingerprint, chosen_on=chosen_on)
 
 
+def thresholds_to_save(
+    scored: ScoredCheckpoint, checkpoint: Path, results: list[ClassResult], options: Options, chosen_on: str
+) -> Thresholds:
+    """What the sidecar shall hold: thresholds of held-out images, with the list's range of heat maps, or of the list.
+
+    With tiles, they stand beside those for whole images that are there.
+    """
+    trained, chosen = scored.trained, scored.held_out
+    if chosen is None:
+        chosen = thresholds_on_list(scored.measured, results, options, trained.fingerprint, chosen_on)
+    else:
+        low, high = heat_range(scored.measured.maps)
+        classes = {result.name: result.thresholds for result in results} if chosen.classes else {}
+        chosen = replace(chosen, low=low, high=high, classes={**chosen.classes, **classes})
+    chosen = chosen.measured_in(options.precision)
+    if options.tiles is None:
+        return chosen
+    none = Thresholds(None, None, "none for whole images", class_name=chosen.class_name)
+    whole = trained.thresholds(checkpoint) or none
+    return replace(whole.with_tiled(options.tiles.name, chosen), fingerprint=trained.fingerprint)
+
+
 def save_thresholds(checkpoint: Path, thresholds: Thresholds, options: Options) -> None:
     """Write the sidecar.
 
@@ -377,6 +424,16 @@ def save_thresholds(checkpoint: Path, thresholds: Thresholds, options: Options) 
         thresholds = thresholds.keeping_tiles(before)
     path = write_thresholds(checkpoint, thresholds)
     log.info("thresholds in %s: %s", path, thresholds.rule)
+
+
+def log_checkpoint(class_name: str, checkpoint: Path, scored: ScoredCheckpoint, config: EasyDict) -> None:
+    """Print which model was scored, how fast, and what of the YAML it overrules."""
+    trained, pictured = scored.trained, scored.pictured
+    for line in overruled_settings(trained.config, config):
+        log.info("%s: uses the checkpoint's %s", class_name, line)
+    log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(pictured))
+    if pictured.images_per_second:
+        log.info("%s: %.1f images/s in the forward pass", class_name, pictured.images_per_second)
 
 
 def log_undefined_metrics(result: ClassResult) -> None:

@@ -42,7 +42,7 @@ from torch import nn
 
 from datasets.build import build_realnet_test_set, preprocessing_of
 from datasets.lists import listed_classes
-from evaluation.detector import as_one_process, checkpoint_path
+from evaluation.detector import checkpoint_path
 from evaluation.inputs import find_inputs
 from evaluation.score import pooling_window
 from evaluation.thresholds import as_content
@@ -53,6 +53,7 @@ from utils.checkpoint import has_finite_weights
 from utils.config import load_config, plain
 from utils.errors import RunError, UsageError
 from utils.files import PART, remove_parts, write_atomic, write_checksums
+from utils.launcher import as_one_process
 from utils.lock import folder_lock
 from utils.log import log, log_to_terminal
 from utils.precision import FP32

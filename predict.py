@@ -88,7 +88,7 @@ from tqdm import tqdm
 
 from datasets.images import allow_megapixels
 from evaluation.anomaly_command import CommandQueue, parse_command
-from evaluation.detector import Detector, Tiles, as_one_process, checkpoint_path, tiles_of
+from evaluation.detector import Detector, Tiles, checkpoint_path, tiles_of
 from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, find_inputs
 from evaluation.prediction import Predictor, Scored
 from evaluation.prediction_files import TABLE, Results, rounded
@@ -97,6 +97,7 @@ from evaluation.watching import FolderWatch, pause
 from utils import cli
 from utils.distributed import Run
 from utils.errors import UsageError
+from utils.launcher import as_one_process
 from utils.lock import folder_lock
 from utils.log import log, log_to_terminal
 from utils.names import shown

@@ -79,9 +79,7 @@ arguments.parse_early(__name__, parse_args)
 
 import os
 import re
-import shlex
 import sys
-from collections import Counter
 
 import torch
 import yaml
@@ -89,7 +87,7 @@ import yaml
 from datasets.images import allow_megapixels
 from datasets.lists import UNIFIED, Sample, first_outside, list_text, listed_classes
 from datasets.parts import parts_of
-from datasets.sources import OF_GOOD_IMAGES, WITH_TEXTURES
+from datasets.sources import WITH_TEXTURES
 from datasets.splits import Fingerprint, split_good
 from preparation import diffusion_presets, findings, placing, settings_files
 from preparation.classes import UNSPLIT, DatasetOnDisk
@@ -97,6 +95,7 @@ from preparation.duplicates import report_leaks, report_repeats
 from preparation.inspection import inspect, report_bits
 from preparation.layouts import Chosen, recognize, report_masks
 from preparation.names import TEST, TRAIN
+from preparation.next_commands import next_commands
 from preparation.preview import preview_sheet
 from preparation.roles import roles_table
 from preparation.textures import recognize_textures
@@ -125,7 +124,7 @@ def main() -> None:
     if args.preview:
         write_previews(args.dataset, args.set)
     if args.root is not None and args.dataset not in TEXTURES:
-        print_next(args)
+        log.info("\n%s", next_commands(args.dataset, folder_of_lists(args.dataset), args.preview))
     if unreadable:
         sys.exit(1)
 
@@ -221,11 +220,16 @@ def prepare(args: argparse.Namespace) -> bool:
         train, test = divide(data, readable, fingerprints, parts, args.test_fraction, args.seed)
         if not train:
             raise UsageError(f"{args.root}: no readable image of a good part to train on")
-        problems = data.findings + unreadable + report_masks(test) + report_bits(readable, infos)
-        problems += (
-            report_too_few(train) + report_repeats(train, fingerprints, parts) + report_unnamed(train + test, parts)
-        )
-        problems += report_leaks(train, test, fingerprints, parts)
+        problems = [
+            *data.findings,
+            *unreadable,
+            *report_masks(test),
+            *report_bits(readable, infos),
+            *findings.report_too_few(train),
+            *report_repeats(train, fingerprints, parts),
+            *findings.report_unnamed(train + test, parts),
+            *report_leaks(train, test, fingerprints, parts),
+        ]
         lists = list_texts(folder_of_lists(args.dataset), train, test)
         check_existing(lists, args.overwrite)
         names = [name for sample in train + test for name in (sample.filename, sample.maskname) if name]
@@ -246,25 +250,6 @@ def prepare(args: argparse.Namespace) -> bool:
             log.info("  %s", told)
     log_stale_lists(args.dataset, {sample.clsname for sample in train})
     return findings.report(problems, findings_file(args.dataset))
-
-
-def report_too_few(train: list[Sample]) -> list[findings.Finding]:
-    """Findings for classes with a single training image."""
-    counts = Counter(sample.clsname for sample in train)
-    text = "has one training image; a model of good parts needs dozens"
-    return [findings.Finding(findings.CHECK, name, text) for name, count in counts.items() if count == 1]
-
-
-def report_unnamed(samples: list[Sample], parts: dict[str, str]) -> list[findings.Finding]:
-    """A finding for images that --parts does not name, though it names others."""
-    unnamed = [sample.filename for sample in samples if sample.filename not in parts]
-    if not parts or not unnamed:
-        return []
-    named = f"names the part of {len(samples) - len(unnamed)} of {len(samples)} images"
-    text = f"{named}; each other counts as a part of its own"
-    return [
-        findings.Finding(findings.CHECK, "--parts", f"{text}: {', '.join(unnamed[:3])}{', ...' * (len(unnamed) > 3)}")
-    ]
 
 
 def folder_of_lists(dataset: str) -> Path:
@@ -401,55 +386,6 @@ def write_previews(dataset: str, overrides: list[str]) -> None:
         sheet = Path("data") / dataset / "preview" / f"{name}.png"
         write_image(sheet, preview_sheet(config.dataset, name, config.random_seed))
         log.info("%s: preview in %s", name, sheet)
-
-
-def anomaly_types_of(path: Path) -> dict[str, float]:
-    """The anomaly types of a realnet.yaml; those of the benchmarks if it is missing or cannot be used."""
-    try:
-        return load_config(path, script="realnet").dataset.train.anomaly_types
-    except UsageError:
-        return {"normal": 0.5, "sdas": 0.5}
-
-
-def holds_lines(path: Path) -> bool:
-    """Whether an image list is not empty."""
-    return path.stat().st_size > 0
-
-
-def print_next(args: argparse.Namespace) -> None:
-    """Print the commands that train and evaluate, or predict where there is nothing to evaluate on."""
-    name = args.dataset
-    classes = listed_classes(f"data/{name}/samples/train_{{}}.json")
-    chosen = "all" if len(classes) > 1 else shlex.quote(classes[0])
-    train = f"train_realnet.py --dataset {name} --class_name {chosen}"
-    if any(map(holds_lines, folder_of_lists(name).glob("test_*.json"))):
-        evaluate = f"evaluation_realnet.py --dataset {name} --class_name {chosen}"
-    else:
-        evaluate = cli.predict_command(f"experiments/{name}/realnet_checkpoints/{classes[0]}")
-    types = anomaly_types_of(Path("experiments") / name / "realnet.yaml")
-    shares = {"cutpaste": OF_GOOD_IMAGES, "dtd": WITH_TEXTURES, "sdas": "{normal: 0.5, sdas: 0.5}"}
-    quick, with_textures, with_diffusion = (
-        "" if types.get(kind) else f' --set "dataset.train.anomaly_types={share}"' for kind, share in shares.items()
-    )
-    classifier = f"train_classifier.py --dataset {name}    # optional: else sample.py --no-classifier"
-    diffusion = [f"train_diffusion.py --dataset {name}", *[classifier] * (len(classes) > 1)]
-    blocks = {
-        "Next:": [f"prepare_data.py --dataset {name} --preview    # what training will see"] * (not args.preview),
-        "The quick way:": [f"{train}{quick}", evaluate],
-        "Or with textures too (DTD, or any folder of images as dataset.train.dtd_dir):": (
-            [f"{train}{with_textures}", evaluate] if with_textures else []
-        ),
-        "Or with the anomalies of a diffusion model:": [
-            *diffusion,
-            f"sample.py --dataset {name}",
-            f"{train}{with_diffusion}",
-            evaluate,
-        ],
-    }
-    lines = [""]
-    for heading, commands in blocks.items():
-        lines += [heading, *(f"  python {command}" for command in commands)] if commands else []
-    log.info("%s", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def synthesize(
         record |= {"types": dict(types), "edit": editing.record if editing else None}
         with folder_lock(folder.path, run):
             began = time.monotonic()
-            existing = begin(folder, record, make, args.overwrite, run)
+            existing = begin(folder, record, make, args.overwrite)
             # Twice as many threads as cores: about half of their time, they wait for the disk.
             threads = 2 * min(config.dataset.workers, max(1, usable_cores() // run.world_size))
             draw_pairs(folder, make, existing, args.count, threads, run, stop)
@@ -230,7 +230,7 @@ def record_of(
 
 
 def begin(
-    folder: PairFolder, record: dict[str, Any], make: Callable[[int], Pair], overwrite: bool, run: Run
+    folder: PairFolder, record: dict[str, Any], make: Callable[[int], Pair], overwrite: bool
 ) -> dict[int, dict[str, str]]:
     """Check the folder and make it ready; returns the lines of the pairs that it holds."""
     distributed.on_main(lambda: folder.check(record, overwrite))

@@ -37,6 +37,7 @@ from datasets.sdas import SDASDataset
 from evaluation.validation_kid import set_up_kid
 from models.losses import build_criterion
 from models.sdas import SpacedDiffusion, check_training_size, create_diffusion_unet
+from models.sdas.pictures import to_pictures
 from models.sdas.reconstruction import reconstruct
 from utils import cli, distributed
 from utils.checkpoint import load_for_resume, save_numbered
@@ -46,7 +47,7 @@ from utils.errors import RunError
 from utils.files import delete_older
 from utils.log import Board, log, progress_bar
 from utils.optim import EpochLoss, accumulation_groups, seed_step
-from utils.pictures import contact_sheet, to_uint8, write_image
+from utils.pictures import contact_sheet, write_image
 from utils.precision import autocast
 from utils.run_record import identity_of
 from utils.saver import Saver
@@ -248,7 +249,7 @@ def sample_rows(
 
 def first_images(images: torch.Tensor) -> list[np.ndarray]:
     """The first few images of a batch in [-1, 1], as (H,W,3) uint8."""
-    return list(to_uint8(images[:IMAGES_PER_CLASS].float().cpu().numpy(), (0.5,) * 3, (0.5,) * 3))
+    return list(to_pictures(images[:IMAGES_PER_CLASS]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from easydict import EasyDict
 
 from datasets.catalog import ForegroundRule
 from datasets.foreground import rule_for
@@ -32,18 +33,18 @@ AUTO_IMAGES = 32  # training images that `foreground: auto` examines
 FEWEST_HELD_OUT = 8
 
 
-def preprocessing_of(config: dict) -> Preprocessing:
+def preprocessing_of(config: EasyDict) -> Preprocessing:
     """How a realnet.yaml's `dataset` section turns images into tensors."""
     reader = config.image_reader.kwargs
     mean, std = tuple(config.pixel_mean), tuple(config.pixel_std)
     return Preprocessing(tuple(config.input_size), mean, std, reader.color_mode, reader.bits)
 
 
-def _augmentation(section: dict) -> Augmentation:
+def _augmentation(section: EasyDict) -> Augmentation:
     return Augmentation(section.hflip, section.vflip, section.rotate, section.get("jitter", 0.0))
 
 
-def _image_folder(config: dict) -> str:
+def _image_folder(config: EasyDict) -> str:
     """The image folder of a `dataset` section; sets the size from which its images are refused."""
     reader = config.image_reader.kwargs
     allow_megapixels(reader.max_megapixels)
@@ -53,7 +54,7 @@ def _image_folder(config: dict) -> str:
 # ---- diffusion.yaml, classifier.yaml ---------------------------------------------------------------------------------
 
 
-def build_sdas_dataset(config: dict, split: str, classes: list[str] | None, seed: int) -> SDASDataset:
+def build_sdas_dataset(config: EasyDict, split: str, classes: list[str] | None, seed: int) -> SDASDataset:
     """Build the data set of a diffusion.yaml or classifier.yaml.
 
     Args:
@@ -120,7 +121,7 @@ def sdas_reading(experiment: Path, size: Sequence[int], color_mode: str) -> Prep
     return _sdas_preprocessing(size, "GRAY" if "GRAY" in modes else "RGB", bits)
 
 
-def check_sdas_list(config: dict, split: str, network: str) -> None:
+def check_sdas_list(config: EasyDict, split: str, network: str) -> None:
     """Check an image list of a diffusion.yaml or classifier.yaml, without opening the images.
 
     Args:
@@ -135,12 +136,12 @@ def check_sdas_list(config: dict, split: str, network: str) -> None:
         raise UsageError(f"{network}.class_number: {class_number}, but {path} has {len(classes)} classes")
 
 
-def _listed(config: dict, path: str, may_be_empty: bool = False) -> list[Sample]:
+def _listed(config: EasyDict, path: str, may_be_empty: bool = False) -> list[Sample]:
     """The lines of an image list, by a `dataset` section's folder and rule for links."""
     return read_list(path, _image_folder(config), may_be_empty, config.image_reader.kwargs.follow_links)
 
 
-def _good_samples(config: dict, path: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
+def _good_samples(config: EasyDict, path: str, classes: list[str] | None, may_be_empty: bool = False) -> list[Sample]:
     samples = _listed(config, path, may_be_empty)
     return [s for s in samples if s.label == 0 and (classes is None or s.clsname in classes)]
 
@@ -149,7 +150,7 @@ def _good_samples(config: dict, path: str, classes: list[str] | None, may_be_emp
 
 
 def build_realnet_train_set(
-    config: dict, class_name: str, seed: int, held_out: Collection[str] = ()
+    config: EasyDict, class_name: str, seed: int, held_out: Collection[str] = ()
 ) -> RealNetTrainSet:
     """Build the training set of a class from a realnet.yaml's `dataset` section.
 
@@ -164,7 +165,7 @@ def build_realnet_train_set(
     return RealNetTrainSet(cached, synthesis, _augmentation(config.train), seed)
 
 
-def training_images(config: dict, class_name: str) -> ImageList:
+def training_images(config: EasyDict, class_name: str) -> ImageList:
     """All good images of a class's training list."""
     root, path = _image_folder(config), config.train.meta_file.replace("{}", class_name)
     images = ImageList(_good_samples(config, path, None), Path(root))
@@ -174,7 +175,7 @@ def training_images(config: dict, class_name: str) -> ImageList:
 
 
 def choose_held_out(
-    config: dict, class_name: str, seed: int, progress: Callable[[Iterable], Iterable] = lambda items: items
+    config: EasyDict, class_name: str, seed: int, progress: Callable[[Iterable], Iterable] = lambda items: items
 ) -> list[str]:
     """Choose the good images that are not trained on, by file name: dataset.train.validation_fraction of each class.
 
@@ -206,14 +207,14 @@ def choose_held_out(
     return [sample.filename for sample in chosen]
 
 
-def hold_out(config: dict, class_name: str, seed: int, run: Run, stop: StopRequest) -> list[str]:
+def hold_out(config: EasyDict, class_name: str, seed: int, run: Run, stop: StopRequest) -> list[str]:
     """Choose as choose_held_out does, on rank 0, and say how far it is; all ranks get the names."""
     bar = partial(progress_bar, run=run, description="near-duplicates", stop=stop)
     return distributed.on_main(lambda: choose_held_out(config, class_name, seed, bar))
 
 
 def build_held_out_set(
-    config: dict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
+    config: EasyDict, class_name: str, train_set: RealNetTrainSet, held_out: Collection[str]
 ) -> HeldOutSet:
     """The validation set of the images that a training set leaves out; anomalies of its types and of LOCAL."""
     every = training_images(config, class_name)
@@ -226,7 +227,7 @@ def build_held_out_set(
     return HeldOutSet(cached, train_set.synthesis, types, train_set.seed, parts)
 
 
-def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
+def build_realnet_test_set(config: EasyDict, class_name: str) -> RealNetTestSet:
     """Build the test set of a class from a realnet.yaml's `dataset` section; it may be empty."""
     meta_file = config.test.meta_file.replace("{}", class_name)
     root = _image_folder(config)
@@ -234,7 +235,9 @@ def build_realnet_test_set(config: dict, class_name: str) -> RealNetTestSet:
     return RealNetTestSet(images, preprocessing_of(config))
 
 
-def foreground_rules(config: dict, images: ImageList, preprocessing: Preprocessing) -> dict[str, ForegroundRule | None]:
+def foreground_rules(
+    config: EasyDict, images: ImageList, preprocessing: Preprocessing
+) -> dict[str, ForegroundRule | None]:
     """The foreground rule of each class, as `dataset.foreground` says; None: the whole image is foreground."""
 
     def examples(clsname: str) -> list[np.ndarray]:
@@ -248,7 +251,7 @@ def foreground_rules(config: dict, images: ImageList, preprocessing: Preprocessi
     }
 
 
-def check_realnet_data(config: dict, class_name: str) -> None:
+def check_realnet_data(config: EasyDict, class_name: str) -> None:
     """Check the lists and folders that a class of a realnet.yaml needs, without opening the images."""
     train = config.train
     samples = _listed(config, train.meta_file.replace("{}", class_name))
@@ -262,7 +265,7 @@ def check_realnet_data(config: dict, class_name: str) -> None:
             rule_for(config.foreground, config.type, name, list)
 
 
-def _synthesis(config: dict) -> Synthesis:
+def _synthesis(config: EasyDict) -> Synthesis:
     """Check `dataset.train` of a realnet.yaml's `dataset` section and convert it to a Synthesis."""
     train = config.train
     for name in ("sdas_transparency_range", "dtd_transparency_range"):

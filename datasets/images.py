@@ -172,6 +172,7 @@ def _open(path: str | Path, bits: int | None = None) -> Image.Image:
 
 def is_deep_colour(opened: Image.Image) -> bool:
     """Whether an image that is not loaded yet has several channels of 16 bits, of which Pillow keeps the upper 8."""
+    # Before loading, its tiles name the encoding: RGB;16B, for instance.
     return len(opened.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", []))
 
 

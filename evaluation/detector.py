@@ -1,8 +1,6 @@
 """Load a trained detector (a RealNet checkpoint, or a model that export.py wrote) and score images with it."""
 
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,9 +82,11 @@ def tiles_of(size: int | None, overlap: int | None, batch: int) -> Tiles | None:
     """The tiles that --tile and --overlap ask for; None without --tile.
 
     Raises:
-        UsageError: the sizes do not fit.
+        UsageError: the sizes do not fit, or --overlap has no tiles to apply to.
     """
     if size is None:
+        if overlap is not None:
+            raise UsageError("--overlap needs --tile")
         return None
     if size < 16:
         raise UsageError(f"--tile {size}: at least 16 pixels")
@@ -293,17 +293,6 @@ class Detector:
             # Resizing the map has averaged away the pixels that made the score.
             mask.flat[np.argmax(values)] = True
         return replace(detection, mask=mask, is_anomalous=anomalous)
-
-
-def as_one_process() -> None:
-    """Forget the ranks of a launcher that are left in the environment, for commands that need none.
-
-    Under torchrun, all ranks but the first end here: they would write the same files.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
-        sys.exit(0)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
 
 
 def checkpoint_path(path: str | Path) -> Path:

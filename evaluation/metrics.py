@@ -89,6 +89,7 @@ class Ranking:
         return float(np.diff(self.true_positives, prepend=0) @ lower / (self.positives * self.negatives))
 
     def average_precision(self) -> float | None:
+        """The mean over the positives of the precision at each one's score, in [0, 1]; without interpolation."""
         if not self.defined:
             return None
         precision = self.true_positives / (self.true_positives + self.false_positives)

@@ -26,6 +26,7 @@ from evaluation.image_features import (
 )
 from evaluation.quality_report import text_of, write_quality
 from evaluation.quality_rows import FEWEST_DRAWN, FEWEST_REAL, NOISE, Row, class_rows, name_of
+from models.sdas.pictures import to_pictures
 from models.sdas.sampler import Sampler, image_seed
 from utils import distributed
 from utils.checkpoint import trained_checkpoint
@@ -35,7 +36,6 @@ from utils.errors import UsageError
 from utils.files import remove_parts
 from utils.lock import folder_lock
 from utils.log import Board, progress_bar
-from utils.pictures import to_uint8
 from utils.signals import StopRequest
 
 log = logging.getLogger("realnet")
@@ -181,5 +181,4 @@ def _file_of(path: Path) -> list[str | int]:
 def noise(size: tuple[int, int], seed: int, index: int) -> np.ndarray:
     """What a sampler begins with, as an image (H,W,3) uint8."""
     generator = torch.Generator().manual_seed(image_seed(seed, NOISE, index))
-    values = torch.randn(1, 3, *size, generator=generator).clamp(-1, 1).numpy()
-    return to_uint8(values, (0.5,) * 3, (0.5,) * 3)[0]
+    return to_pictures(torch.randn(1, 3, *size, generator=generator))[0]

@@ -23,7 +23,6 @@ class Verdict:
         defective, missed: number of defective images, and of those called normal.
         image_auroc, pixel_auroc: 95% intervals (see bootstrap below); None if undefined.
         doubts: what makes the figures doubtful, each after "<class> is"; empty if nothing does.
-
         unmasked: number of defective images whose mask is not known.
 
     flagged and missed are None without a threshold.

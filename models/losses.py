@@ -75,7 +75,9 @@ class SegmentFocalLoss(nn.Module):
         probability = outputs["logit"].float().softmax(dim=1)
         one_hot = F.one_hot(targets, 2).permute(0, 3, 1, 2).clamp(eps, 1 - eps)
         p = (one_hot * probability).sum(dim=1) + eps
-        loss = -((1 - p) ** self.gamma) * p.log()
+        # Above 0: for gamma < 1, the gradient of 0**gamma is infinite, and nan when it is multiplied by log(1).
+        doubt = (1 - p).clamp(min=1e-12)
+        loss = -(doubt**self.gamma) * p.log()
         if self.alpha is not None:
             loss = loss * torch.where(targets == 0, *self.alpha)
         return self.weight * (loss.mean() if self.size_average else loss.sum())
@@ -93,8 +95,6 @@ class ImageMSELoss(nn.Module):
 
 
 LOSSES = {loss.__name__: loss for loss in (SegmentCrossEntropyLoss, FeatureMSELoss, SegmentFocalLoss, ImageMSELoss)}
-
-
 DETECTOR_LOSSES = ("SegmentCrossEntropyLoss", "SegmentFocalLoss", "FeatureMSELoss")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets.lists import Sample
 from utils.files import write_text
 
 log = logging.getLogger("realnet")
@@ -61,3 +62,20 @@ def report(findings: list[Finding], path: Path) -> bool:
     total = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
     log.info("findings: %s", f"{total} ({path})" if total else "none")
     return counts[UNREADABLE] > 0
+
+
+def report_too_few(train: list[Sample]) -> list[Finding]:
+    """Findings for classes with a single training image."""
+    counts = Counter(sample.clsname for sample in train)
+    text = "has one training image; a model of good parts needs dozens"
+    return [Finding(CHECK, name, text) for name, count in counts.items() if count == 1]
+
+
+def report_unnamed(samples: list[Sample], parts: dict[str, str]) -> list[Finding]:
+    """A finding for images that --parts does not name, though it names others."""
+    unnamed = [sample.filename for sample in samples if sample.filename not in parts]
+    if not parts or not unnamed:
+        return []
+    named = f"names the part of {len(samples) - len(unnamed)} of {len(samples)} images"
+    text = f"{named}; each other counts as a part of its own"
+    return [Finding(CHECK, "--parts", f"{text}: {', '.join(unnamed[:3])}{', ...' * (len(unnamed) > 3)}")]

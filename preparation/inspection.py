@@ -8,7 +8,15 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.anomaly import is_grey
-from datasets.images import count_pages, open_image, pixels_of, read_image, read_mask, same_aspect_ratio
+from datasets.images import (
+    count_pages,
+    is_deep_colour,
+    open_image,
+    pixels_of,
+    read_image,
+    read_mask,
+    same_aspect_ratio,
+)
 from datasets.lists import Sample
 from datasets.splits import Fingerprint, fingerprint
 from preparation.findings import CHECK, NO_MASK, UNREADABLE, Finding
@@ -100,8 +108,7 @@ def _inspect_one(root: Path, sample: Sample) -> tuple[Sample, ImageInfo | None, 
 def _largest(path: Path, image: np.ndarray) -> int | None:
     """The largest value of a 16-bit image; of a colour image, which Pillow decodes to 8 bits, its upper 8 bits."""
     with open_image(path) as opened:
-        # Before loading, its tiles name the encoding: RGB;16B, for instance.
-        if len(opened.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", [])):
+        if is_deep_colour(opened):
             return int(image.max()) << 8 | 0xFF
         return int(np.asarray(opened).max()) if opened.mode.startswith("I") else None
 

@@ -25,39 +25,18 @@ from utils.errors import RunError, UsageError
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
 _SDAS = (
-    *(
-        *_ALL,
-        "CLASSES",
-        "MODEL_START",
-        "CROP",
-        "BATCH",
-        "DEPTH",
-        "MULT",
-        "ATTENTION",
-        "HEAD",
-        "WINDOW",
-        "CHECKPOINTING",
-    ),
-    *("STEPS", "ACCUMULATE", "RATE", "SCHEDULE", "BETAS"),
-)
+    *_ALL, "CLASSES", "MODEL_START", "CROP", "BATCH", "DEPTH", "MULT", "ATTENTION", "HEAD", "WINDOW", "CHECKPOINTING",
+    "STEPS", "ACCUMULATE", "RATE", "SCHEDULE", "BETAS",
+)  # fmt: skip
 # The values that each file names.
 FILES = {
     "diffusion.yaml": (*_SDAS, "UNET_WIDTH", "PRETRAINED_UNET", "EPOCHS", "EVERY", "DECAY"),
     "classifier.yaml": (*_SDAS, "CLASSIFIER_WIDTH", "PRETRAINED_CLASSIFIER", "POOL", "CLASSIFIER_EPOCHS"),
     "sample.yaml": (
-        "DATASET",
-        "HEIGHT",
-        "WIDTH",
-        "IMAGES_AT_ONCE",
-        "NUMBER",
-        "SAMPLER",
-        "COLOURS",
-        "DEPTHS",
-        "COUNTS",
-        "BETAS",
+        "DATASET", "HEIGHT", "WIDTH", "IMAGES_AT_ONCE", "NUMBER", "SAMPLER", "COLOURS", "DEPTHS", "COUNTS", "BETAS",
     ),
     "realnet_unified.yaml": _ALL,
-}
+}  # fmt: skip
 IMAGES = "images"  # folder under data/<dataset>/
 STEP, AREA = 32, 256 * 256
 FOREGROUND_HINT = "or auto, a rule such as MVTec-AD/bottle, or {channel: gray, threshold: otsu, close: 6, open: 6}"

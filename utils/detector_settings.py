@@ -175,13 +175,13 @@ _LOSSES = {
 }
 
 
-def losses(text: str, default: Any = MISSING, legacy: bool = False) -> Entries:
+def losses(text: str, default: Any = MISSING) -> Entries:
     """The key `criterion`."""
     keys = {
         "name": Setting("str", "Its name in the log.", check=_loss_name_problem),
         "type": Setting("str", "Its class."),
     }
-    return Entries(keys, text, default, kwargs=_LOSSES, may_be_empty=True, legacy=legacy)
+    return Entries(keys, text, default, kwargs=_LOSSES, may_be_empty=True)
 
 
 AUC = Entries(

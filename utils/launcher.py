@@ -48,6 +48,17 @@ def _advice(name: str) -> str:
     return f"start with torchrun to run on several ranks, or `unset {name}` to run one process"
 
 
+def as_one_process() -> None:
+    """Forget the ranks of a launcher that are left in the environment, for commands that need none.
+
+    Under torchrun, all ranks but the first end here: they would write the same files.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        sys.exit(0)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def end_with_launcher() -> None:
     """End this rank when its launcher is killed; otherwise it would wait for the other ranks until TIMEOUT.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from easydict import EasyDict
 from torch import nn
 
 from utils.checkpoint import tensor_problem
@@ -21,7 +22,7 @@ log = logging.getLogger("realnet")
 FUSED, FUSED_DEVICES = ("Adam", "AdamW"), ("cpu", "cuda")
 
 
-def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(section: EasyDict, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Build the optimiser that trainer.optimizer names for a model's trainable parameters; fused if possible.
 
     A fused optimiser makes its step in one kernel, and with GPUs decides there whether to skip it.
@@ -42,7 +43,7 @@ def build_optimizer(section: dict, model: nn.Module, device: torch.device) -> to
         raise UsageError(f"trainer.optimizer.kwargs: {error}") from None
 
 
-def check_optimizer(section: dict) -> None:
+def check_optimizer(section: EasyDict) -> None:
     """Refuse an optimiser that cannot train a network, by a step of a small one.
 
     Raises:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from easydict import EasyDict
 from torch import nn
 
 from utils.choices import BF16, FORWARD_PRECISIONS, FP16, FP32, PRECISIONS
@@ -30,7 +31,7 @@ def resolve_precision(amp: str, device: torch.device) -> str:
     return "bf16" if native else "off"
 
 
-def training_precision(trainer: dict, device: torch.device) -> str:
+def training_precision(trainer: EasyDict, device: torch.device) -> str:
     """Resolve `trainer.amp` to "off", "bf16" or "fp16"; the reference's `use_fp16` means fp16 if amp is off."""
     return resolve_precision("fp16" if trainer.get("use_fp16") and trainer.amp == "off" else trainer.amp, device)
 

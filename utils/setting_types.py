@@ -35,7 +35,7 @@ class Setting:
         may_be_empty: whether a list may be empty.
         check: what is wrong with a value beyond all this, in words, or None.
         choices: the allowed values, or the allowed names in a mapping.
-        legacy: kept so that the reference program's files load; nobody needs to set it.
+        legacy: kept so that files of the reference program and of earlier versions load; nobody needs to set it.
     """
 
     kind: str
@@ -116,7 +116,7 @@ def settings_page(tables: dict[str, Section]) -> str:
         "# Settings",
         "",
         "Every key of the YAML files under `experiments/<dataset>/`. Set one for a single run with `--set key=value`.",
-        "*Legacy* keys exist only so that the reference program's files load; leave them as they are.",
+        "*Legacy* keys need not be set: they exist so that files of the reference program and earlier versions load.",
         "",
         "This page is written by `python -m utils.settings > docs/settings.md`; edit",
         "[utils/settings.py](../utils/settings.py) or",

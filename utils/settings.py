@@ -3,6 +3,9 @@
 python -m utils.settings > docs/settings.md        writes the page that documents them
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from utils.choices import PRECISIONS
 from utils.detector_settings import AUC, FEATURES, MOST_PIXELS, NET, STRUCTURE, losses
 from utils.names import folder_problem, name_problem
@@ -189,7 +192,7 @@ _SDAS_TRAINER = {
         "int", "Batches averaged per optimiser step; raise it for a small batch_size.", 1, low=1, high=MOST_IMAGES
     ),
     "clip_max_norm": Setting("float?", _CLIP_HELP, 1.0, above=0),
-    "val_batch_number": Setting("int", "Batches of test images that a diffusion validation reconstructs.", 6, low=1),
+    "val_batch_number": Setting("int", "Batches of test images that a validation reconstructs.", 6, low=1),
 }
 
 
@@ -219,29 +222,21 @@ def _folder(what: str, default: str) -> Setting:
     return Setting("str", f"{what}, under experiments/<dataset>/.", default, check=folder_problem)
 
 
-def _saver(stage: str) -> Section:
-    """The keys that say where a script writes."""
-    return Section(
-        {
-            "checkpoints_dir": Setting(
-                "str", "Checkpoints, under experiments/<dataset>/.", f"{stage}_checkpoints/", check=folder_problem
-            ),
-            "log_dir": Setting(
-                "str",
-                "Logs and tensorboard files, under experiments/<dataset>/.",
-                f"{stage}_log/",
-                check=folder_problem,
-            ),
-            "vis_dir": Setting(
-                "str", "Pictures for people, under experiments/<dataset>/.", f"{stage}_vis/", check=folder_problem
-            ),
-            "results_dir": Setting(
-                "str", "Tables and report, under experiments/<dataset>/.", f"{stage}_results/", check=folder_problem
-            ),
-            "keep": Setting("int", "Numbered checkpoints to keep; older ones are deleted.", 3, low=1),
-            "keep_pictures": Setting("int", _KEEP_PICTURES_HELP, 5, low=1),
-        }
-    )
+def _saver(stage: str, unused: Sequence[str]) -> Section:
+    """The keys that say where a script writes.
+
+    Args:
+        unused: keys that the scripts with this file make no use of, but accept.
+    """
+    keys = {
+        "checkpoints_dir": _folder("Checkpoints", f"{stage}_checkpoints/"),
+        "log_dir": _folder("Logs and tensorboard files", f"{stage}_log/"),
+        "vis_dir": _folder("Pictures for people", f"{stage}_vis/"),
+        "results_dir": _folder("Tables and report", f"{stage}_results/"),
+        "keep": Setting("int", "Numbered checkpoints to keep; older ones are deleted.", 3, low=1),
+        "keep_pictures": Setting("int", _KEEP_PICTURES_HELP, 5, low=1),
+    }
+    return Section(keys | {name: replace(keys[name], help="Not used here.", legacy=True) for name in unused})
 
 
 # ---- one table per file ----------------------------------------------------------------------------------------------
@@ -271,7 +266,7 @@ _DIFFUSION = Section(
         "TrainSampler": _process("ddim1000", "training"),
         "TestSampler": _process("ddim20", "the validation's images"),
         "features": FEATURES,
-        "saver": _saver("diffusion"),
+        "saver": _saver("diffusion", ["results_dir"]),
     }
 )  # fmt: skip
 
@@ -284,6 +279,9 @@ _CLASSIFIER_FILE = Section(
             {
                 **_SDAS_TRAINER,
                 "val_freq_epoch": Setting("int", _VALIDATION_HELP, 5, low=1),
+                "val_batch_number": Setting(
+                    "int", "Not used here: validations go over all images.", 6, low=1, legacy=True
+                ),
                 "save_freq_epoch": Setting("int", "Epochs between two numbered checkpoints.", 5, low=1),
                 "ema_decay": _EMA,
             }
@@ -291,7 +289,7 @@ _CLASSIFIER_FILE = Section(
         "criterion": Setting("list?", "The loss is always the cross entropy.", [], legacy=True),
         "TrainSampler": _process("ddim1000", "training"),
         "TestSampler": _process("ddim1000", "validation"),
-        "saver": _saver("classifier"),
+        "saver": _saver("classifier", ["vis_dir", "results_dir"]),
     }
 )
 
@@ -355,7 +353,7 @@ _SAMPLE = Section(
         "workspace": Section(
             {"root": Setting("str", "Folder of the images; each class gets a folder in it.", check=folder_problem)}
         ),
-        "saver": _saver("sample"),
+        "saver": _saver("sample", ["checkpoints_dir", "results_dir", "keep"]),
     }
 )  # fmt: skip
 
@@ -458,7 +456,7 @@ _REALNET = Section(
                 ),
             }
         ),
-        "saver": _saver("realnet"),
+        "saver": _saver("realnet", ["keep"]),
         "criterion": losses(
             "Losses {name, type, kwargs}: SegmentCrossEntropyLoss or SegmentFocalLoss, and FeatureMSELoss."
         ),

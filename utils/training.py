@@ -285,13 +285,19 @@ class Training:
         return [text.removeprefix("settings.") for text in changed_settings(before, now)]
 
     def _apply_changes(self, changes: list[str]) -> None:
-        """Begin the epoch anew if its batches are cut differently, and the figures if the test images are others."""
-        if self.figures and any(change.startswith("test list:") for change in changes):
-            self.figures = dict(self.first_figures)
-            log.info("  the best figures so far are of other test images and begin anew")
-        elif BEST_SYNTHETIC in self.figures and any(change.startswith("training list:") for change in changes):
-            self.figures[BEST_SYNTHETIC] = self.first_figures[BEST_SYNTHETIC]
-            log.info("  the best figure so far is of other held-out images and begins anew")
+        """Begin figures anew that are of other images or another metric, and the epoch if its batches are others."""
+        synthetic = {BEST_SYNTHETIC} & set(self.figures)
+        of_test = set(self.figures) - {BEST_SYNTHETIC, STALE}
+        for change, names, what in (
+            ("test list:", of_test, "other test images"),
+            ("training list:", synthetic, "other held-out images"),
+            ("evaluator.key_metric:", of_test | synthetic, "another metric"),
+        ):
+            if names and any(text.startswith(change) for text in changes):
+                # With them, the patience for better ones.
+                anew = {name: self.first_figures[name] for name in self.figures if name in names | {STALE}}
+                self.figures.update(anew)
+                log.info("  the best figures so far are of %s and begin anew", what)
         cuts = ("dataset.batch_size:", "trainer.accumulate:", "ranks:", "training list:", "random_seed:")
         if self.progress.step_in_epoch and any(change.startswith(cuts) for change in changes):
             self.progress.step_in_epoch = 0
@@ -360,7 +366,7 @@ def set_up_training(
     return training
 
 
-def trainer_checks(trainer: dict) -> list[tuple[str, Callable[[], Any]]]:
+def trainer_checks(trainer: EasyDict) -> list[tuple[str, Callable[[], Any]]]:
     """Checks of a `trainer` section, for config.collect_errors."""
     cpu = torch.device("cpu")
     return [

@@ -165,11 +165,11 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """2x2 average, or a strided 3x3 convolution. (N, C, H, W) -> (N, C, H/2, W/2)."""
+    """A strided 3x3 convolution. (N, C, H, W) -> (N, C, H/2, W/2)."""
 
-    def __init__(self, channels: int, use_conv: bool) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.op(x)

@@ -246,8 +246,8 @@ class SpacedDiffusion:
                 its batch.
             progress: show a progress bar over the steps, if there is a terminal.
             start: the timestep that each image begins at, where `noise` holds its x_t; None: all at the last one.
-            after_step: after_step(t, x_{t-1}, predicted x_0) -> what takes the place of x_{t-1}. An image that has not
-                begun yet stays as it is, whatever is returned for it.
+            after_step: after_step(t, x_{t-1}, predicted x_0) -> what takes the place of x_{t-1}. Of an image that has
+                not begun yet, both are the image as it is, and it stays so, whatever is returned for it.
         """
         step = partial(self.p_sample, model, s=s, cond_fn=cond_fn, model_kwargs=model_kwargs)
         return self._loop(step, noise, generator, progress, start, after_step)
@@ -342,9 +342,13 @@ class SpacedDiffusion:
             t = torch.full((len(x),), i, device=x.device)
             begun = [i <= begin for begin in begins]
             out = step(x, t, noise=draw_noise(x, generator, begun))
-            drawn = out["sample"] if after_step is None else after_step(i, out["sample"], out["pred_xstart"])
+            drawn, pred_xstart = out["sample"], out["pred_xstart"]
             if not all(begun):
-                drawn = torch.where(to_device(torch.tensor(begun), x.device)[:, None, None, None], drawn, x)
+                has_begun = to_device(torch.tensor(begun), x.device)[:, None, None, None]
+                drawn, pred_xstart = (torch.where(has_begun, values, x) for values in (drawn, pred_xstart))
+            if after_step is not None:
+                changed = after_step(i, drawn, pred_xstart)
+                drawn = changed if all(begun) else torch.where(has_begun, changed, x)
             x = drawn
         return x
 

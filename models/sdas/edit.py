@@ -14,10 +14,10 @@ import torch
 
 from models.sdas.diffusion import SpacedDiffusion, Strength, start_of
 from models.sdas.noise import draw_noise
+from models.sdas.pictures import from_pictures, to_pictures
 from models.sdas.sampler import Sampler
 from utils.device import to_device
 from utils.errors import RunError
-from utils.pictures import to_uint8
 
 VISIBLE = 8.0  # grey levels by which the mean of a square differs where an image counts as changed
 SQUARE = 5  # side of that square, in pixels
@@ -183,12 +183,11 @@ def edit_images(
     reduced = np.stack([good.reduced for good in goods])
     # Every pixel of the model that reaches into the mask is drawn; put_back cuts what lies outside.
     masks = [_resized(good.mask * 255.0, sampler.size, cv2.INTER_AREA) > 0 for good in goods]
-    images = torch.from_numpy(reduced.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
     edited = edit_inside(
         sampler.process,
         sampler.sampler,
         sampler.model,
-        to_device(images, sampler.device),
+        to_device(from_pictures(reduced), sampler.device),
         to_device(torch.from_numpy(np.stack(masks)[:, None]), sampler.device),
         [start_of(sampler.process, float(d)) for d in depths],
         generators,
@@ -198,7 +197,7 @@ def edit_images(
     )
     if not edited.isfinite().all():
         raise RunError("the model draws values that are not finite; it has diverged, or needs amp: off")
-    pictures = to_uint8(edited.clamp(-1, 1).cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+    pictures = to_pictures(edited)
     return [
         _finish(good, after, float(s), float(d))
         for good, after, s, d in zip(goods, pictures, strengths, depths, strict=True)

@@ -12,13 +12,13 @@ from easydict import EasyDict
 
 from models.sdas.diffusion import AfterStep, SpacedDiffusion, start_of
 from models.sdas.guidance import classifier_guidance, guidance_precision
+from models.sdas.pictures import to_pictures
 from models.sdas.trained import class_list, load_averaged, load_networks
 from models.sdas.unet import check_size, create_classifier_unet, create_diffusion_unet
 from utils.config import collect_errors, model_kwargs
 from utils.device import to_device
 from utils.distributed import Run
 from utils.errors import RunError
-from utils.pictures import to_uint8
 from utils.precision import autocast, cast_weights, resolve_precision
 
 log = logging.getLogger("realnet")
@@ -80,10 +80,9 @@ class Sampler:
         images = self.sample(number, strengths, generators, progress, after_step, goods, start)
         if not images.isfinite().all():
             raise RunError(f"{name}: the model draws values that are not finite; it has diverged, or needs amp: off")
-        images = images.clamp(-1, 1)
         if self.grey:
-            images = images.mean(dim=1, keepdim=True).expand_as(images)
-        return to_uint8(images.cpu().numpy(), (0.5,) * 3, (0.5,) * 3)
+            images = images.clamp(-1, 1).mean(dim=1, keepdim=True).expand_as(images)
+        return to_pictures(images)
 
     def strengths(self, name: str, indices: Sequence[int], low: float, high: float) -> list[float]:
         """The strengths that `draw` gives to images."""

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from models.sdas.pictures import from_pictures, to_pictures
 from models.sdas.reconstruction import reconstruct
 from models.sdas.sampler import Sampler
 from utils.device import to_device
-from utils.pictures import contact_sheet, thumbnail, to_uint8
+from utils.pictures import contact_sheet, thumbnail
 
 STEP_IMAGES = 3
 MOST_STEPS = 20  # columns of a sheet; of more steps, some are shown
@@ -32,7 +33,7 @@ def step_sheet(sampler: Sampler, name: str, number: int, strength: Sequence[floa
 
     def keep(t: int, x: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
         if t in shown:
-            states[t] = _pictures(x), _pictures(pred_xstart)
+            states[t] = to_pictures(x), to_pictures(pred_xstart)
         return x
 
     sampler.draw(name, number, range(STEP_IMAGES), *strength, progress=True, after_step=keep)
@@ -45,9 +46,8 @@ def step_sheet(sampler: Sampler, name: str, number: int, strength: Sequence[floa
 
 def reconstructions(sampler: Sampler, number: int, images: np.ndarray) -> np.ndarray:
     """Images (N,H,W,3) uint8 of a class, inverted to noise and sampled back."""
-    scaled = torch.from_numpy(images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
-    recon = reconstruct(sampler.process, sampler.model, to_device(scaled, sampler.device), number)
-    return _pictures(recon)
+    scaled = to_device(from_pictures(images), sampler.device)
+    return to_pictures(reconstruct(sampler.process, sampler.model, scaled, number))
 
 
 def reconstruction_sheet(names: Sequence[str], images: np.ndarray, recon: np.ndarray) -> np.ndarray:
@@ -62,8 +62,3 @@ def reconstruction_sheet(names: Sequence[str], images: np.ndarray, recon: np.nda
     return contact_sheet(
         list(zip(names, cells, strict=True)), ["image", "reconstruction", f"{DIFFERENCE_FACTOR} x difference"]
     )
-
-
-def _pictures(images: torch.Tensor) -> np.ndarray:
-    """(N,3,H,W) in about [-1, 1] -> (N,H,W,3) uint8."""
-    return to_uint8(images.clamp(-1, 1).float().cpu().numpy(), (0.5,) * 3, (0.5,) * 3)

@@ -61,7 +61,7 @@ class UNetShape:
         return AttentionBlock(channels, num_heads or self.num_heads, self.num_head_channels, window)
 
     def down(self, channels: int) -> nn.Module:
-        return self.res(channels, channels, "down") if self.resblock_updown else Downsample(channels, True)
+        return self.res(channels, channels, "down") if self.resblock_updown else Downsample(channels)
 
     def up(self, channels: int) -> nn.Module:
         return self.res(channels, channels, "up") if self.resblock_updown else Upsample(channels, True)

@@ -178,6 +178,7 @@ def test_spoiled_settings_in_a_checkpoint_are_named(changes, text, detector, tmp
         ({"--input": "bad.txt"}, "bad.txt, line 1: not a JSON object with a filename"),
         ({"--tile": "8"}, "--tile 8: at least 16"),
         ({"--tile": "32", "--overlap": "32"}, "--overlap 32: has to lie in 0 .. 31"),
+        ({"--overlap": "32"}, "--overlap needs --tile"),
         ({"--batch-size": "0"}, "--batch-size 0"),
     ],
 )

@@ -340,6 +340,12 @@ def test_the_focal_loss_takes_the_reference_s_arguments():
     torch.testing.assert_close(by_number(outputs), wanted)
 
 
+def test_the_focal_loss_of_pixels_that_are_certain_has_a_gradient():
+    logit = torch.tensor([-60.0, 60.0]).view(1, 2, 1, 1).requires_grad_()
+    SegmentFocalLoss(gamma=0.5)({"logit": logit, "mask": torch.ones(1, 1, 1, 1)}).backward()
+    assert logit.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("indices", [[0, 1, 64], [-1, 0, 1], [2, 2, 3]])
 def test_indices_from_a_file_are_channels_and_different(indices):
     afs = AFS([Block("block1", (("layer1", 3),), 4)], {"layer1": 64})

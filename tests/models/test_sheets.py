@@ -45,6 +45,18 @@ def test_steps_before_the_images_begin_are_left_out():
     np.testing.assert_array_equal(sheet[2 * CAPTION :][:64, -64:], sampler.draw("dots", 0, [0], 0.1, 0.2)[0])
 
 
+def test_an_image_is_given_to_after_step_as_it_is_until_it_begins():
+    noise, given = torch.randn(2, 3, 8, 8), {}
+
+    def keep(t: int, x: torch.Tensor, pred_xstart: torch.Tensor) -> torch.Tensor:
+        given[t] = x[1], pred_xstart[1]
+        return x
+
+    sampler_of(4).process.p_sample_loop(Gaussian(0.2, 0.1), noise, start=[3, 1], after_step=keep)
+    assert all(torch.equal(values, noise[1]) for t in (3, 2) for values in given[t])
+    assert not torch.equal(given[1][0], noise[1])
+
+
 def test_of_many_steps_some_are_shown():
     sheet = step_sheet(sampler_of(50), "dots", 0, [0.1, 0.2])
     assert sheet.shape[1] == MOST_STEPS * (64 + GAP) - GAP

@@ -266,6 +266,7 @@ def test_one_model_for_all_classes(workspace):
     assert (workspace.out / "realnet_checkpoints/uni/ckpt_best.pth.tar").is_file()
     done = workspace.run("evaluation_realnet.py", "--config", path, "--set", "saver.results_dir=unified/")
     assert [line.split()[0] for line in table_of(done.stdout)] == ["class", *CLASSES, "mean"]
+    assert f"Next: python predict.py --checkpoint {workspace.out}/realnet_checkpoints/uni " in done.stdout
 
 
 def test_demo_data_is_complete(tmp_path):

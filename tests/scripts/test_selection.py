@@ -90,6 +90,9 @@ def test_a_detector_is_chosen_and_judged_without_the_test_list(call, workspace, 
     assert without == metrics
     assert gap["image_auroc"] == pytest.approx(on_test["image_auroc"] - without["image_auroc"])
 
+    assert "--target-fpr 0: held-out good images can promise no such rate" in call(
+        evaluation_realnet.main, "--target-fpr", "0", code=2
+    )
     call(evaluation_realnet.main, "--threshold-rule", "best-f1")
     assert json.loads((folder / "ckpt_best.thresholds.json").read_text())["rule"] == "best F1 on the evaluation set"
     # The checkpoint still knows its held-out images.

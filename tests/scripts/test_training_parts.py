@@ -141,6 +141,26 @@ def test_each_selection_has_its_checkpoint_and_no_content_is_stored_twice(config
     assert training.is_over
 
 
+@pytest.mark.parametrize(
+    ("override", "lists", "anew"),
+    [
+        ("random_seed=100", ("8 images", "3 images"), ["best_metric"]),
+        ("random_seed=100", ("7 images", "4 images"), ["best_synthetic"]),
+        ("evaluator.key_metric=image", ("8 images", "4 images"), ["best_metric", "best_synthetic"]),
+        ("random_seed=101", ("8 images", "4 images"), []),
+    ],
+)
+def test_only_figures_of_other_images_or_another_metric_begin_anew(configured, tmp_path, override, lists, anew):
+    first = {"best_metric": -1.0, "best_synthetic": -1.0, "stale_validations": 0}
+    before = training_of(configured("realnet"), nn.Linear(1, 1), figures=first)
+    before.figures = reached = {"best_metric": 0.5, "best_synthetic": 0.6, "stale_validations": 2}
+    after = training_of(configured("realnet", override), nn.Linear(1, 1), figures=dict(first))
+    after.train_list, after.test_list = lists
+    after.resume(before.state_dict(), tmp_path)
+    begun = [*anew, "stale_validations"] if anew else []
+    assert after.figures == {name: first[name] if name in begun else reached[name] for name in reached}
+
+
 def test_the_newest_checkpoint_may_be_the_best(configured, tmp_path):
     training = training_of(configured("realnet"), nn.Linear(1, 1), figures={"best_metric": -1.0})
     for epoch in range(2):
