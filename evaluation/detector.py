@@ -311,5 +311,5 @@ def checkpoint_path(path: str | Path) -> Path:
         exported = sorted(str(found) for ending in ("onnx", "pt2") for found in path.glob(f"*.{ending}"))
         if classes or exported:
             found = ", ".join([*exported, *classes][:5])
-            raise UsageError(f"--checkpoint {path}: name one of those that the folder holds: {found}")
-    raise UsageError(f"--checkpoint {file} does not exist; train_realnet.py writes it")
+            raise UsageError(f"{path} holds no {BEST}; name one of those in it: {found}")
+    raise UsageError(f"{file} does not exist; train_realnet.py writes it")

@@ -156,7 +156,7 @@ def set_up_quality(
     networks = [config[section] for section in ("unet", "classifier") if config[section] is not None]
     identity = {
         "checkpoints": [_file_of(trained_checkpoint(pretrained_path(network))) for network in networks],
-        "sampler": sampler.sampler,
+        "sampler": sampler.method,
         "TestSampler": plain(config.TestSampler),
         "classifier_scale": config.classifier_scale,
         "random_seed": sampler.seed,

@@ -79,7 +79,6 @@ class Entries:
     distinct: str = "name"
     kwargs: dict[str, Section] = field(default_factory=dict)
     may_be_empty: bool = False
-    legacy: bool = False
 
 
 def rows(section: Section, prefix: str = "") -> list[tuple[str, Setting | Entries]]:
@@ -127,7 +126,8 @@ def settings_page(tables: dict[str, Section]) -> str:
         lines += ["", f"## {file}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
         for key, setting in rows(section):
             default = "required" if setting.default is MISSING else f"`{_as_yaml(setting.default)}`"
+            legacy = "*Legacy.* " if isinstance(setting, Setting) and setting.legacy else ""
             # <dataset> would be taken for a tag, and not be shown.
-            meaning = ("*Legacy.* " if setting.legacy else "") + setting.help.replace("<", "&lt;")
-            lines.append(f"| `{key}` | {constraint(setting)} | {default} | {meaning} |")
+            meaning = setting.help.replace("<", "&lt;")
+            lines.append(f"| `{key}` | {constraint(setting)} | {default} | {legacy}{meaning} |")
     return "\n".join(lines) + "\n"

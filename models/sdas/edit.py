@@ -185,7 +185,7 @@ def edit_images(
     masks = [_resized(good.mask * 255.0, sampler.size, cv2.INTER_AREA) > 0 for good in goods]
     edited = edit_inside(
         sampler.process,
-        sampler.sampler,
+        sampler.method,
         sampler.model,
         to_device(from_pictures(reduced), sampler.device),
         to_device(torch.from_numpy(np.stack(masks)[:, None]), sampler.device),

@@ -47,7 +47,7 @@ class Sampler:
     process: SpacedDiffusion
     unet: torch.nn.Module
     cond_fn: Callable | None
-    sampler: str  # see SpacedDiffusion.sample_loop
+    method: str  # see SpacedDiffusion.sample_loop
     precision: str
     size: tuple[int, int]
     seed: int
@@ -108,7 +108,7 @@ class Sampler:
         if goods is not None and start is not None:
             x = self.process.q_sample(to_device(goods, self.device), to_device(torch.tensor(start), self.device), x)
         y = torch.full((len(generators),), number, device=self.device)
-        return self.process.sample_loop(self.sampler)(
+        return self.process.sample_loop(self.method)(
             self.model,
             x,
             s=to_device(strengths, self.device),

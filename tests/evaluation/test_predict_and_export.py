@@ -169,7 +169,7 @@ def test_spoiled_settings_in_a_checkpoint_are_named(changes, text, detector, tmp
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"--checkpoint": "gone.pth.tar"}, "--checkpoint gone.pth.tar does not exist"),
+        ({"--checkpoint": "gone.pth.tar"}, "gone.pth.tar does not exist"),
         ({"--checkpoint": "experiments/tiny"}, "experiments/tiny/ckpt_best.pth.tar does not exist"),
         ({"--checkpoint": "experiments/tiny/realnet.yaml"}, "is not a checkpoint that can be loaded safely"),
         ({"--checkpoint": "broken.onnx"}, "broken.onnx is not a model that export.py wrote"),
