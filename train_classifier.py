@@ -94,9 +94,10 @@ def main() -> None:
         progress = training.progress
         saver = Saver(checkpoints, training, stop)
         process, test_process = SpacedDiffusion(**config.TrainSampler), SpacedDiffusion(**config.TestSampler)
-        while not training.is_over:
+        while not training.is_complete:
             batches.set_epoch(progress.epoch, progress.step_in_epoch * config.trainer.accumulate)
-            train_one_epoch(training, process, loader, board, saver)
+            if not training.is_over:  # else a stopped run has only the last validation left
+                train_one_epoch(training, process, loader, board, saver)
             saver.after_epoch()
             if training.is_due(config.trainer.val_freq_epoch):
                 with training.meter.paused(), saver.save_if_stopped():
@@ -104,7 +105,7 @@ def main() -> None:
             if training.is_due(config.trainer.save_freq_epoch):
                 if run.is_main:
                     save_numbered(checkpoints, training.checkpoint(), config.saver.keep)
-                saver.save()
+                saver.save_validated()
 
 
 def check(config: EasyDict, path: Path) -> None:

@@ -96,9 +96,10 @@ def main() -> None:
         saver = Saver(checkpoints, training, stop)
         process = SpacedDiffusion(**config.TrainSampler)
         kid = set_up_kid(config, path.parent, train_set, run)
-        while not training.is_over:
+        while not training.is_complete:
             batches.set_epoch(progress.epoch, progress.step_in_epoch * config.trainer.accumulate)
-            train_one_epoch(training, process, loader, board, saver)
+            if not training.is_over:  # else a stopped run has only the last validation left
+                train_one_epoch(training, process, loader, board, saver)
             saver.after_epoch()
             if training.is_due(config.trainer.val_freq_epoch):
                 # Save first: validation takes long, and a run killed during it then loses only the validation.
@@ -110,6 +111,8 @@ def main() -> None:
                         validate(training, test_set, classes, board, out / config.saver.vis_dir, stop)
                         if kid is not None:
                             kid.measure(training, STRENGTHS, board, stop)
+                    if training.is_over:
+                        saver.save_validated()
 
 
 def check(config: EasyDict, path: Path) -> None:

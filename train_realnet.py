@@ -211,16 +211,17 @@ def train_class(
     progress, metrics = training.progress, {}
     saver = Saver(checkpoints, training, stop)
     sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
-    while not training.is_over:
+    while not training.is_complete:
         batches.set_epoch(progress.epoch, progress.step_in_epoch)
-        train_one_epoch(training, criterion, loader, board, saver, sheet_path if progress.step == 0 else None)
+        if not training.is_over:  # else a stopped run has only the last validation left
+            train_one_epoch(training, criterion, loader, board, saver, sheet_path if progress.step == 0 else None)
         saver.after_epoch()
         if training.is_due(config.trainer.val_freq_epoch):
             with training.meter.paused(), saver.save_if_stopped():
                 measure_normal(training, train_set, stop)
                 metrics = validate(training, validations)
                 keep_best(training, metrics, select, checkpoints)
-                saver.save()
+                saver.save_validated()
                 if select == LAST:
                     link_newest(training, checkpoints)
     if metrics and training.out_of_patience:

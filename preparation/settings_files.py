@@ -24,6 +24,15 @@ from utils.errors import RunError, UsageError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
+UNIFIED = "realnet_unified.yaml"
+# What the paper changes for one model of all classes, in experiments/presets/paper.yaml.
+PAPER_UNIFIED = {
+    r"anomaly_types: [^\n]*": "anomaly_types: {normal: 0.5, dtd: 0.5}",
+    r"models\.recon\.ReconstructionLayer\n(    prev: afs)\n    kwargs: [^\n]*": (
+        "models.recon.SimpleReconstructionLayer\n    prev: afs\n    kwargs: {num_residual_layers: 2}"
+    ),
+    r"max_epoch: 1000": "max_epoch: 500",
+}
 _SDAS = (
     *_ALL, "CLASSES", "MODEL_START", "CROP", "BATCH", "DEPTH", "MULT", "ATTENTION", "HEAD", "WINDOW", "CHECKPOINTING",
     "STEPS", "ACCUMULATE", "RATE", "SCHEDULE", "BETAS",
@@ -35,7 +44,6 @@ FILES = {
     "sample.yaml": (
         "DATASET", "HEIGHT", "WIDTH", "IMAGES_AT_ONCE", "NUMBER", "SAMPLER", "COLOURS", "DEPTHS", "COUNTS", "BETAS",
     ),
-    "realnet_unified.yaml": _ALL,
 }  # fmt: skip
 IMAGES = "images"  # folder under data/<dataset>/
 STEP, AREA = 32, 256 * 256
@@ -189,13 +197,30 @@ def realnet_text(dataset: str, size: Sequence[int], told: Told, networks: Networ
         values |= {r"weights: auto\}": f"weights: {_quoted(networks.weights)}}}"}
     for pattern, value in values.items():
         text = _replaced(path, pattern, value, text)
-    return _as_told(path, text, told)
-
-
-def _as_told(path: Path, text: str, told: Told) -> str:
-    """The text of a realnet.yaml with its parts, and without dtd if there are no textures."""
     if told.parts is not None:
         text = _replaced(path, "^    parts: null", f"    parts: {_quoted(told.parts)}", text)
+    return text if told.textures else _without_textures(text)
+
+
+def unified_text(dataset: str, size: Sequence[int], told: Told, networks: Networks) -> str:
+    """The text of realnet_unified.yaml: that of realnet.yaml with the images of all classes in one list.
+
+    Raises: as realnet_text.
+    """
+    path = PRESETS / f"{networks.preset}.yaml"
+    text = realnet_text(dataset, size, told, networks)
+    command = f"python train_realnet.py --dataset {dataset} --config experiments/{dataset}/{UNIFIED}"
+    values = {
+        r"\A# [^\n]*": f"# {UNIFIED} of {dataset}: RealNet, one model for all classes. Preset {networks.preset}.\n"
+        f"#     {command}",
+        r"samples/train_\{\}": "samples/train_uni",
+        r"samples/test_\{\}": "samples/test_uni",
+        r"^  foreground: [^\n]*": "  foreground: none",  # one rule does not fit all classes
+        r"^    sdas_dir: [^\n]*\n": "",
+        **(PAPER_UNIFIED if networks.preset == "paper" else {}),
+    }
+    for pattern, value in values.items():
+        text = _replaced(path, pattern, value, text)
     return text if told.textures else _without_textures(text)
 
 
@@ -228,10 +253,12 @@ def settings_texts(
     """
     told, networks = told or Told(), networks or Networks()
     texts = {"realnet.yaml": realnet_text(dataset, size, told, networks)}
+    if classes > 1:
+        texts[UNIFIED] = unified_text(dataset, size, told, networks)
+    height, width = diffusion_size(size)
     for name, keys in FILES.items():
-        if classes == 1 and name in ("classifier.yaml", "realnet_unified.yaml"):
+        if classes == 1 and name == "classifier.yaml":
             continue
-        height, width = size if name.startswith("realnet") else diffusion_size(size)
         values = {
             "DATASET": dataset,
             "IMAGES": IMAGES,
@@ -250,12 +277,11 @@ def settings_texts(
             text = _replaced(path, section, "classifier: null  # one class\n", text)
         if name != "sample.yaml":
             # The diffusion model's validations draw grey images then, too.
-            colours = "RGB" if name.startswith("realnet") else values["COLOURS"]
-            text = _replaced(path, "color_mode: RGB", f"color_mode: {colours}{told.reading}", text)
+            text = _replaced(path, "color_mode: RGB", f"color_mode: {values['COLOURS']}{told.reading}", text)
         left = re.search("@[A-Z_]+@", text)
         if left:
             raise RunError(f"{path}: {left[0]} is not a value that prepare_data.py knows; restore the file")
-        texts[name] = _as_told(path, text, told) if name.startswith("realnet") else text
+        texts[name] = text
     return texts
 
 

@@ -34,7 +34,7 @@ def folder_lock(folder: str | Path, run: Run | None = None) -> Iterator[None]:
         run: None to lock without the other ranks, for what one rank does alone.
 
     Raises:
-        UsageError: another run holds the lock, or may do so on another host.
+        UsageError: another run holds the lock, or may do so on another host; or there is a file in place of the folder.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -64,6 +64,9 @@ def _acquire(folder: Path) -> FileLock | None:
     except Timeout:
         raise UsageError(_refusal(folder, "wait for it, or choose another folder")) from None
     except OSError as error:
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        if file is not None:
+            raise UsageError(f"{folder}: {file} is a file, where a folder is needed; choose another name") from None
         if error.errno not in NO_LOCKS:
             raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from error
         guard = None

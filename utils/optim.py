@@ -249,13 +249,13 @@ class Stepper:
             )
 
     def check_epoch(self, steps: int) -> None:
-        """End the run if it skipped all of the last `steps` steps, those of an epoch.
+        """End the run if it skipped all of the last `steps` steps, those of an epoch; 0 steps end nothing.
 
         Raises:
             RunError: it did, so nothing was trained.
         """
         count = int(self.bad_in_a_row)
-        if count and count >= steps:
+        if count >= steps > 0:
             raise RunError(
                 f"the loss was not finite in any of the {count} steps of the epoch, so nothing was trained; lower the "
                 "learning rate, check the criterion, or set trainer.amp: off"

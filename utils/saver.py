@@ -68,6 +68,11 @@ class Saver:
             log.info(text, signal_name(stopped.signal), step)
             raise
 
+    def save_validated(self) -> None:
+        """Save with the mark that what follows the last step is done: a resumed run has nothing to repeat."""
+        self.training.progress.validated = self.training.progress.step
+        self.save()
+
     def save(self) -> None:
         if self.training.run.is_main:
             save_for_resume(self.folder, self.training.state_dict())

@@ -48,11 +48,13 @@ class Progress:
         epoch: finished epochs.
         step: optimiser steps in total.
         step_in_epoch: optimiser steps since the last finished epoch.
+        validated: steps after which everything that follows them was done too, if that was recorded.
     """
 
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
+    validated: int = 0
 
     def finish_step(self) -> None:
         self.step += 1
@@ -71,6 +73,8 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        # A checkpoint from before `validated` was recorded is taken as complete.
+        state = {"validated": state["step"], **state}
         for name in asdict(self):
             value = state[name]
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
@@ -129,6 +133,11 @@ class Training:
         trainer = self.config.trainer
         steps = self.steps_per_epoch * trainer.max_epoch
         return steps if trainer.max_step is None else min(steps, trainer.max_step)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is over, and what follows the last step is done too: a stop may have come in between."""
+        return self.is_over and (self.out_of_patience or self.progress.validated == self.progress.step)
 
     @property
     def is_over(self) -> bool:
@@ -266,7 +275,7 @@ class Training:
             raise UsageError(f"{folder}: cannot be resumed with these settings ({reason})") from error
         log.info("resumed %s after epoch %d, step %d", folder, self.progress.epoch, self.progress.step)
         self._apply_changes(changes)
-        if self.is_over:
+        if self.is_complete:
             trainer = self.config.trainer
             done = f"all {trainer.max_epoch} epochs (trainer.max_epoch)"
             if trainer.max_step is not None and self.progress.step >= trainer.max_step:

@@ -209,6 +209,22 @@ def test_all_values_reach_the_settings(classes, tmp_path):
         assert configs["realnet_unified.yaml"].dataset.train.meta_file == "data/My.Parts-2/samples/train_uni.json"
 
 
+def test_one_model_for_all_classes_has_the_networks_that_were_asked_for(tmp_path):
+    """It asked for WideResNet-50 and 500 epochs, whatever the preset and the backbone."""
+    networks = settings_files.Networks("quick", "squeezenet1_1", "own.pth", "half")
+    texts = settings_files.settings_texts("bolts", 3, (64, 128), settings_files.Told(textures=False), networks)
+    configs = {}
+    for name in ("realnet.yaml", "realnet_unified.yaml"):
+        (tmp_path / name).write_text(texts[name])
+        configs[name] = load_config(tmp_path / name, script="realnet")
+    one, unified = configs.values()
+    for section in ("net", "structure", "trainer", "evaluator"):
+        assert unified[section] == one[section]
+    assert unified.dataset.pixel_mean == one.dataset.pixel_mean == [0.5] * 3
+    assert unified.dataset.train.anomaly_types == one.dataset.train.anomaly_types
+    assert unified.dataset.test.meta_file == "data/bolts/samples/test_uni.json"
+
+
 @pytest.mark.parametrize("dataset", ["MVTec-AD", "VisA", "MPDD", "BTAD"])
 def test_data_sets_of_ones_own_begin_with_the_settings_of_the_benchmarks(dataset, tmp_path):
     texts = settings_files.settings_texts(dataset, len(CATALOG[dataset].classes), (256, 256))

@@ -304,7 +304,7 @@ def test_an_epoch_with_other_batches_begins_anew(command, workspace):
     assert "changed since: dataset.batch_size: 4 -> 2" in out
     assert "the epoch has other batches now and begins anew" in out
     # One step before, and the four of the whole epoch.
-    assert load_checkpoint(path)["position"] == {"epoch": 1, "step": 5, "step_in_epoch": 0}
+    assert load_checkpoint(path)["position"] == {"epoch": 1, "step": 5, "step_in_epoch": 0, "validated": 5}
 
 
 def test_shifted_class_numbers_are_refused(command, workspace):

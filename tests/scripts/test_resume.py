@@ -148,6 +148,33 @@ def test_max_step_ends_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on(scrip
     assert_same_state(checkpoints_of(workspace, whole, script) / LAST, folder / LAST)
 
 
+@pytest.mark.parametrize("script", TRAININGS)
+def test_a_last_validation_that_was_stopped_is_made_when_the_run_is_resumed(script, workspace, monkeypatch, capsys):
+    """Else there is no checkpoint to use: the best one and the numbered ones are written after it."""
+    module = importlib.import_module(Path(script).stem)
+    stage = f"validation_{script}"
+    steps = ["--set", "trainer.max_step=3"]
+    command = ["--dataset", "tiny", "--device", "cpu", *TRAININGS[script], *elsewhere(stage), *steps]
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    validate = module.validate
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "validate", stopped)
+        code, out, _ = run(module.main, command, workspace.root, monkeypatch, capsys)
+    assert code == 128 + signal.SIGTERM
+    assert "in the validation; the same command with --resume continues" in out
+    code, out, err = run(module.main, [*command, "--resume"], workspace.root, monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    assert "nothing is left to do" not in out
+    used = "ckpt_best.pth.tar" if "realnet" in script else "ckpt_[0-9]*.pth.tar"
+    assert len(list(checkpoints_of(workspace, stage, script).glob(used))) == 1
+    _, out, _ = run(module.main, [*command, "--resume"], workspace.root, monkeypatch, capsys)
+    assert "nothing is left to do" in out
+
+
 def test_a_process_that_gets_a_signal_saves_and_ends(workspace):
     folder = checkpoints_of(workspace, "signalled", "realnet")
     arguments = ["--class_name", "dots", *elsewhere("signalled"), *STEPS, "--set", "trainer.max_epoch=300"]

@@ -46,7 +46,7 @@ def test_diffusion_writes_checkpoints_sheets_and_logs(diffusion):
     assert content["classes"] == list(CLASSES)
     last = load_checkpoint(diffusion.out / "diffusion_checkpoints/ckpt_last.pth.tar")
     # 4 batches an epoch, 3 accumulated.
-    assert last["position"] == {"epoch": 2, "step": 4, "step_in_epoch": 0}
+    assert last["position"] == {"epoch": 2, "step": 4, "step_in_epoch": 0, "validated": 4}
     assert "stepper" not in content
     averaged = content["ema_state_dict"]["input_blocks.0.0.weight"]
     assert not torch.equal(averaged, content["state_dict"]["input_blocks.0.0.weight"])

@@ -123,9 +123,12 @@ def test_a_file_system_without_locks_uses_the_file_alone(tmp_path, monkeypatch):
     assert NAME not in {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot be written"), folder_lock(tmp_path / "file", ALONE):
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
+    def denied(path: Path, **_) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(RunError, match="cannot be written"), folder_lock(tmp_path / "folder", ALONE):
         pass
 
 
@@ -203,3 +206,12 @@ def _lock_in_rank(run: Run, folder: Path) -> None:
 
 def test_all_ranks_get_the_lock_or_the_refusal(tmp_path):
     two_ranks(_lock_in_rank, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.csv/new"])
+def test_a_file_in_place_of_the_folder_is_wrong_use(name, tmp_path):
+    file = tmp_path / "results.csv"
+    file.write_text("kept")
+    with pytest.raises(UsageError, match="is a file, where a folder is needed"), folder_lock(tmp_path / name):
+        pass
+    assert file.read_text() == "kept"
