@@ -89,7 +89,7 @@ from tqdm import tqdm
 from datasets.images import allow_megapixels
 from evaluation.anomaly_command import CommandQueue, parse_command
 from evaluation.detector import Detector, Tiles, checkpoint_path, tiles_of
-from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, find_inputs
+from evaluation.inputs import HEAT_MAPS, MASKS, SCORES, check_input, find_inputs
 from evaluation.prediction import Predictor, Scored
 from evaluation.prediction_files import TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
@@ -285,6 +285,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for option, value in (("--interval", args.interval), ("--on-anomaly", args.on_anomaly)):
         if value is not None and not args.watch:
             raise UsageError(f"{option} needs --watch")
+    if args.input is not None:
+        check_input(args.input)
     if args.watch and not args.watch.is_dir():
         raise UsageError(f"--watch {args.watch}: is not a folder")
     existing = [path for path in (args.output / TABLE, args.output / SCORES) if path.exists()]

@@ -80,15 +80,25 @@ def find_inputs(
         # File names that are not UTF-8 come through undamaged.
         lines = (os.fsdecode(line).strip() for line in getattr(stdin, "buffer", stdin))
         return Inputs((_listed_file(line, Path()) for line in lines if line), None)
+    check_input(argument)
     path = Path(argument)
     if path.is_dir():
         return _in_folder(path, output)
-    if not path.is_file():
-        raise UsageError(f"--input {path} does not exist")
     # A single image is read whatever its ending, because it was named.
     single = path.suffix.lower() in SUFFIXES or has_image_content(path)
     inputs = [Input(path, path.name)] if single else _listed(path, image_dir, follow_links)
     return Inputs(inputs, len(inputs))
+
+
+def check_input(argument: str) -> None:
+    """Refuse an --input that does not exist, which can be told before a model is loaded.
+
+    Raises:
+        UsageError: neither a file nor a folder, nor "-".
+    """
+    path = Path(argument)
+    if argument != "-" and not (path.is_dir() or path.is_file()):
+        raise UsageError(f"--input {path} does not exist")
 
 
 def no_input(path: Path, results: Path | None) -> bool:

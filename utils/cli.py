@@ -157,9 +157,12 @@ def chosen_classes(wanted: str | None, meta_file: str, listed: Callable[[str], l
         unified: name of the model for all classes.
 
     Raises:
-        UsageError: no class is named, or a named class has no list.
+        UsageError: no class is named, or a named class has no list of its own.
     """
     if "{}" not in meta_file:
+        if wanted not in (None, "all", unified):
+            text = f"one model serves all classes of the list {meta_file}, which has no {{}} for a class"
+            raise UsageError(f"--class_name {wanted}: {text}; leave it out, or choose settings with a list per class")
         return [unified]
     known = listed(meta_file)
     if not wanted and len(known) == 1:

@@ -164,7 +164,9 @@ def _child(node: Any, part: str, override: str) -> Any:
         for i, entry in enumerate(node):
             if part == str(i) or (isinstance(entry, dict) and entry.get("name") == part):
                 return entry
-        raise UsageError(f"--set {override}: the list has no entry {part!r}")
+        names = [entry["name"] for entry in node if isinstance(entry, dict) and "name" in entry]
+        known = did_you_mean(part, names) or f"; it has {', '.join(map(str, names)) or f'{len(node)} without names'}"
+        raise UsageError(f"--set {override}: the list has no entry {part!r}{known}")
     if node.get(part) is None:
         node[part] = {}
     if not isinstance(node[part], (dict, list)):

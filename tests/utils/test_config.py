@@ -254,6 +254,13 @@ def test_the_only_class_needs_no_name_and_the_list_of_all_classes_is_no_class():
         cli.chosen_classes("uni", "train_{}.json", lambda _: ["bolts"], "uni")
 
 
+def test_a_class_is_refused_where_one_model_serves_all():
+    for wanted in (None, "all", "uni"):
+        assert cli.chosen_classes(wanted, "train_uni.json", lambda _: ["bolts"], "uni") == ["uni"]
+    with pytest.raises(UsageError, match=r"--class_name bolts: one model serves all .*train_uni\.json.*leave it out"):
+        cli.chosen_classes("bolts", "train_uni.json", lambda _: ["bolts"], "uni")
+
+
 NONSENSE = [
     ("structure.0.layers=[{planes: 64}]", "structure.block1.layers.0.idx is missing"),
     (
@@ -267,6 +274,8 @@ NONSENSE = [
     ("net.backbone.kwargs.depth=3", "net.backbone.kwargs.depth is not a setting"),
     ("net.afs.kwargs.init_bsn=1000000000000", "net.afs.kwargs.init_bsn: 1000000000000 has to be at most"),
     ("net.recon.kwargs.num_res_block=1", "did you mean net.recon.kwargs.num_res_blocks?"),
+    ("net.bakbone.kwargs.weights=random", "the list has no entry 'bakbone'; did you mean backbone?"),
+    ("structure.neck.stride=4", "the list has no entry 'neck'; it has block1"),
     ("net.backbone.kwargs.weights=checkpoint", "net.backbone.kwargs.weights: 'checkpoint' would leave the backbone"),
     ("net.backbone.kwargs.weights=''", "net.backbone.kwargs.weights: '' is empty"),
     ("net.rrs.kwargs.modes=[max, median]", "net.rrs.kwargs.modes: ['max', 'median'] names 'median'"),
