@@ -63,7 +63,8 @@ def _from_table(path: Path, names: Sequence[str]) -> dict[str, str]:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is not readable as a table ({error})") from None
-    images = {*names, *(PurePosixPath(name).name for name in names)}
+    listed = set(names)
+    images = {*listed, *(PurePosixPath(name).name for name in names)}
     heading = int(bool(rows) and str(_path_in(rows[0])) not in images)
     short = [number for number, row in enumerate(rows, 1) if len(row) < 2 and number > heading]
     if short:
@@ -72,6 +73,8 @@ def _from_table(path: Path, names: Sequence[str]) -> dict[str, str]:
     for row in rows[heading:]:
         full, part = _path_in(row), row[1]
         table[str(full)] = part.strip()
+        if str(full) in listed:
+            continue  # It is that image; one of the same name in another folder is not meant.
         # A bare name stands for the image too, unless files of several parts have it.
         same = table.get(full.name, part.strip()) == part.strip()
         table[full.name] = part.strip() if same else None

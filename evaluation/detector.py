@@ -28,6 +28,7 @@ from utils.precision import FP32, autocast, cast_weights, check_forward_precisio
 from utils.prefetch import PIXELS_AHEAD, groups, prefetch
 
 MOST_AT_ONCE = 4  # batches, each of which takes memory
+EXPORTED = (".onnx", ".pt2")
 NOT_FINITE = "the model's weights, score or anomaly map hold values that are not numbers, so there is no verdict"
 
 
@@ -144,7 +145,7 @@ class Detector:
             RunError: onnxruntime is needed but not installed.
         """
         path = checkpoint_path(path)
-        if path.suffix in (".onnx", ".pt2") and precision != FP32:
+        if path.suffix in EXPORTED and precision != FP32:
             raise UsageError(f"--precision {precision}: {path} runs in {FP32} only; use the checkpoint instead")
         if path.suffix == ".onnx":
             detector = cls(*load_onnx(path))
@@ -308,8 +309,9 @@ def checkpoint_path(path: str | Path) -> Path:
     if path.is_dir():
         # A folder that holds what is meant, one level too high or exported.
         classes = sorted(str(found.parent) for found in path.glob(f"*/{BEST}"))
-        exported = sorted(str(found) for ending in ("onnx", "pt2") for found in path.glob(f"*.{ending}"))
+        exported = sorted(str(found) for ending in EXPORTED for found in path.glob(f"*{ending}"))
         if classes or exported:
             found = ", ".join([*exported, *classes][:5])
             raise UsageError(f"{path} holds no {BEST}; name one of those in it: {found}")
-    raise UsageError(f"{file} does not exist; train_realnet.py writes it")
+    writer = "export.py" if file.suffix in EXPORTED else "train_realnet.py"
+    raise UsageError(f"{file} does not exist; {writer} writes it")

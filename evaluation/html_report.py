@@ -129,7 +129,10 @@ def _training_plots(training: dict[str, Curve]) -> list[Plot]:
 
 def _histogram(result: ClassResult) -> Plot:
     """A histogram of the scores of good and defective images, with the threshold."""
-    low, high = float(result.scores.min()), float(result.scores.max())
+    threshold = result.thresholds.image
+    # The threshold too: at the edge of the scores' range, it would seem to be the highest of them.
+    shown = [*result.scores.tolist(), *([] if threshold is None else [threshold])]
+    low, high = min(shown), max(shown)
     high = max(high, low + 1e-6)
     groups = (("good", result.scores[~result.labels], GOOD), ("defective", result.scores[result.labels], DEFECTIVE))
     counts = [np.histogram(scores, BINS, (low, high))[0] for _, scores, _ in groups]
@@ -140,8 +143,7 @@ def _histogram(result: ClassResult) -> Plot:
             if n:
                 y = y_at(n / top)
                 bars.append((x_at(k / BINS), y, bar_width, f"{y_at(0) - y:.1f}", colour))
-    threshold = result.thresholds.image
-    marker = None if threshold is None else x_at(min(max((threshold - low) / (high - low), 0), 1))
+    marker = None if threshold is None else x_at((threshold - low) / (high - low))
     legend = [(name, colour) for name, _, colour in groups]
     axes = ticks((low, high), (0, top))
     return Plot("Image scores", "image score", "images", legend, *axes, bars=bars, marker=marker)

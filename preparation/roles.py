@@ -5,11 +5,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from datasets.lists import Sample
+from datasets.pair_folders import PREVIEW, RECORD
 from preparation.classes import UNSPLIT, DatasetOnDisk
 from preparation.findings import SURPLUS
 from preparation.folders import Reader, is_mask_folder
 from preparation.masks import masks_among
 from preparation.names import BAD, GOOD, TEST, TRAIN, read_name
+from utils.choices import YOLO
 
 ROWS = 40
 
@@ -61,7 +63,7 @@ def report_unused(reader: Reader, samples: Iterable[Sample], folders: Sequence[P
     for folder in folders:
         for path in walker.images(folder, masks=True):
             told = path in reader.told or any(parent in reader.told for parent in path.parents)
-            if reader.name(path) not in taken and not told:
+            if reader.name(path) not in taken and not told and not _repeats_pairs(path, reader.root):
                 unused[path.parent].append(path)
     for folder, paths in unused.items():
         names = [read_name(part) for part in folder.relative_to(reader.root).parts]
@@ -77,7 +79,17 @@ def report_unused(reader: Reader, samples: Iterable[Sample], folders: Sequence[P
                 reader.report(SURPLUS, path, "is a mask without a defective image of that name")
         if images:
             reason = ": defective ones, without a folder of good images beside them" if bad else ""
-            reader.report(SURPLUS, folder, f"{_count(images, 'image')} that nothing uses{reason}")
+            where, what = (images[0], "an image") if len(images) == 1 else (folder, f"{len(images)} images")
+            reader.report(SURPLUS, where, f"{what} that nothing uses{reason}")
+
+
+def _repeats_pairs(path: Path, root: Path) -> bool:
+    """Whether synthesize.py shows its pairs again by this file: the sheet, or their further names for YOLO."""
+    above = path.relative_to(root).parents
+    return any(
+        path.relative_to(root / folder).parts[0] in (PREVIEW, YOLO) and (root / folder / RECORD).is_file()
+        for folder in above
+    )
 
 
 def _count(paths: Sequence[Path], noun: str) -> str:

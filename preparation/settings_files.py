@@ -47,7 +47,7 @@ FILES = {
 }  # fmt: skip
 IMAGES = "images"  # folder under data/<dataset>/
 STEP, AREA = 32, 256 * 256
-FOREGROUND_HINT = "or auto, a rule such as MVTec-AD/bottle, or {channel: gray, threshold: otsu, close: 6, open: 6}"
+FOREGROUND_HINT = "none, auto, a rule such as MVTec-AD/bottle, or {channel: gray, threshold: otsu, close: 6, open: 6}"
 
 
 def input_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def foreground_value(text: str, dataset: str) -> str:
         raise UsageError(str(error).replace("dataset.foreground", "--foreground", 1)) from None
     except ValueError as error:
         reason = f"not readable as YAML ({error})"
-        raise UsageError(f"--foreground {text}: {reason}; write none, {FOREGROUND_HINT}") from None
+        raise UsageError(f"--foreground {text}: {reason}; write {FOREGROUND_HINT}") from None
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).splitlines()[0]
 
 

@@ -40,6 +40,9 @@ def test_a_table_names_files_with_or_without_their_folders(tmp_path):
     # A bare name that files of several parts have says nothing.
     table.write_text("file,part\none/x.jpg,a\ntwo/x.jpg,b\nkos02_Part0.jpg,c\n")
     assert parts_of(str(table), NAMES) == {NAMES[2]: "c"}
+    # Nor does one of an image that the table names with its folders.
+    table.write_text("file,part\ntrain/good/x.jpg,a\n")
+    assert parts_of(str(table), [*NAMES, "test/bent/x.jpg"]) == {NAMES[3]: "a"}
 
 
 @pytest.mark.parametrize("mark", ",;\t")

@@ -270,7 +270,7 @@ def test_the_bits_of_a_camera_travel_in_the_checkpoint(score, detector, tmp_path
 
 def test_a_folder_above_the_checkpoint_or_of_exports_names_what_it_holds(score, tmp_path):
     _, _, err, _ = score(TEST_FOLDER, checkpoint="experiments/tiny/predict_checkpoints")
-    assert "--checkpoint experiments/tiny/predict_checkpoints: name one of" in err
+    assert "experiments/tiny/predict_checkpoints holds no ckpt_best.pth.tar; name one of" in err
     assert CLASS_FOLDER in err
     (tmp_path / "model.onnx").touch()
     _, _, err, _ = score(TEST_FOLDER, checkpoint=tmp_path)
@@ -278,6 +278,8 @@ def test_a_folder_above_the_checkpoint_or_of_exports_names_what_it_holds(score, 
     (tmp_path / "empty").mkdir()
     _, _, err, _ = score(TEST_FOLDER, checkpoint=tmp_path / "empty")
     assert "does not exist; train_realnet.py writes it" in err
+    _, _, err, _ = score(TEST_FOLDER, checkpoint=tmp_path / "other.onnx")
+    assert "does not exist; export.py writes it" in err
 
 
 def test_pictures_that_other_commands_drew_are_not_scored(score, tmp_path):

@@ -1,5 +1,6 @@
 """The evaluation report, opened from disk in headless Chromium, as a user opens it."""
 
+import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from datasets.lists import Sample
+from evaluation import plots
 from evaluation.html_report import write_report
 from evaluation.metrics import image_scores
 from evaluation.results import draw_images, evaluate_class
@@ -68,6 +70,17 @@ def test_the_report_is_well_formed_and_self_contained(report):
     assert "http" not in text
     assert "RealNet on &lt;parts&gt;" in text
     assert "&lt;hole&gt; &amp; co" in text
+
+
+def test_a_threshold_above_all_scores_is_drawn_right_of_them(report, tmp_path):
+    result = report[1][0]
+    far = replace(result, thresholds=replace(result.thresholds, image=3 * float(result.scores.max())))
+    write_report(tmp_path / "far.html", "far", [], {"bolts": result.metrics}, [far])
+    text = (tmp_path / "far.html").read_text(encoding="utf-8")
+    marker = float(re.search(r'<line x1="([\d.]+)"[^>]*class="marker"', text)[1])
+    bars = [float(x) + float(width) for x, width in re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', text)]
+    assert bars
+    assert max(bars) < (marker + plots.x_at(0)) / 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

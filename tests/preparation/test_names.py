@@ -373,13 +373,14 @@ def test_images_of_a_folder_that_says_nothing_are_not_taken_for_defective(tmp_pa
 
 
 def test_chosen_folders_of_any_name(tmp_path, prepare):
-    fill(tmp_path, {"negative": 5, "positive/a": 2, "positive/b": 1, "other": 2})
+    fill(tmp_path, {"negative": 5, "positive/a": 2, "positive/b": 1, "other": 2, "third": 1})
     mask(tmp_path / "shots/overlays/a/1.png")
     out, _ = prepare("--good", "negative", "--defects", "positive", "--masks", "shots/overlays")
     train, good, bad = listed(tmp_path)
     assert (len(train), len(good), bad) == (4, 1, ["positive/a/0.png", "positive/a/1.png", "positive/b/0.png"])
     assert "positive/a       2  defect type a, 1 with a mask" in out
     assert "surplus: other: 2 images that nothing uses" in out
+    assert "surplus: third/0.png: an image that nothing uses" in out
 
 
 def test_chosen_folders_keep_their_split_and_need_no_root(tmp_path, prepare):

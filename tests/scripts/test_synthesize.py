@@ -69,6 +69,7 @@ def test_the_output_is_a_data_set_that_prepare_data_reads(command, workspace, tm
     arguments = ["--dataset", "Pairs", "--root", str(tmp_path / "pairs")]
     code, out, err = in_process.run(prepare_data.main, arguments, tmp_path, monkeypatch, capsys)
     assert code == 0, err
+    assert "surplus" not in out
     for name in CLASSES:
         lists = {split: read_list(tmp_path / f"data/Pairs/samples/{split}_{name}.json", tmp_path / "data/Pairs/images")
                  for split in ("train", "test")}  # fmt: skip
