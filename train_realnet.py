@@ -44,7 +44,7 @@ from datasets.build import (
     hold_out,
     preprocessing_of,
 )
-from datasets.lists import UNIFIED, listed_classes
+from datasets.lists import UNIFIED, gives_metrics, listed_classes
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import GoodImages, RealNetTrainSet
 from evaluation.selections import FILES, LAST, SYNTHETIC, TEST
@@ -172,7 +172,8 @@ def train_class(
     test_set = build_realnet_test_set(config.dataset, class_name)
     sizes = (len(train_set), len(held_out), len(test_set))
     log.info("%s: %d training images, %d held out, %d test images", class_name, *sizes)
-    select = selection(config, class_name, bool(held_out), len(test_set) > 0)
+    tested = gives_metrics(test_set.samples)
+    select = selection(config, class_name, bool(held_out), tested)
     batches = EpochBatches(len(train_set), config.dataset.batch_size, run, seed)
     loader = make_loader(train_set, batches, config.dataset.workers, run)
     checkpoints = out / config.saver.checkpoints_dir / class_name
@@ -201,7 +202,7 @@ def train_class(
 
     criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
     validations = {}
-    if len(test_set):
+    if tested:
         loader_of_test = test_loader(test_set, config, run)
         validations[TEST] = lambda: validate_test(training, test_set, loader_of_test, board, stop)
     if held_out:
@@ -239,7 +240,7 @@ def selection(config: EasyDict, class_name: str, held_out: bool, tested: bool) -
     select = wanted = config.evaluator.select
     if wanted == TEST and not tested:
         select = SYNTHETIC if held_out else LAST
-        log.info("%s: the test list is empty; ckpt_best is selected by: %s", class_name, select)
+        log.info("%s: the test list gives no metric; ckpt_best is selected by: %s", class_name, select)
     elif wanted == SYNTHETIC and not held_out:
         select = LAST
         log.warning("%s: too few good images to hold some out; ckpt_best will be the last", class_name)

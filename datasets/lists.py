@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -61,6 +61,20 @@ class Sample:
         while folders and is_date(folders[-1]):
             folders.pop()
         return folders[-1] if folders else ("defective" if self.label else "good")
+
+
+def gives_metrics(samples: Sequence[Sample]) -> bool:
+    """Whether a test list has what an AUROC needs: defective images, and good ones or masks beside them.
+
+    Example:
+        >>> good, bad = Sample("test/good/1.png", 0, "bolts"), Sample("test/bent/1.png", 1, "bolts")
+        >>> gives_metrics([good, bad]), gives_metrics([good]), gives_metrics([bad])
+        (True, False, False)
+        >>> gives_metrics([Sample("test/bent/1.png", 1, "bolts", "masks/1.png")])
+        True
+    """
+    defective = [sample for sample in samples if sample.label]
+    return bool(defective) and (len(defective) < len(samples) or any(sample.mask_known for sample in defective))
 
 
 def read_list(

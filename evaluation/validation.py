@@ -28,7 +28,7 @@ DIVERGED = float("-inf")  # the metric of a network whose anomaly maps are not f
 def validate_test(
     training: Training, test_set: RealNetTestSet, loader: Iterable[dict], board: Board, stop: StopRequest
 ) -> float | None:
-    """The metric of the test list, evaluator.key_metric, on rank 0; None on other ranks. Not for an empty list."""
+    """The metric of the test list, evaluator.key_metric, on rank 0, of a list that gives metrics; None on others."""
     shown = spread([sample.defect_type for sample in test_set.samples], SHEET_IMAGES)
     window = pooling_window(training.config.evaluator)
     scored = predict_maps(training.deployed, test_set, loader, training.run, window, show=shown, stop=stop)
@@ -110,6 +110,6 @@ def key_metric(metrics: dict[str, float], key: str) -> float:
     """The AUROC that evaluator.key_metric names (mean, image, pixel); if undefined, the mean of the defined ones."""
     if f"{key}_auroc" in metrics:
         return metrics[f"{key}_auroc"]
-    # Without defective images, none is defined; 0 makes the newest checkpoint the best.
+    # None is, if all masks are empty at the input size; 0 makes the newest checkpoint the best.
     defined = [metrics[name] for name in ("image_auroc", "pixel_auroc") if name in metrics]
     return float(np.mean(defined)) if defined else 0.0

@@ -101,6 +101,20 @@ def test_a_detector_is_chosen_and_judged_without_the_test_list(call, workspace, 
     assert chosen[0]["threshold"] == pytest.approx(lenient[0]["threshold"])
 
 
+def test_a_test_list_without_defects_chooses_no_checkpoint(call, workspace, tmp_path):
+    lines = (workspace.data / "samples/test_dots.json").read_text().splitlines()
+    good = tmp_path / "good_dots.json"
+    good.write_text("\n".join(line for line in lines if json.loads(line)["label"] == 0) + "\n")
+    listed = [f"dataset.test.meta_file={tmp_path}/good_{{}}.json"]
+    out = call(train_realnet.main, *HOLD_OUT, "trainer.max_epoch=1", *listed)
+    assert "ckpt_best.pth.tar (synthetic " in out
+    folder = tmp_path / "checkpoints/dots"
+    assert not (folder / "ckpt_best_test.pth.tar").exists()
+    call(evaluation_realnet.main, *listed)
+    assert json.loads((folder / "ckpt_best.thresholds.json").read_text())["class_name"] == "dots"
+    assert not list((tmp_path / "results").glob("metrics_by_selection.*"))
+
+
 def test_tiles_have_a_threshold_of_their_own(call, workspace, tmp_path, monkeypatch, capsys):
     call(train_realnet.main, *HOLD_OUT, "trainer.max_epoch=1")
     folder = tmp_path / "checkpoints/dots"
