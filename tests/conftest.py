@@ -1,5 +1,6 @@
 """A small data set on disk, settings for it, and the commands run as a user runs them."""
 
+import copy
 import os
 import pickle
 import subprocess
@@ -145,7 +146,7 @@ def settings(data: str, out: str) -> dict[str, dict]:
                 "batch_size": 4,
                 "workers": 0,
             },
-            **REALNET,
+            **copy.deepcopy(REALNET),
             "trainer": {"max_epoch": 2, "val_freq_epoch": 1, "print_freq_step": 1, "optimizer": ADAM},
         },
     }

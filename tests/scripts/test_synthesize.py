@@ -190,7 +190,7 @@ def test_no_pairs_are_made_of_images_that_training_holds_out(command, tmp_path):
 
 
 def test_a_list_of_all_classes_gives_a_folder_for_each(command, tmp_path):
-    unified = ["--set", "dataset.train.meta_file=data/tiny/samples/train_uni.json"]
+    unified = ["--class_name", "all", "--set", "dataset.train.meta_file=data/tiny/samples/train_uni.json"]
     assert command("--count", "3", "--types", TYPES, *unified)[0] == 0
     for name in CLASSES:
         assert all(row["good"].startswith(f"{name}/") for row in table(tmp_path / "pairs" / name))
@@ -202,7 +202,7 @@ def test_images_that_are_added_for_one_class_do_not_concern_the_others(command, 
     for name in CLASSES:
         shutil.copytree(workspace.data / "images" / name / "test/spot", tmp_path / "drawn" / name)
     options = ["--types", "sdas", "--count", "2", "--set", f"dataset.train.sdas_dir={tmp_path}/drawn/{{}}"]
-    options += ["--set", "dataset.train.meta_file=data/tiny/samples/train_uni.json"]
+    options += ["--class_name", "all", "--set", "dataset.train.meta_file=data/tiny/samples/train_uni.json"]
     assert command(*options)[0] == 0
     shutil.copy(tmp_path / "drawn/lines/000.png", tmp_path / "drawn/lines/more.png")
     code, out, err = command(*options)
@@ -241,8 +241,8 @@ def test_outputs_that_hold_something_else_are_left_alone(command, tmp_path):
     assert code == 2
     assert "is a file; name a folder" in err
     code, _, err = command("--types", TYPES, output="file/below")
-    assert code == 1
-    assert "cannot be written" in err
+    assert code == 2
+    assert "file is a file, where a folder is needed" in err
     (tmp_path / "pairs/dots").mkdir(parents=True)
     (tmp_path / "pairs/dots/mine.txt").write_text("mine")
     code, _, err = command("--types", TYPES, "--overwrite")
