@@ -10,6 +10,7 @@ itself (cuDNN's workspaces), gaps between blocks, and the CUDA context, together
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -97,6 +98,8 @@ def peaks_of(begin: Callable[[], Callable[[int], Any]], batches: Sequence[int] =
     peaks = []
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
         work = begin()
+        # What building leaves in cycles would count until Python happens to collect it.
+        gc.collect()
         memory.peak = memory.live  # checks of the network may take more than it keeps
         for images in batches:
             work(images)

@@ -48,7 +48,7 @@ def test_slow_configurations_come_last():
 @pytest.mark.parametrize("script", gpu.TRAININGS)
 def test_the_estimate_covers_the_training_state_and_grows_with_the_batch(script, bench):
     subject = bench.subject(script)
-    one, four, many = memory.peaks_of(partial(memory.training, subject), [1, 4, 1024])
+    one, four, many = memory.peaks_of(partial(memory.training, subject), [1, 4, 16])
     trainable = sum(p.numel() for n, p in subject.build().named_parameters() if not n.startswith("backbone"))
     assert one > 4 * 4 * trainable  # weights, gradients, two moments
     assert many > four >= one
