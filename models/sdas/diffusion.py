@@ -342,13 +342,10 @@ class SpacedDiffusion:
             t = torch.full((len(x),), i, device=x.device)
             begun = [i <= begin for begin in begins]
             out = step(x, t, noise=draw_noise(x, generator, begun))
-            drawn, pred_xstart = out["sample"], out["pred_xstart"]
-            if not all(begun):
-                has_begun = to_device(torch.tensor(begun), x.device)[:, None, None, None]
-                drawn, pred_xstart = (torch.where(has_begun, values, x) for values in (drawn, pred_xstart))
+            has_begun = None if all(begun) else to_device(torch.tensor(begun), x.device)[:, None, None, None]
+            drawn, pred_xstart = (_where(has_begun, values, x) for values in (out["sample"], out["pred_xstart"]))
             if after_step is not None:
-                changed = after_step(i, drawn, pred_xstart)
-                drawn = changed if all(begun) else torch.where(has_begun, changed, x)
+                drawn = _where(has_begun, after_step(i, drawn, pred_xstart), x)
             x = drawn
         return x
 
@@ -428,6 +425,11 @@ def _per_image(s: Strength, x: torch.Tensor) -> torch.Tensor:
     # A number is filled in on the device; copying it there would wait for the device.
     values = s.to(x) if isinstance(s, torch.Tensor) else torch.full((1,), s, dtype=x.dtype, device=x.device)
     return values.reshape(-1, 1, 1, 1)
+
+
+def _where(mask: torch.Tensor | None, values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """`values` where the mask is True, or everywhere without one."""
+    return values if mask is None else torch.where(mask, values, others)
 
 
 def _not_first(t: torch.Tensor) -> torch.Tensor:
