@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from evaluation.html_report import page
-from evaluation.plots import Plot, curve_plot
+from evaluation.plots import COLOURS, Plot, curve_plot
 from evaluation.quality_rows import COLUMNS, REAL, Row, name_of
 from evaluation.tables import aligned
 from utils.files import write_text
 from utils.names import csv_cell
 
-PALE = "#93c5fd"
+PALE = f"{COLOURS[0]}66"  # seen on a light page and on a dark one
 # What each plot shows: the numbers of drawn images, and whether those of real images are shown for comparison.
 PLOTS = {
     "KID": ({"drawn": "kid"}, True),

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from datasets.foreground import rule_for
+from datasets.lists import UNIFIED
 from datasets.sources import OF_GOOD_IMAGES
 from models.structures import NORMALIZATIONS, structure_of
 from preparation import diffusion_presets
@@ -24,7 +25,7 @@ from utils.errors import RunError, UsageError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _ALL = ("DATASET", "IMAGES", "HEIGHT", "WIDTH")
-UNIFIED = "realnet_unified.yaml"
+UNIFIED_FILE = "realnet_unified.yaml"
 # What the paper changes for one model of all classes, in experiments/presets/paper.yaml.
 PAPER_UNIFIED = {
     r"anomaly_types: [^\n]*": "anomaly_types: {normal: 0.5, dtd: 0.5}",
@@ -209,12 +210,12 @@ def unified_text(dataset: str, size: Sequence[int], told: Told, networks: Networ
     """
     path = PRESETS / f"{networks.preset}.yaml"
     text = realnet_text(dataset, size, told, networks)
-    command = f"python train_realnet.py --dataset {dataset} --config experiments/{dataset}/{UNIFIED}"
+    command = f"python train_realnet.py --dataset {dataset} --config experiments/{dataset}/{UNIFIED_FILE}"
     values = {
-        r"\A# [^\n]*": f"# {UNIFIED} of {dataset}: RealNet, one model for all classes. Preset {networks.preset}.\n"
+        r"\A# [^\n]*": f"# {UNIFIED_FILE} of {dataset}: RealNet, one model for all classes. Preset {networks.preset}.\n"
         f"#     {command}",
-        r"samples/train_\{\}": "samples/train_uni",
-        r"samples/test_\{\}": "samples/test_uni",
+        r"samples/train_\{\}": f"samples/train_{UNIFIED}",
+        r"samples/test_\{\}": f"samples/test_{UNIFIED}",
         r"^  foreground: [^\n]*": "  foreground: none",  # one rule does not fit all classes
         r"^    sdas_dir: [^\n]*\n": "",
         **(PAPER_UNIFIED if networks.preset == "paper" else {}),
@@ -254,7 +255,7 @@ def settings_texts(
     told, networks = told or Told(), networks or Networks()
     texts = {"realnet.yaml": realnet_text(dataset, size, told, networks)}
     if classes > 1:
-        texts[UNIFIED] = unified_text(dataset, size, told, networks)
+        texts[UNIFIED_FILE] = unified_text(dataset, size, told, networks)
     height, width = diffusion_size(size)
     for name, keys in FILES.items():
         if classes == 1 and name == "classifier.yaml":
