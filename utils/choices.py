@@ -8,3 +8,4 @@ PADDINGS = ("zeros", "replicate")  # what convolutions see beyond the border
 NORMAL, EDIT = "normal", "edit"  # anomaly types that synthesize.py does not blend
 MVTEC, COCO, YOLO = PAIR_FORMATS = ("mvtec", "coco", "yolo")  # of synthesize.py
 PNG, JPEG, NO_PICTURES = FORMATS = ("png", "jpg", "none")  # of heat maps
+HELD_OUT_RULE, BEST_RULE = RULES = ("held-out", "best-f1")  # what an evaluation chooses thresholds by
