@@ -49,7 +49,7 @@ from easydict import EasyDict
 
 from datasets.build import build_realnet_test_set, check_realnet_data
 from datasets.catalog import find
-from datasets.lists import UNIFIED, listed_classes
+from datasets.lists import chosen_classes
 from evaluation.benchmark_cell import FOLDERS, Cell, commands
 from evaluation.benchmark_table import Benchmark, text_tables, write_benchmark
 from models.realnet import check_realnet
@@ -157,7 +157,7 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
             path = config.dataset.test.meta_file.replace("{}", name)
             raise UsageError(f"{path}: holds no {lacking} image; a benchmark measures on good and defective ones")
 
-    classes = cli.chosen_classes(class_name, config.dataset.train.meta_file, listed_classes, UNIFIED)
+    classes = chosen_classes(class_name, config.dataset.train.meta_file)
     checks = [("structure, net", lambda: check_realnet(config))]
     for name in classes:
         checks.append(("dataset", lambda name=name: check_realnet_data(config.dataset, name)))

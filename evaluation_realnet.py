@@ -57,7 +57,7 @@ from easydict import EasyDict
 
 from datasets.build import build_realnet_test_set
 from datasets.catalog import find
-from datasets.lists import UNIFIED, listed_classes
+from datasets.lists import UNIFIED, chosen_classes
 from datasets.realnet import RealNetTestSet
 from evaluation.detector import tiles_of
 from evaluation.html_report import write_report
@@ -116,7 +116,7 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     classes: list[str] = []
 
     def choose_classes() -> None:
-        classes.extend(cli.chosen_classes(class_name, config.dataset.test.meta_file, listed_classes, UNIFIED))
+        classes.extend(chosen_classes(class_name, config.dataset.test.meta_file))
 
     collect_errors(
         path,

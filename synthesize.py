@@ -71,7 +71,7 @@ from datasets.build import (
     training_images,
 )
 from datasets.good_images import good_places, place_good
-from datasets.lists import UNIFIED, ImageList, class_names, listed_classes
+from datasets.lists import UNIFIED, ImageList, chosen_classes, class_names
 from datasets.pair_folders import PairFolder
 from datasets.pair_types import chosen_types
 from datasets.pairs import Pair, TrainingPairs
@@ -152,7 +152,7 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     classes: list[str] = []
 
     def choose_classes() -> None:
-        classes.extend(cli.chosen_classes(class_name, config.dataset.train.meta_file, listed_classes, UNIFIED))
+        classes.extend(chosen_classes(class_name, config.dataset.train.meta_file))
 
     def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "--class_name", choose_classes

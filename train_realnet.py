@@ -44,7 +44,7 @@ from datasets.build import (
     hold_out,
     preprocessing_of,
 )
-from datasets.lists import UNIFIED, gives_metrics, listed_classes
+from datasets.lists import chosen_classes, gives_metrics
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import GoodImages, RealNetTrainSet
 from evaluation.selections import FILES, LAST, SYNTHETIC, TEST
@@ -112,7 +112,7 @@ def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
     classes: list[str] = []
 
     def choose_classes() -> None:
-        classes.extend(cli.chosen_classes(class_name, config.dataset.train.meta_file, listed_classes, UNIFIED))
+        classes.extend(chosen_classes(class_name, config.dataset.train.meta_file))
 
     def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "--class_name", choose_classes

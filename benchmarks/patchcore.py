@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.build import build_realnet_test_set, preprocessing_of
 from datasets.images import Preprocessing
-from datasets.lists import UNIFIED, listed_classes, read_list
+from datasets.lists import chosen_classes, read_list
 from evaluation.score import ScoredImages
 from models.backbones import Backbone, FeatureStatistics
 from utils import cli
@@ -144,7 +144,7 @@ def main() -> None:
     config = load_config(f"experiments/{args.dataset}/realnet.yaml", args.set, "realnet")
     kwargs = next(part.kwargs for part in config.net if part.name == "backbone")
     layers = args.layers or list(dict.fromkeys(layer.idx for block in config.structure for layer in block.layers))
-    classes = cli.chosen_classes(args.class_name, config.dataset.train.meta_file, listed_classes, UNIFIED)
+    classes = chosen_classes(args.class_name, config.dataset.train.meta_file)
     backbone = Backbone(kwargs.backbone, layers, kwargs.get("weights", "auto"), kwargs.get("standardize"))
     preprocessing, reader = preprocessing_of(config.dataset), config.dataset.image_reader.kwargs
     print(f"{'class':20} {'image AUROC':>11} {'pixel AUROC':>11} {'PRO':>6} {'memory':>7} {'seconds':>7}")

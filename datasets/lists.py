@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -264,6 +265,45 @@ def listed_classes(meta_file: str) -> list[str]:
         return []
     names = (path.name for path in folder.glob(f"{before}*{after}"))
     return sorted({name[len(before) : len(name) - len(after)] for name in names} - {UNIFIED})
+
+
+def chosen_classes(wanted: str | None, meta_file: str) -> list[str]:
+    """The classes that --class_name asks for.
+
+    Args:
+        wanted: one class, several separated by commas, "all", or None.
+        meta_file: path of the image lists with {} for the class; without {}, one model serves all classes.
+
+    Raises:
+        UsageError: no class is named, or a named class has no list of its own.
+    """
+    if "{}" not in meta_file:
+        if wanted not in (None, "all", UNIFIED):
+            text = f"one model serves all classes of the list {meta_file}, which has no {{}} for a class"
+            raise UsageError(f"--class_name {wanted}: {text}; leave it out, or choose settings with a list per class")
+        return [UNIFIED]
+    known = listed_classes(meta_file)
+    if not wanted and len(known) == 1:
+        return known
+    if not wanted:
+        raise UsageError(f"--class_name is missing: one of {', '.join(known) or meta_file}, several, or all")
+    if wanted == "all":
+        if not known:
+            how = "write it with prepare_data.py (the demo's: python -m preparation.demo), see data/README.md"
+            raise UsageError(f"--class_name all: there is no list {meta_file}; {how}")
+        return known
+    # An umlaut may be one character or two, which look the same.
+    spelt = {unicodedata.normalize("NFC", name): name for name in known}
+    typed = [name.strip() for name in wanted.split(",")]
+    chosen = [spelt.get(unicodedata.normalize("NFC", name), name) for name in typed]
+    for name in chosen:
+        if name == UNIFIED:
+            hint = "the model for all classes has settings of its own, --config experiments/NAME/realnet_unified.yaml"
+            raise UsageError(f"--class_name {name}: is the list of all classes; {hint}")
+        if name not in known:
+            path = meta_file.replace("{}", name)
+            raise UsageError(f"--class_name {name}: {path} does not exist; known are {', '.join(known) or 'none'}")
+    return chosen
 
 
 def class_names(samples: list[Sample]) -> list[str]:

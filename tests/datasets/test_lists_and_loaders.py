@@ -12,7 +12,7 @@ from PIL import Image
 
 from datasets.build import sdas_reading
 from datasets.images import Augmentation, Preprocessing, SharedCache
-from datasets.lists import ImageList, Sample, class_names, listed_classes, read_list, write_list
+from datasets.lists import ImageList, Sample, chosen_classes, class_names, listed_classes, read_list, write_list
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
 from datasets.realnet import RealNetTestSet
 from datasets.sdas import SDASDataset
@@ -117,6 +117,34 @@ def test_listed_classes_follow_the_pattern(tiny_data):
 
 
 # ---- loaders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lists_of(tmp_path):
+    """lists_of(class, ...): the path of training lists of these classes and of all, with {} for the class."""
+
+    def write(*classes: str) -> str:
+        for name in (*classes, "uni"):
+            (tmp_path / f"train_{name}.json").write_text("")
+        return str(tmp_path / "train_{}.json")
+
+    return write
+
+
+def test_the_only_class_needs_no_name_and_the_list_of_all_classes_is_no_class(lists_of):
+    assert chosen_classes(None, lists_of("bolts")) == ["bolts"]
+    with pytest.raises(UsageError, match=r"realnet_unified\.yaml"):
+        chosen_classes("uni", lists_of("bolts"))
+    with pytest.raises(UsageError, match="--class_name is missing"):
+        chosen_classes(None, lists_of("bolts", "nuts"))
+
+
+def test_a_class_is_refused_where_one_model_serves_all(lists_of):
+    unified = lists_of("bolts").replace("{}", "uni")
+    for wanted in (None, "all", "uni"):
+        assert chosen_classes(wanted, unified) == ["uni"]
+    with pytest.raises(UsageError, match=r"--class_name bolts: one model serves all .*train_uni\.json.*leave it out"):
+        chosen_classes("bolts", unified)
 
 
 @pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 2), (11, 2), (7, 3)])

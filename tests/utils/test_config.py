@@ -10,7 +10,7 @@ from models import build_realnet, check_realnet
 from models.losses import DETECTOR_LOSSES, build_criterion
 from models.sdas import SpacedDiffusion, create_classifier_unet, create_diffusion_unet
 from tests.conftest import REALNET, REPOSITORY, settings
-from utils import arguments, cli
+from utils import arguments
 from utils.config import collect_errors, load_config, plain
 from utils.errors import UsageError
 
@@ -244,21 +244,6 @@ def test_the_error_of_a_value_that_the_shell_has_cut_says_to_quote_it(monkeypatc
     assert (
         'put quotes around the whole value: --set "dataset.train.anomaly_types={normal: ..."' in capsys.readouterr().err
     )
-
-
-def test_the_only_class_needs_no_name_and_the_list_of_all_classes_is_no_class():
-    assert cli.chosen_classes(None, "train_{}.json", lambda _: ["bolts"], "uni") == ["bolts"]
-    with pytest.raises(UsageError, match="--class_name is missing"):
-        cli.chosen_classes(None, "train_{}.json", lambda _: ["bolts", "nuts"], "uni")
-    with pytest.raises(UsageError, match=r"realnet_unified\.yaml"):
-        cli.chosen_classes("uni", "train_{}.json", lambda _: ["bolts"], "uni")
-
-
-def test_a_class_is_refused_where_one_model_serves_all():
-    for wanted in (None, "all", "uni"):
-        assert cli.chosen_classes(wanted, "train_uni.json", lambda _: ["bolts"], "uni") == ["uni"]
-    with pytest.raises(UsageError, match=r"--class_name bolts: one model serves all .*train_uni\.json.*leave it out"):
-        cli.chosen_classes("bolts", "train_uni.json", lambda _: ["bolts"], "uni")
 
 
 NONSENSE = [
