@@ -58,6 +58,7 @@ from models.subspace import Moments
 from utils import cli, distributed
 from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_checkpoint
 from utils.checkpoint import LAST as NEWEST
+from utils.choices import DISCRIMINATOR
 from utils.config import collect_errors, load_config, plain
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
@@ -271,7 +272,8 @@ def prepare_features(
         bar = progress_bar(loader, run, "calibration", total=count, stop=stop)
         network.backbone.calibrate((batch["gt_image"].to(run.device, non_blocking=True) for batch in bar), count)
     bar = progress_bar(loader, run, "AFS", total=init_batches, stop=stop)
-    moments = Moments() if network.recon.start == "subspace" else None
+    subspaces = network.subspaces()
+    moments = Moments() if subspaces else None
     losses = network.afs.init_indexes(network.backbone, bar, init_batches, moments)
     for name, loss in losses.items():
         kept = len(getattr(network.afs.indexes, name))
@@ -280,8 +282,9 @@ def prepare_features(
         board.add_histogram(f"afs/{name}_loss", loss[loss.isfinite()], 0)
     if moments is not None:
         for block, (mean, covariance) in network.afs.kept_moments(moments, network.backbone).items():
-            count = network.recon.subspace(block).fit(mean, covariance, network.recon.share)
-            log.info("normal subspace of %s: %d of %d components", block, count, len(mean))
+            for subspace in subspaces[block]:
+                count = subspace.fit(mean, covariance)
+                log.info("normal subspace of %s: %d of %d components", block, count, len(mean))
 
 
 def afs_batches(config: EasyDict) -> int:
@@ -356,7 +359,7 @@ def measure_normal(training: Training, train_set: RealNetTrainSet, stop: StopReq
 
     In float32, as the score is computed afterwards.
     """
-    if training.config.evaluator.score == "discriminator":
+    if training.config.evaluator.score == DISCRIMINATOR:
         return
     network, run = training.deployed, training.run
     chosen = GoodImages(train_set, spread([0] * len(train_set), NORMAL_IMAGES))

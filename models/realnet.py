@@ -12,6 +12,7 @@ from models.backbones import Backbone
 from models.recon import ReconstructionLayer, SimpleReconstructionLayer
 from models.rrs import RRS
 from models.scoring import AnomalyScore
+from models.subspace import NormalSubspace
 from utils.config import call_with_settings
 from utils.device import to_device
 from utils.errors import UsageError
@@ -71,8 +72,15 @@ class RealNet(nn.Module):
             block: (features[block].float() - reconstructed[block].float()) ** 2 for block in features
         }
         outputs["logit"] = self.rrs(outputs["residual"], size).float()
-        outputs["anomaly_score"] = self.score(outputs["residual"], outputs["logit"])
+        outputs["anomaly_score"] = self.score(outputs)
         return outputs
+
+    def subspaces(self) -> dict[str, list[NormalSubspace]]:
+        """The subspaces that AFS's pass has to fit, by block: those that recon begins with, and the score's."""
+        parts = [self.recon] if self.recon.start == "subspace" else []
+        parts += [self.score.novelty] if self.score.novelty is not None else []
+        blocks = [block.name for block in self.afs.structure] if parts else []
+        return {block: [part.subspace(block) for part in parts] for block in blocks}
 
     def _paired_features(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict]:
         """Block features of A and I, with one backbone pass over the distinct images."""

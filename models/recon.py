@@ -196,11 +196,11 @@ class _PerBlock(nn.Module):
         if start not in STARTS:
             raise UsageError(f"net.recon.kwargs.start: {start!r} is not one of {', '.join(STARTS)}")
         self.blocks = tuple(networks)
-        self.factor, self.start, self.share = factor, start, share
+        self.factor, self.start = factor, start
         for block, network in networks.items():
             self.add_module(f"{block}_recon", network)
             if start == "subspace":
-                self.add_module(f"{block}_subspace", NormalSubspace(planes[block]))
+                self.add_module(f"{block}_subspace", NormalSubspace(planes[block], share))
             set_padding(network, padding, "net.recon.kwargs.padding")
 
     def subspace(self, block: str) -> NormalSubspace:

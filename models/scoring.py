@@ -1,4 +1,4 @@
-"""The anomaly map, from the discriminator's logits and the reconstruction residual."""
+"""The anomaly map, from the discriminator's logits, the reconstruction residual and the features' novelty."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,96 +7,175 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.afs import resize
+from models.subspace import NormalSubspace
 from utils import distributed
+from utils.choices import BOTH, DISCRIMINATOR, RESIDUAL, RESIDUAL_AND_NOVELTY, SCORES
 from utils.errors import UsageError
 
-SCORES = ("discriminator", "residual", "both")
+PARTS = {  # whose deviations from normal are added
+    DISCRIMINATOR: (),
+    RESIDUAL: ("residual",),
+    BOTH: ("residual", "log_odds"),
+    RESIDUAL_AND_NOVELTY: ("residual", "novelty"),
+}
 FLOOR = 0.01  # of the mean over channels: a channel that hardly ever differs would drown the others
 GRID, SMOOTHED = 32, 5  # cells per side of the maps of what is normal where, and of the box that smooths them
+SHARE = 0.99  # of the variance of normal features, that is not novel
 IMAGE_SHARE = 0.5  # of the image's mean that is taken off
 OFFSET = 4.0  # deviations above normal that give 0.5
 
 
-class AnomalyScore(nn.Module):
-    """Turns residuals and logits into a map in [0, 1].
-
-    discriminator: the softmax of the logits (RealNet, section 3.3). residual: see log_residual. both: the sum of the
-    residual's and the log-odds' deviations from normal. The discriminator takes thousands of steps to learn what the
-    residual shows from the start, and learns only what training anomalies look like.
-
-    Residual and log-odds are compared with what is normal at their position: padding and resampling make the borders of
-    feature maps differ, and parts vary more in some places than in others. 0.5 lies 4 deviations above normal.
+class NormalLevels(nn.Module):
+    """Compares squared differences of features with what is normal for their channel and position.
 
     Args:
         planes: channels of each block.
-        kind: "discriminator", "residual" or "both".
 
     Attributes:
-        statistics: what is normal, measured by measure(); nothing for discriminator. <block>_mean (C,): means of the
-            residual's channels. <block>_positions, log_odds_positions (32,32): means at positions, smoothed. residual,
-            log_odds, total (2,): mean and deviation over all pixels.
-
-    Shape:
-        residual {block: (N,C,h,w)}, logit (N,2,H,W) -> (N,1,H,W)
-
-    Raises:
-        UsageError: an unknown kind.
+        <block>_mean (C,): normal means of the channels.
+        <block>_positions (32,32): normal levels at positions, smoothed.
     """
 
-    def __init__(self, planes: dict[str, int], kind: str = "discriminator") -> None:
+    def __init__(self, planes: dict[str, int]) -> None:
         super().__init__()
-        if kind not in SCORES:
-            raise UsageError(f"evaluator.score: {kind!r} is not one of {', '.join(SCORES)}")
-        self.kind, self.planes = kind, planes
-        self.statistics = nn.Module()
-        if kind == "discriminator":
-            return
+        self.planes = planes
         for block, channels in planes.items():
-            self.statistics.register_buffer(f"{block}_mean", torch.ones(channels))
-            self.statistics.register_buffer(f"{block}_positions", torch.ones(GRID, GRID))
-        self.statistics.register_buffer("residual", torch.tensor([0.0, 1.0]))
-        if kind == "both":
-            self.statistics.register_buffer("log_odds_positions", torch.zeros(GRID, GRID))
-            self.statistics.register_buffer("log_odds", torch.tensor([0.0, 1.0]))
-            self.statistics.register_buffer("total", torch.tensor([0.0, 1.0]))
+            self.register_buffer(f"{block}_mean", torch.ones(channels))
+            self.register_buffer(f"{block}_positions", torch.ones(GRID, GRID))
 
-    def forward(self, residual: dict[str, torch.Tensor], logit: torch.Tensor) -> torch.Tensor:
-        if self.kind == "discriminator":
-            return logit.softmax(dim=1)[:, 1:]
-        deviations = self._deviations("residual", self.log_residual(self.levels(residual), logit.shape[-2:]))
-        if self.kind == "both":
-            deviations = deviations + self._deviations("log_odds", self._log_odds(logit))
-            deviations = self._deviations("total", deviations)
-        return torch.sigmoid(deviations - OFFSET)
-
-    def levels(self, residual: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Mean over each block's channels, each divided by its normal mean: {block: (N,1,h,w)}."""
-        means = {block: getattr(self.statistics, f"{block}_mean") for block in residual}
+    def levels(self, differences: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Mean over each block's channels (N,C,h,w), each divided by its normal mean: {block: (N,1,h,w)}."""
+        means = {block: getattr(self, f"{block}_mean") for block in differences}
         return {
             block: (values.float() / means[block][:, None, None]).mean(dim=1, keepdim=True)
-            for block, values in residual.items()
+            for block, values in differences.items()
         }
 
-    def log_residual(self, levels: dict[str, torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    def log_map(self, levels: dict[str, torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         """Mean over blocks of log(level / normal level at the position), less half of its mean over the image.
 
-        Images that differ as a whole, by their exposure say, are not as anomalous as the same residual at one place.
+        Images that differ as a whole, by their exposure say, are not as anomalous as the same difference at one place.
 
         Returns:
             (N,1,*size)
         """
         logs = [
-            torch.log(resize(level, size) / self._at_positions(block, size) + 1e-6) for block, level in levels.items()
+            torch.log(resize(level, size) / _at_positions(getattr(self, f"{block}_positions"), size) + 1e-6)
+            for block, level in levels.items()
         ]
         mean = torch.stack(logs).mean(dim=0)
         return mean - IMAGE_SHARE * mean.mean(dim=(2, 3), keepdim=True)
 
-    def _log_odds(self, logit: torch.Tensor) -> torch.Tensor:
-        return log_odds(logit) - self._at_positions("log_odds", logit.shape[-2:])
+    def set_means(self, sums: "_ChannelSums") -> None:
+        for block, mean in sums.means().items():
+            floor = max(FLOOR * float(mean.mean()), 1e-12)
+            getattr(self, f"{block}_mean").copy_(mean.clamp(min=floor))
 
-    def _at_positions(self, name: str, size: tuple[int, int]) -> torch.Tensor:
-        grid = getattr(self.statistics, f"{name}_positions")[None, None]
-        return F.interpolate(grid, size, mode="bilinear", align_corners=False)
+    def set_positions(self, levels: list[dict[str, torch.Tensor]]) -> None:
+        """Args:
+        levels: of batches of good images; of all ranks' ones, the mean is taken.
+        """
+        for block in self.planes:
+            positions = _mean_at_positions([batch[block] for batch in levels])
+            # A position where the levels are 0 would make every later one infinite.
+            getattr(self, f"{block}_positions").copy_(positions.clamp(min=1e-6))
+
+
+class Novelty(NormalLevels):
+    """Compares what normal subspaces leave of features with what is normal.
+
+    Args:
+        planes: channels of each block.
+
+    Attributes:
+        <block>_subspace: see NormalSubspace; to be fitted before anything is measured.
+    """
+
+    def __init__(self, planes: dict[str, int]) -> None:
+        super().__init__(planes)
+        for block, channels in planes.items():
+            self.add_module(f"{block}_subspace", NormalSubspace(channels, SHARE))
+
+    def subspace(self, block: str) -> NormalSubspace:
+        return getattr(self, f"{block}_subspace")
+
+    def differences(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Squared distances of features {block: (N,C,h,w)} to the subspaces, of the same shapes."""
+        return {block: (values.float() - self.subspace(block)(values)) ** 2 for block, values in features.items()}
+
+
+class AnomalyScore(nn.Module):
+    """Turns residuals, logits and features into a map in [0, 1].
+
+    discriminator: the softmax of the logits (RealNet, section 3.3). residual: see NormalLevels.log_map. both: the sum
+    of the residual's and the log-odds' deviations from normal. The discriminator takes thousands of steps to learn what
+    the residual shows from the start, and learns only what training anomalies look like. residual+novelty: the sum of
+    the residual's deviations and those of what principal components of normal features leave (as in Jackson and
+    Mudholkar 1979), which knows nothing of training anomalies.
+
+    All are compared with what is normal at their position: padding and resampling make the borders of feature maps
+    differ, and parts vary more in some places than in others. 0.5 lies 4 deviations above normal.
+
+    Args:
+        planes: channels of each block.
+        kind: "discriminator", "residual", "both" or "residual+novelty".
+
+    Attributes:
+        statistics: what is normal, measured by measure(); nothing for discriminator. It is a NormalLevels of the
+            residual, with log_odds_positions (32,32): means at positions, smoothed; residual, log_odds, novelty, total
+            (2,): mean and deviation over all pixels.
+        novelty: a Novelty for residual+novelty, else None.
+
+    Shape:
+        RealNet's outputs with residual and block_feats {block: (N,C,h,w)} and logit (N,2,H,W) -> (N,1,H,W)
+
+    Raises:
+        UsageError: an unknown kind.
+    """
+
+    def __init__(self, planes: dict[str, int], kind: str = DISCRIMINATOR) -> None:
+        super().__init__()
+        if kind not in SCORES:
+            raise UsageError(f"evaluator.score: {kind!r} is not one of {', '.join(SCORES)}")
+        self.kind, self.parts = kind, PARTS[kind]
+        self.statistics = NormalLevels(planes if self.parts else {})
+        self.novelty = Novelty(planes) if "novelty" in self.parts else None
+        if "log_odds" in self.parts:
+            self.statistics.register_buffer("log_odds_positions", torch.zeros(GRID, GRID))
+        for name in (*self.parts, "total") if len(self.parts) > 1 else self.parts:
+            self.statistics.register_buffer(name, torch.tensor([0.0, 1.0]))
+
+    def forward(self, outputs: dict) -> torch.Tensor:
+        logit = outputs["logit"]
+        if self.kind == DISCRIMINATOR:
+            return logit.softmax(dim=1)[:, 1:]
+        deviations = self._sum({name: self._map(name, self._levels(outputs), logit) for name in self.parts})
+        if len(self.parts) > 1:
+            deviations = self._deviations("total", deviations)
+        return torch.sigmoid(deviations - OFFSET)
+
+    def _differences(self, outputs: dict) -> dict[str, dict[str, torch.Tensor]]:
+        """The squared differences of each part that is made of some."""
+        differences = {"residual": outputs["residual"]}
+        if self.novelty is not None:
+            differences["novelty"] = self.novelty.differences(outputs["block_feats"])
+        return differences
+
+    def _normal(self, name: str) -> NormalLevels:
+        return self.novelty if name == "novelty" else self.statistics
+
+    def _levels(self, outputs: dict) -> dict[str, dict[str, torch.Tensor]]:
+        return {name: self._normal(name).levels(values) for name, values in self._differences(outputs).items()}
+
+    def _map(self, name: str, levels: dict[str, dict[str, torch.Tensor]], logit: torch.Tensor) -> torch.Tensor:
+        """The map (N,1,H,W) of a part, not yet standardised."""
+        size = logit.shape[-2:]
+        if name == "log_odds":
+            return log_odds(logit) - _at_positions(self.statistics.log_odds_positions, size)
+        return self._normal(name).log_map(levels[name], size)
+
+    def _sum(self, maps: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(self._deviations(name, values) for name, values in maps.items())
 
     def _deviations(self, name: str, values: torch.Tensor) -> torch.Tensor:
         mean, deviation = getattr(self.statistics, name)
@@ -112,37 +191,25 @@ class AnomalyScore(nn.Module):
             outputs: gives RealNet's outputs in eval mode, the same batches each time; it is called twice. A rank may
                 have no batch at all, but not all of them.
         """
-        if self.kind == "discriminator":
+        if self.kind == DISCRIMINATOR:
             return
-        self._measure_channels(outputs())
-        kept = [(self.levels(output["residual"]), output["logit"]) for output in outputs()]
-        for block in self.planes:
-            positions = _mean_at_positions([levels[block] for levels, _ in kept])
-            # A position where the levels are 0 would make every later one infinite.
-            getattr(self.statistics, f"{block}_positions").copy_(positions.clamp(min=1e-6))
-        residual = [self.log_residual(levels, logit.shape[-2:]) for levels, logit in kept]
-        self._measure_deviation("residual", residual)
-        if self.kind == "both":
+        compared = [name for name in self.parts if name != "log_odds"]
+        sums = {name: _ChannelSums(self._normal(name).planes) for name in compared}
+        for output in outputs():
+            for name, differences in self._differences(output).items():
+                sums[name].add(differences)
+        for name in compared:
+            self._normal(name).set_means(sums[name])
+        kept = [(self._levels(output), output["logit"]) for output in outputs()]
+        for name in compared:
+            self._normal(name).set_positions([levels[name] for levels, _ in kept])
+        if "log_odds" in self.parts:
             self.statistics.log_odds_positions.copy_(_mean_at_positions([log_odds(logit) for _, logit in kept]))
-            odds = [self._log_odds(logit) for _, logit in kept]
-            self._measure_deviation("log_odds", odds)
-            pairs = zip(residual, odds, strict=True)
-            self._measure_deviation(
-                "total", [self._deviations("residual", r) + self._deviations("log_odds", o) for r, o in pairs]
-            )
-
-    def _measure_channels(self, outputs: Iterable[dict]) -> None:
-        # On the CPU, as everywhere below: not every device has float64.
-        sums = {block: torch.zeros(channels + 1, dtype=torch.float64) for block, channels in self.planes.items()}
-        for output in outputs:
-            for block, values in output["residual"].items():
-                sums[block][:-1] += values.float().sum(dim=(0, 2, 3)).cpu()
-                sums[block][-1] += values[:, 0].numel()
-        for block, total in sums.items():
-            total = distributed.all_reduce_sum(total)
-            mean = total[:-1] / total[-1]
-            floor = max(FLOOR * float(mean.mean()), 1e-12)
-            getattr(self.statistics, f"{block}_mean").copy_(mean.clamp(min=floor))
+        maps = [{name: self._map(name, levels, logit) for name in self.parts} for levels, logit in kept]
+        for name in self.parts:
+            self._measure_deviation(name, [batch[name] for batch in maps])
+        if len(self.parts) > 1:
+            self._measure_deviation("total", [self._sum(batch) for batch in maps])
 
     def _measure_deviation(self, name: str, maps: list[torch.Tensor]) -> None:
         sums = torch.zeros(3, dtype=torch.float64)
@@ -155,9 +222,30 @@ class AnomalyScore(nn.Module):
         getattr(self.statistics, name).copy_(torch.stack([mean, deviation]))
 
 
+class _ChannelSums:
+    """Means of channels by block, over batches and ranks."""
+
+    def __init__(self, planes: dict[str, int]) -> None:
+        # On the CPU: not every device has float64.
+        self.sums = {block: torch.zeros(channels + 1, dtype=torch.float64) for block, channels in planes.items()}
+
+    def add(self, differences: dict[str, torch.Tensor]) -> None:
+        for block, values in differences.items():
+            self.sums[block][:-1] += values.float().sum(dim=(0, 2, 3)).cpu()
+            self.sums[block][-1] += values[:, 0].numel()
+
+    def means(self) -> dict[str, torch.Tensor]:
+        totals = {block: distributed.all_reduce_sum(sums) for block, sums in self.sums.items()}
+        return {block: total[:-1] / total[-1] for block, total in totals.items()}
+
+
 def log_odds(logit: torch.Tensor) -> torch.Tensor:
     """Logarithm of the odds of an anomaly: (N,2,H,W) -> (N,1,H,W)."""
     return logit[:, 1:] - logit[:, :1]
+
+
+def _at_positions(grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(grid[None, None], size, mode="bilinear", align_corners=False)
 
 
 def _mean_at_positions(maps: list[torch.Tensor]) -> torch.Tensor:

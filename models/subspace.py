@@ -17,6 +17,7 @@ class NormalSubspace(nn.Module):
 
     Args:
         channels: of the features.
+        share: of the variance that the subspace holds.
 
     Attributes:
         weight (C,C), bias (C,): the projection x -> weight x + bias.
@@ -26,8 +27,8 @@ class NormalSubspace(nn.Module):
 
     Example:
         >>> line = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
-        >>> subspace = NormalSubspace(2)
-        >>> subspace.fit(torch.zeros(2), line, share=0.9)
+        >>> subspace = NormalSubspace(2, share=0.9)
+        >>> subspace.fit(torch.zeros(2), line)
         1
         >>> subspace(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)).flatten().tolist()
         [1.0, 2.0]
@@ -36,13 +37,14 @@ class NormalSubspace(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, share: float) -> None:
         super().__init__()
+        self.share = share
         self.register_buffer("weight", torch.zeros(channels, channels))
         self.register_buffer("bias", torch.zeros(channels))
 
-    def fit(self, mean: torch.Tensor, covariance: torch.Tensor, share: float) -> int:
-        """Keep the first components that hold this share of the variance; returns how many.
+    def fit(self, mean: torch.Tensor, covariance: torch.Tensor) -> int:
+        """Keep the first components that hold the share of the variance; returns how many.
 
         Args:
             mean (C,), covariance (C,C): of normal features.
@@ -51,7 +53,7 @@ class NormalSubspace(nn.Module):
         mean = mean.double().cpu()
         variances, vectors = torch.linalg.eigh(covariance)  # in ascending order
         held = variances.clamp(min=0).flip(0).cumsum(0)
-        count = min(int((held < share * held[-1]).sum()) + 1, len(held))
+        count = min(int((held < self.share * held[-1]).sum()) + 1, len(held))
         components = vectors[:, -count:]
         weight = components @ components.T
         self.weight.copy_(weight)

@@ -6,7 +6,7 @@ python -m utils.settings > docs/settings.md        writes the page that document
 from collections.abc import Sequence
 from dataclasses import replace
 
-from utils.choices import PRECISIONS
+from utils.choices import DISCRIMINATOR, PRECISIONS, SCORES
 from utils.detector_settings import AUC, FEATURES, MOST_PIXELS, NET, STRUCTURE, losses
 from utils.names import folder_problem, name_problem
 from utils.setting_types import Section, Setting, settings_page
@@ -403,7 +403,10 @@ _SELECT_HELP = (
     "Which checkpoint becomes ckpt_best: the best on the test list (the paper's protocol), the best on held-out good "
     "images with synthetic anomalies, or the last."
 )
-_SCORE_HELP = "What anomaly maps are made of: the discriminator's output (the paper), the residual, or both."
+_SCORE_HELP = (
+    "What anomaly maps are made of: the discriminator's output (the paper), the residual, both, or the residual and "
+    "the novelty, which knows nothing of training anomalies."
+)
 _REALNET = Section(
     {
         **_SEED,
@@ -466,7 +469,7 @@ _REALNET = Section(
                     "str", "AUROC that selects the best checkpoint: image, pixel, or the mean of both.", "mean",
                     choices=("mean", "image", "pixel"),
                 ),
-                "score": Setting("str", _SCORE_HELP, "discriminator", choices=("discriminator", "residual", "both")),
+                "score": Setting("str", _SCORE_HELP, DISCRIMINATOR, choices=SCORES),
                 "select": Setting("str", _SELECT_HELP, "test", choices=("test", "synthetic", "last")),
                 "metrics": Section({"auc": AUC}),
             }

@@ -14,10 +14,12 @@ from evaluation.detector import Detector
 from tests.in_process import run
 from utils.checkpoint import BEST, LAST, load_checkpoint
 
-RECIPES = [("identity", "both", None), ("subspace", "residual", 0.5)]
+RECIPES = [("identity", "both", None), ("identity", "residual+novelty", None), ("subspace", "residual", 0.5)]
 
 
-@pytest.mark.parametrize(("start", "score", "ema"), RECIPES, ids=["identity, both", "subspace, residual, averaged"])
+@pytest.mark.parametrize(
+    ("start", "score", "ema"), RECIPES, ids=["identity, both", "identity, novelty", "subspace, residual, averaged"]
+)
 def test_a_detector_trains_evaluates_predicts_and_exports(start, score, ema, workspace, tmp_path, monkeypatch, capsys):
     recon = f"{{num_res_blocks: 1, channel_mult: [1, 2], attention_mult: [], start: {start}}}"
     values = [f"net.recon.kwargs={recon}", f"evaluator.score={score}", "trainer.max_step=3"]
@@ -33,7 +35,7 @@ def test_a_detector_trains_evaluates_predicts_and_exports(start, score, ema, wor
         return out
 
     out = call(train_realnet.main, *common, *options)
-    assert ("normal subspace of block1: " in out) == (start == "subspace")
+    assert ("normal subspace of block1: " in out) == (start == "subspace" or "novelty" in score)
     folder = tmp_path / "checkpoints/dots"
     best, last = load_checkpoint(folder / BEST), load_checkpoint(folder / LAST)
     # What was validated is what is saved for use.
@@ -43,8 +45,10 @@ def test_a_detector_trains_evaluates_predicts_and_exports(start, score, ema, wor
     means = best["state_dict"]["score.statistics.block1_mean"]
     assert (means > 0).all()
     assert not torch.equal(means, torch.ones_like(means))
-    if start == "subspace":
-        weight = best["state_dict"]["recon.block1_subspace.weight"]
+    projections = [name for name in best["state_dict"] if name.endswith("block1_subspace.weight")]
+    assert len(projections) == (start == "subspace") + ("novelty" in score)
+    for name in projections:
+        weight = best["state_dict"][name]
         assert torch.allclose(weight @ weight, weight, atol=1e-4)
         assert 0 < torch.trace(weight) < len(weight)
 

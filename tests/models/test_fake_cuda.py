@@ -193,10 +193,12 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(mistake, gpu):
 
 
 OWN = ["net.recon.kwargs.start=subspace", "evaluator.score=both", "trainer.ema_decay=0.5"]
+NOVELTY = ["net.recon.kwargs.start=subspace", "evaluator.score=residual+novelty"]
 
 
 @pytest.mark.parametrize(
-    ("standardize", "loss", "more"), [(False, "CrossEntropy", []), (True, "Focal", []), (True, "CrossEntropy", OWN)]
+    ("standardize", "loss", "more"),
+    [(False, "CrossEntropy", []), (True, "Focal", []), (True, "CrossEntropy", OWN), (True, "CrossEntropy", NOVELTY)],
 )
 def test_realnet_trains_and_validates(standardize, loss, more, gpu, configured, tmp_path):
     criterion = f"[{{name: mask, type: Segment{loss}Loss}}, {{name: features, type: FeatureMSELoss}}]"

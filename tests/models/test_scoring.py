@@ -37,8 +37,8 @@ def test_the_projection_is_that_of_principal_components(share):
     moments = Moments()
     for part in values.split(100):
         moments.add("b", part.T.reshape(1, 6, 10, 10))
-    subspace = NormalSubspace(6)
-    count = subspace.fit(*moments.result("b"), share)
+    subspace = NormalSubspace(6, share)
+    count = subspace.fit(*moments.result("b"))
     pca = PCA().fit(values.double().numpy())
     kept = int((np.cumsum(pca.explained_variance_ratio_) < share - 1e-9).sum()) + 1
     assert count == kept
@@ -86,7 +86,7 @@ def test_reconstruction_begins_as_the_features_or_their_projection(layer):
     features = {"block": torch.rand(2, 64, 9, 12)}
     assert torch.equal(LAYERS[layer]({"block": 64}, start="identity")(features)["block"], features["block"])
     projecting = LAYERS[layer]({"block": 64}, start="subspace")
-    projecting.subspace("block").fit(torch.rand(64), torch.cov(torch.rand(64, 200)), 0.9)
+    projecting.subspace("block").fit(torch.rand(64), torch.cov(torch.rand(64, 200)))
     expected = projecting.subspace("block")(features["block"])
     assert torch.allclose(projecting(features)["block"], expected, atol=1e-5)
     assert not torch.allclose(expected, features["block"], atol=1e-2)
@@ -119,6 +119,10 @@ def outputs(count: int, seed: int, scale: float = 1.0) -> list[dict]:
                 "fine": torch.rand(2, 3, 8, 8, generator=generator) * SCALES * scale,
                 "coarse": torch.rand(2, 2, 4, 4, generator=generator) * scale,
             },
+            "block_feats": {
+                "fine": torch.randn(2, 3, 8, 8, generator=generator) * SCALES * scale**0.5 + 5,
+                "coarse": torch.randn(2, 2, 4, 4, generator=generator) * scale**0.5,
+            },
             "logit": torch.randn(2, 2, 16, 16, generator=generator) * 3 + torch.tensor([2.0, -2.0])[:, None, None],
         }
         for _ in range(count)
@@ -127,25 +131,25 @@ def outputs(count: int, seed: int, scale: float = 1.0) -> list[dict]:
 
 def test_the_discriminator_s_map_is_the_softmax():
     logit = torch.randn(2, 2, 5, 7)
-    assert torch.equal(AnomalyScore({})({}, logit), logit.softmax(dim=1)[:, 1:])
+    assert torch.equal(AnomalyScore({})({"logit": logit}), logit.softmax(dim=1)[:, 1:])
     assert AnomalyScore({"fine": 3}).state_dict() == {}
 
 
-@pytest.mark.parametrize("kind", ["residual", "both"])
+@pytest.mark.parametrize("kind", ["residual", "both", "residual+novelty"])
 def test_normal_images_have_a_standardised_map(kind):
     score = AnomalyScore({"fine": 3, "coarse": 2}, kind)
     score.measure(lambda: outputs(40, seed=0))
-    maps = torch.cat([score(output["residual"], output["logit"]) for output in outputs(40, seed=1)])
+    maps = torch.cat([score(output) for output in outputs(40, seed=1)])
     deviations = maps.logit() + OFFSET
     assert maps.shape == (80, 1, 16, 16)
     assert deviations.mean().item() == pytest.approx(0, abs=0.05)
     assert deviations.std().item() == pytest.approx(1, rel=0.05)
     # Ten times the residual of normal images is anomalous, whatever a channel's scale.
-    worse = torch.cat([score(output["residual"], output["logit"]) for output in outputs(4, seed=2, scale=10)])
+    worse = torch.cat([score(output) for output in outputs(4, seed=2, scale=10)])
     assert worse.mean() > maps.mean() + 0.3
 
 
-@pytest.mark.parametrize("kind", ["residual", "both"])
+@pytest.mark.parametrize("kind", ["residual", "both", "residual+novelty"])
 def test_a_border_that_is_always_different_is_normal(kind):
     def with_border(count: int, seed: int) -> list[dict]:
         batches = outputs(count, seed)
@@ -156,7 +160,7 @@ def test_a_border_that_is_always_different_is_normal(kind):
 
     score = AnomalyScore({"fine": 3, "coarse": 2}, kind)
     score.measure(lambda: with_border(40, seed=0))
-    maps = torch.cat([score(output["residual"], output["logit"]) for output in with_border(40, seed=1)])
+    maps = torch.cat([score(output) for output in with_border(40, seed=1)])
     deviations = (maps.logit() + OFFSET).mean(dim=(0, 1))
     assert deviations[:, -3:].mean() < 0.7
     assert deviations[:, :8].mean().abs() < 0.3
@@ -171,7 +175,45 @@ def test_a_channel_that_is_never_different_does_not_drown_the_others():
     score.measure(lambda: [normal])
     spark = torch.zeros(1, 2, 8, 8)
     spark[0, 0, 3, 3] = 1e-6
-    assert (score({"fine": normal["residual"]["fine"] + spark}, normal["logit"]) - score(**normal)).abs().max() < 1e-3
+    sparked = {**normal, "residual": {"fine": normal["residual"]["fine"] + spark}}
+    assert (score(sparked) - score(normal)).abs().max() < 1e-3
+
+
+def test_novelty_is_seen_where_the_residual_is_that_of_normal_images():
+    score = AnomalyScore({"fine": 3, "coarse": 2}, "residual+novelty")
+    flat = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1e-4]])  # normal features lie near a plane
+    score.novelty.subspace("fine").fit(torch.tensor([0.0, 0.0, 5.0]), flat)
+    score.novelty.subspace("coarse").fit(torch.zeros(2), torch.eye(2)[:1].T @ torch.eye(2)[:1])
+
+    def near_the_plane(count: int, seed: int) -> list[dict]:
+        batches = outputs(count, seed)
+        for batch in batches:
+            batch["block_feats"]["fine"][:, 2] = (
+                5 + torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(seed)) / 100
+            )
+        return batches
+
+    score.measure(lambda: near_the_plane(40, 0))
+    normal = near_the_plane(1, 1)[0]
+    novel = {**normal, "block_feats": {name: values.clone() for name, values in normal["block_feats"].items()}}
+    novel["block_feats"]["fine"][:, 2, 2:4, 2:4] += 1
+    before, after = score(normal), score(novel)
+    assert (after - before)[..., 5:7, 5:7].min() > 0.4
+    # Along the plane, features differ as much as they like.
+    novel["block_feats"]["fine"] = normal["block_feats"]["fine"] + torch.tensor([1.0, 1.0, 0.0])[:, None, None]
+    assert torch.allclose(score(novel), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("residual", {"statistics.residual"}),
+        ("both", {f"statistics.{name}" for name in ("residual", "log_odds", "log_odds_positions", "total")}),
+    ],
+)
+def test_the_tensors_of_earlier_checkpoints_keep_their_names(kind, more):
+    names = set(AnomalyScore({"fine": 3}, kind).state_dict())
+    assert names == {"statistics.fine_mean", "statistics.fine_positions"} | more
 
 
 def measured_in_a_rank(run: Run) -> None:
