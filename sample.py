@@ -21,6 +21,7 @@ sheet of given images of a class, inverted to noise and sampled back by DDIM. Al
 import argparse
 
 from utils import arguments
+from utils.counts import counted
 from utils.settings import SETTINGS
 
 QUALITY_IMAGES = 64
@@ -261,9 +262,9 @@ def draw_class(
     distributed.on_main(folder.finish)
     kept = len(existing & set(range(config.sample_number)))
     log.info(
-        "%s: %d images in %s, %d of them existed already%s%s",
+        "%s: %s in %s, %d of them existed already%s%s",
         name,
-        config.sample_number,
+        counted(config.sample_number, "image"),
         folder.path,
         kept,
         " (--overwrite draws them again)" if kept else "",
@@ -290,7 +291,8 @@ def write_pictures(
             text = f"strengths {PREVIEW_STRENGTHS[0]:g} .. {PREVIEW_STRENGTHS[-1]:g}"
         elif args.save_steps:
             picture, kind = step_sheet(sampler, name, number, config.strength), "steps"
-            path, text = vis_dir / f"{name}_steps.png", f"{sampler.process.num_timesteps} steps of sampling"
+            path = vis_dir / f"{name}_steps.png"
+            text = f"{counted(sampler.process.num_timesteps, 'step')} of sampling"
         else:
             reading = sdas_reading(experiment, sampler.size, config.color_mode)
             picture = reconstruction(sampler, number, args.reconstruct, reading, config.dataset.batch_size)

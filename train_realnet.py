@@ -62,6 +62,7 @@ from utils import cli, distributed
 from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_checkpoint
 from utils.checkpoint import LAST as NEWEST
 from utils.config import collect_errors, load_config, plain
+from utils.counts import counted
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import link_file
@@ -231,8 +232,8 @@ def open_images(config: EasyDict, class_name: str, run: Run, stop: StopRequest) 
     held_out = hold_out(config.dataset, class_name, seed, run, stop)
     train_set = build_realnet_train_set(config.dataset, class_name, seed, held_out)
     test_set = build_realnet_test_set(config.dataset, class_name)
-    sizes = (len(train_set), len(held_out), len(test_set))
-    log.info("%s: %d training images, %d held out, %d test images", class_name, *sizes)
+    trained, tested = counted(len(train_set), "training image"), counted(len(test_set), "test image")
+    log.info("%s: %s, %d held out, %s", class_name, trained, len(held_out), tested)
     held_out_set = build_held_out_set(config.dataset, class_name, train_set, held_out) if held_out else None
     return ClassImages(train_set, held_out_set, test_set)
 
@@ -490,8 +491,9 @@ def report_end(training: Training, metrics: dict[str, float]) -> None:
     """
     config, name = training.config, training.class_name
     if metrics and training.out_of_patience:
-        text = "%s: ends after step %d: %d validations without a better checkpoint (trainer.patience)"
-        log.info(text, name, training.progress.step, config.trainer.patience)
+        validations = counted(config.trainer.patience, "validation")
+        text = "%s: ends after step %d: %s without a better checkpoint (trainer.patience)"
+        log.info(text, name, training.progress.step, validations)
     if DIVERGED in metrics.values():
         raise RunError(
             f"{name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "

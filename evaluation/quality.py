@@ -31,6 +31,7 @@ from models.sdas.sampler import Sampler, image_seed
 from utils import distributed
 from utils.checkpoint import trained_checkpoint
 from utils.config import plain, pretrained_path
+from utils.counts import counted
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.files import remove_parts
@@ -75,7 +76,8 @@ class Quality:
         for name in classes:
             found = len(self.real.images.of_class(name))
             if found < FEWEST_REAL:
-                text = f"{found} training images, but --quality needs at least {FEWEST_REAL}; see --class_name"
+                images = counted(found, "training image")
+                text = f"{images}, but --quality needs at least {FEWEST_REAL}; see --class_name"
                 raise UsageError(f"{name}: {text}")
 
     def report(self, classes: Mapping[str, int], overwrite: bool, board: Board, stop: StopRequest) -> None:

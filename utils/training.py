@@ -22,6 +22,7 @@ from utils.checkpoint import (
     state_dict_of,
 )
 from utils.config import MOST, changed_settings, plain, shortened
+from utils.counts import counted
 from utils.device import use_fast_kernels
 from utils.distributed import Run
 from utils.errors import UsageError
@@ -274,12 +275,13 @@ class Training:
         self._apply_changes(changes)
         if self.is_complete:
             trainer = self.config.trainer
-            done = f"all {trainer.max_epoch} epochs (trainer.max_epoch)"
+            done = counted(trainer.max_epoch, "epoch (trainer.max_epoch) is", "epochs (trainer.max_epoch) are")
             if trainer.max_step is not None and self.progress.step >= trainer.max_step:
-                done = f"all {trainer.max_step} steps (trainer.max_step)"
+                done = counted(trainer.max_step, "step (trainer.max_step) is", "steps (trainer.max_step) are")
             elif self.out_of_patience:
-                done = f"{trainer.patience} validations without a better checkpoint (trainer.patience)"
-            log.info("nothing is left to do: %s are done", done)
+                which = "without a better checkpoint (trainer.patience)"
+                done = counted(trainer.patience, f"validation {which} is", f"validations {which} are")
+            log.info("nothing is left to do: %s done", done)
 
     def _changes_since(self, before: dict[str, Any] | None) -> list[str]:
         """What differs from the run that is resumed, as "key: old -> new"."""
