@@ -92,7 +92,7 @@ def export(args: argparse.Namespace, path: Path) -> None:
     if not has_finite_weights(model) or not all(np.isfinite(output).all() for output in expected):
         raise RunError(f"{path}: its weights or anomaly maps are not finite; train it again with a lower lr")
     metadata = describe(trained, path)
-    log.info("exporting, and checking on %s; this takes a minute or two", counted(len(images), "image"))
+    log.info("exporting, and checking on %s; this can take some minutes", counted(len(images), "image"))
     if args.format != "torch":
         file = args.output / "model.onnx"
         parts = export_onnx(model, images, file, metadata)
