@@ -55,6 +55,7 @@ from evaluation.benchmark_table import Benchmark, text_tables, write_benchmark
 from models.realnet import check_realnet
 from utils import cli
 from utils.config import collect_errors, load_config, plain
+from utils.counts import counted
 from utils.distributed import Run, pick_device, usable_cores
 from utils.errors import RunError, Stopped, UsageError
 from utils.files import sha256
@@ -80,7 +81,7 @@ def main() -> None:
     with folder_lock(root):
         log_to_file(root / "benchmark.log")
         left = [cell for cell in cells if cell.changes() or cell.result() is None]
-        log.info("%d cells, of which %d are finished; in %s", len(cells), len(cells) - len(left), root)
+        log.info("%s, %d finished; in %s", counted(len(cells), "cell"), len(cells) - len(left), root)
         jobs = [Job(cell.name, commands(cell), cell.log) for cell in left]
         by_name = {cell.name: cell for cell in left}
         alone = Run(0, 1, torch.device("cpu"))
@@ -100,7 +101,7 @@ def main() -> None:
             report(title, cells, failed, paper, root)
     if failed:
         lines = [f"{cell.name}: {problem}; see {cell.log}" for cell, problem in failed.items()]
-        raise RunError("\n".join([f"{len(failed)} of {len(cells)} cells failed", *lines]))
+        raise RunError("\n".join([f"{len(failed)} of {counted(len(cells), 'cell')} failed", *lines]))
 
 
 # ---- what there is to do ---------------------------------------------------------------------------------------------
@@ -139,9 +140,10 @@ def planned(args: argparse.Namespace, root: Path) -> tuple[list[Cell], dict[str,
     changed = {cell: changes for cell in cells if (changes := cell.changes())}
     if changed and not args.overwrite:
         cell, changes = next(iter(changed.items()))
+        how_many = f"{len(changed)} of {counted(len(cells), 'cell')}"
         raise UsageError(
-            f"{cell.folder}: was made with other settings ({'; '.join(changes[:3])}), as {len(changed)} of "
-            f"{len(cells)} cells; --overwrite makes these anew, another --output or name of the variant keeps them"
+            f"{cell.folder}: was made with other settings ({'; '.join(changes[:3])}), as {how_many}; --overwrite makes "
+            "these anew, another --output or name of the variant keeps them"
         )
     info = find(config.dataset.type)
     return cells, info.paper if info else {}

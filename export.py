@@ -51,6 +51,7 @@ from models.realnet import ExportedRealNet
 from utils import cli
 from utils.checkpoint import has_finite_weights
 from utils.config import load_config, plain
+from utils.counts import counted
 from utils.errors import RunError, UsageError
 from utils.files import PART, remove_parts, write_atomic, write_checksums
 from utils.launcher import as_one_process
@@ -91,7 +92,7 @@ def export(args: argparse.Namespace, path: Path) -> None:
     if not has_finite_weights(model) or not all(np.isfinite(output).all() for output in expected):
         raise RunError(f"{path}: its weights or anomaly maps are not finite; train it again with a lower lr")
     metadata = describe(trained, path)
-    log.info("exporting, and checking on %d images; this takes a minute or two", len(images))
+    log.info("exporting, and checking on %s; this can take some minutes", counted(len(images), "image"))
     if args.format != "torch":
         file = args.output / "model.onnx"
         parts = export_onnx(model, images, file, metadata)
@@ -241,10 +242,10 @@ def compare(file: Path, expected: list[np.ndarray], got: list[np.ndarray]) -> No
     largest = [float(np.abs(a - b).max()) for a, b in zip(expected, got, strict=True)]
     text = ", ".join(f"{name} {value:.2g}" for name, value in zip(names, largest, strict=True))
     log.info(
-        "%s: %.1f MiB; largest difference from PyTorch on %d images: %s",
+        "%s: %.1f MiB; largest difference from PyTorch on %s: %s",
         file,
         file.stat().st_size / 2**20,
-        len(got[0]),
+        counted(len(got[0]), "image"),
         text,
     )
     # nan is above nothing, so the question is whether all differences are small.

@@ -95,6 +95,7 @@ from evaluation.prediction_files import TABLE, Results, rounded
 from evaluation.thresholds import Thresholds
 from evaluation.watching import FolderWatch, pause
 from utils import cli
+from utils.counts import counted
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.launcher import as_one_process
@@ -132,7 +133,7 @@ def predict(args: argparse.Namespace) -> None:
         count = None if inputs.count is None else max(0, inputs.count - len(results.done))
         if results.done:
             others = "all are done" if count == 0 else "the others follow"
-            log.info("%d images were scored before; %s", len(results.done), others)
+            log.info("%s scored before; %s", counted(len(results.done), "image was", "images were"), others)
         bar = tqdm(total=count, desc="images", leave=False, disable=None)
         try:
             with closing(predictor.run(left, results)) as done, bar:
@@ -140,7 +141,8 @@ def predict(args: argparse.Namespace) -> None:
                     bar.update()
                     tally.add(item, printed=count is None or count <= FEW_IMAGES)
         except KeyboardInterrupt:
-            log.info("stopped after %d images; the same command with --continue scores the others", results.count)
+            scored = counted(results.count, "image")
+            log.info("stopped after %s; the same command with --continue scores the others", scored)
             raise
     for problem in inputs.problems:
         report("unreadable", problem)
@@ -166,7 +168,8 @@ def watch(args: argparse.Namespace, stop: StopRequest) -> None:
         CommandQueue(command) as commands,
     ):
         folder = FolderWatch(args.watch, args.output, results.done)
-        log.info("watching %s (%d images were scored before); Ctrl-C ends it", args.watch, len(results.done))
+        before = counted(len(results.done), "image was", "images were")
+        log.info("watching %s (%s scored before); Ctrl-C ends it", args.watch, before)
         while not stop.signal:
             # What is in hand when a signal arrives is still written; the next start finds the others.
             complete = takewhile(lambda source: not stop.signal, folder.look())
@@ -232,7 +235,8 @@ class Tally:
             names = ", ".join(self.paged[:3]) + (", ..." if len(self.paged) > 3 else "")
             log.info("images with several pages, of which the first was scored: %d, %s", len(self.paged), names)
         verdicts = f", {results.anomalous} anomalous" if self.thresholds.image is not None else ""
-        log.info("%s: %d images%s, %s", results.folder / TABLE, results.count, verdicts, without)
+        scored = counted(results.count, "image")
+        log.info("%s: %s%s, %s", results.folder / TABLE, scored, verdicts, without)
 
 
 def load(args: argparse.Namespace, batch: int, at_once: bool = False) -> Predictor:

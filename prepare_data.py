@@ -101,6 +101,7 @@ from preparation.roles import roles_table
 from preparation.textures import recognize_textures
 from utils import cli
 from utils.config import load_config
+from utils.counts import counted
 from utils.errors import UsageError
 from utils.files import remove_parts, write_text
 from utils.lock import folder_lock
@@ -195,7 +196,8 @@ def prepare_textures(args: argparse.Namespace) -> bool:
         root, names, differences = recognize_textures(folder, args.dataset)
         _, readable, unreadable = inspect(root, [Sample(name, 0, args.dataset) for name in names])
         placing.place(args.root, root, target, [sample.filename for sample in readable], args.copy, args.overwrite)
-    log.info("%s: %d textures in %d folders", args.dataset, len(readable), len({Path(n).parts[0] for n in names}))
+    folders = counted(len({Path(name).parts[0] for name in names}), "folder")
+    log.info("%s: %s in %s", args.dataset, counted(len(readable), "texture"), folders)
     bad = findings.report(differences + unreadable, findings_file(args.dataset))
     log.info("Next: the settings of data sets that are prepared from now on take anomalies from them; others with")
     log.info('  --set "dataset.train.anomaly_types=%s"', WITH_TEXTURES)
@@ -325,8 +327,7 @@ def write_settings(args: argparse.Namespace, classes: int, size: tuple[int, int]
         elif (folder / name).read_bytes() != text.encode():
             kept[name] = text
     if len(kept) < len(texts):
-        count = f"{classes} class{'es' * (classes > 1)}"
-        log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, count, *size)
+        log.info("%s/*.yaml: %s, input size %dx%d (height x width)", folder, counted(classes, "class"), *size)
     if "realnet.yaml" not in kept:
         log.info("  realnet.yaml: preset %s%s; --preset and --backbone choose others", preset, why)
         if not textures and preset != "paper":

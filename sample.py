@@ -21,6 +21,7 @@ sheet of given images of a class, inverted to noise and sampled back by DDIM. Al
 import argparse
 
 from utils import arguments
+from utils.counts import counted
 from utils.settings import SETTINGS
 
 QUALITY_IMAGES = 64
@@ -77,7 +78,7 @@ from utils.job_progress import JobProgress
 from utils.lock import folder_lock
 from utils.log import Board, log, set_up_logging
 from utils.pictures import contact_sheet, write_image
-from utils.run_record import identity_of, record_run
+from utils.run_record import identity_of, log_run, write_record
 from utils.signals import StopRequest, signal_name, stop_requests
 
 PREVIEW_STRENGTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -99,9 +100,9 @@ def main() -> None:
         board = set_up_logging(run, out / config.saver.log_dir, "sample", config.saver.keep_pictures)
         # Without cudnn_benchmark: a continued run, and every rank, has to take the same kernels.
         use_fast_kernels(run.device, config.tf32)
-        record_run(run, out / config.saver.log_dir, "sample", config)
+        log_run(run)
         networks, classes = open_networks(config, path, known_classes(args.dataset))
-        chosen = choose_classes(args.class_name, classes)
+        chosen = choose_classes(args, classes)
         sampler = set_up_sampler(config, run, networks)
         if not args.reconstruct:
             sampler.beginning = beginning_of(config, out, sampler, chosen)
@@ -111,6 +112,10 @@ def main() -> None:
             strengths = PREVIEW_STRENGTHS if config.sampler != "dpmpp_2m" else PREVIEW_STRENGTHS[:1]
             count = QUALITY_IMAGES if args.quality_images is None else args.quality_images
             quality = set_up_quality(sampler, run, config, out, strengths, count)
+            quality.check(numbers)
+        # The record names the settings that the checkpoints have brought.
+        write_record(run, out / config.saver.log_dir, "sample", config)
+        if args.quality:
             quality.report(numbers, args.overwrite, board, stop)
         elif args.preview or args.save_steps or args.reconstruct:
             if run.is_main:
@@ -152,21 +157,29 @@ def apply_arguments(config: EasyDict, args: argparse.Namespace, path: Path) -> N
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect."""
+    """Refuse options that would have no effect, and images that are not there."""
     if args.quality_images is not None and not args.quality:
         raise UsageError("--quality-images needs --quality")
     for name, reason in WITHOUT_STRENGTH.items():
         if args.strength and getattr(args, name):
             raise UsageError(f"--strength has no effect on --{name}, which {reason}; leave it out")
+    for image in args.reconstruct or []:
+        if not Path(image).is_file():
+            raise UsageError(f"--reconstruct: {image} is not an image file")
 
 
-def choose_classes(wanted: str, classes: list[str]) -> list[str]:
-    if wanted == "all":
-        return classes
-    chosen = [name.strip() for name in wanted.split(",")]
+def choose_classes(args: argparse.Namespace, classes: list[str]) -> list[str]:
+    """The classes of the model that --class_name names.
+
+    Raises:
+        UsageError: the model has no such class, or --reconstruct, which takes one, is given several.
+    """
+    chosen = classes if args.class_name == "all" else [name.strip() for name in args.class_name.split(",")]
     for name in chosen:
         if name not in classes:
             raise UsageError(f"--class_name {name}: the classes of the model are {', '.join(classes)}")
+    if args.reconstruct and len(chosen) > 1:
+        raise UsageError(f"--reconstruct: --class_name is missing, one of {', '.join(chosen)}")
     return chosen
 
 
@@ -249,9 +262,9 @@ def draw_class(
     distributed.on_main(folder.finish)
     kept = len(existing & set(range(config.sample_number)))
     log.info(
-        "%s: %d images in %s, %d of them existed already%s%s",
+        "%s: %s in %s, %d of them existed already%s%s",
         name,
-        config.sample_number,
+        counted(config.sample_number, "image"),
         folder.path,
         kept,
         " (--overwrite draws them again)" if kept else "",
@@ -272,15 +285,14 @@ def write_pictures(
 ) -> None:
     """Write what --preview, --save-steps or --reconstruct ask for, for each class, by name and number."""
     vis_dir = experiment / config.saver.vis_dir
-    if args.reconstruct and len(numbers) > 1:
-        raise UsageError(f"--reconstruct: --class_name is missing, one of {', '.join(numbers)}")
     for name, number in numbers.items():
         if args.preview:
             picture, kind, path = preview(sampler, name, number), "sdas", vis_dir / f"{name}.png"
             text = f"strengths {PREVIEW_STRENGTHS[0]:g} .. {PREVIEW_STRENGTHS[-1]:g}"
         elif args.save_steps:
             picture, kind = step_sheet(sampler, name, number, config.strength), "steps"
-            path, text = vis_dir / f"{name}_steps.png", f"{sampler.process.num_timesteps} steps of sampling"
+            path = vis_dir / f"{name}_steps.png"
+            text = f"{counted(sampler.process.num_timesteps, 'step')} of sampling"
         else:
             reading = sdas_reading(experiment, sampler.size, config.color_mode)
             picture = reconstruction(sampler, number, args.reconstruct, reading, config.dataset.batch_size)

@@ -79,6 +79,7 @@ from datasets.realnet import RealNetTrainSet
 from preparation.edit_pairs import Editing, set_up_editing
 from utils import cli, distributed
 from utils.config import collect_errors, load_config, plain
+from utils.counts import counted
 from utils.distributed import Run, usable_cores
 from utils.errors import RunError, Stopped, UsageError
 from utils.lock import folder_lock
@@ -299,7 +300,8 @@ def finish(
     rows = folder.rows()
     lost = set(range(args.count)) - set(rows)
     if lost:
-        raise RunError(f"{folder.path}: {len(lost)} pairs have vanished, e.g. number {min(lost)}; run it once more")
+        pairs = counted(len(lost), "pair has", "pairs have")
+        raise RunError(f"{folder.path}: {pairs} vanished, e.g. number {min(lost)}; run it once more")
     # Files that an earlier command has written have to name the new pairs, too.
     for form in sorted({args.format, *folder.formats()} - {MVTEC}):
         with closing(prefetch(folder.mask, rows.values(), ahead=2 * threads, threads=threads)) as masks:
@@ -309,7 +311,8 @@ def finish(
     types = ", ".join(f"{name} {count}" for name, count in Counter(row["type"] for row in rows.values()).most_common())
     kept = f"; {len(existing)} of them existed already (--overwrite draws them again)" if existing else ""
     seconds = time.monotonic() - began
-    log.info("%s: %d pairs (%s) in %s, %.1f s%s", folder.path.name, len(rows), types, folder.path, seconds, kept)
+    pairs = counted(len(rows), "pair")
+    log.info("%s: %s (%s) in %s, %.1f s%s", folder.path.name, pairs, types, folder.path, seconds, kept)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from models.sdas import SpacedDiffusion, check_training_size, create_classifier_
 from utils import cli, distributed
 from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
+from utils.counts import counted
 from utils.errors import RunError, UsageError
 from utils.log import Board, log, progress_bar
 from utils.optim import accumulation_groups, seed_step
@@ -80,7 +81,8 @@ def main() -> None:
         loader = make_loader(train_set, batches, config.dataset.workers, run)
         test_batches = SharedBatches(len(test_set), config.dataset.batch_size, run)
         test_loader = make_loader(test_set, test_batches, config.dataset.workers, run)
-        log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
+        sizes = counted(len(train_set), "image"), counted(len(classes), "class"), counted(len(test_set), "test image")
+        log.info("%s of %s, %s", *sizes)
 
         torch.manual_seed(config.random_seed)
         saved = load_for_resume(checkpoints, run, args.resume)
@@ -203,8 +205,8 @@ def validate(
     if finite < seen:
         raise RunError(f"epoch {progress.epoch}: the logits are not finite; start anew with a lower learning rate")
     by_t = (counts[1] / counts[0].clamp(min=1)).tolist()
-    text = "epoch %d  top-1 %.4f  top-3 %.4f  over %d images"
-    log.info(text, progress.epoch, top1 / seen, top3 / seen, seen / T_BINS)
+    images = counted(round(seen / T_BINS), "image")
+    log.info("epoch %d  top-1 %.4f  top-3 %.4f  over %s", progress.epoch, top1 / seen, top3 / seen, images)
     log.info("  top-1 by t from 0 to T: %s", "  ".join(f"{value:.3f}" for value in by_t))
     board.add_scalar("validation/top1", top1 / seen, progress.step)
     board.add_scalar("validation/top3", top3 / seen, progress.step)

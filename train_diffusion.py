@@ -42,6 +42,7 @@ from models.sdas.reconstruction import reconstruct
 from utils import cli, distributed
 from utils.checkpoint import load_for_resume, save_numbered
 from utils.config import collect_errors, load_config, model_kwargs, plain, pretrained_path
+from utils.counts import counted
 from utils.device import to_device
 from utils.errors import RunError
 from utils.files import delete_older
@@ -76,7 +77,8 @@ def main() -> None:
         test_set = build_sdas_dataset(config.dataset, "test", classes, config.random_seed)
         batches = EpochBatches(len(train_set), config.dataset.batch_size, run, config.random_seed)
         loader = make_loader(train_set, batches, config.dataset.workers, run)
-        log.info("%d images of %d classes, %d test images", len(train_set), len(classes), len(test_set))
+        sizes = counted(len(train_set), "image"), counted(len(classes), "class"), counted(len(test_set), "test image")
+        log.info("%s of %s, %s", *sizes)
 
         torch.manual_seed(config.random_seed)
         saved = load_for_resume(checkpoints, run, args.resume)

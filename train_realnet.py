@@ -27,6 +27,8 @@ def parse_args() -> argparse.Namespace:
 arguments.parse_early(__name__, parse_args)
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ from datasets.build import (
 )
 from datasets.lists import chosen_classes, gives_metrics
 from datasets.loaders import EpochBatches, SharedBatches, make_loader
-from datasets.realnet import GoodImages, RealNetTrainSet
+from datasets.realnet import GoodImages, RealNetTestSet, RealNetTrainSet
+from datasets.validation import HeldOutSet
 from evaluation.selections import FILES, LAST, SYNTHETIC, TEST
 from evaluation.thresholds import sidecar
 from evaluation.trained_model import joined_names
@@ -60,6 +63,7 @@ from utils.checkpoint import BEST, load_for_resume, refuse_earlier_run, save_che
 from utils.checkpoint import LAST as NEWEST
 from utils.choices import DISCRIMINATOR
 from utils.config import collect_errors, load_config, plain
+from utils.counts import counted
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
 from utils.files import link_file
@@ -85,6 +89,39 @@ NORMAL_IMAGES = 48  # good training images that evaluator.score is measured on
 FIGURES = {TEST: "best_metric", SYNTHETIC: BEST_SYNTHETIC}  # the best metrics so far, by selection
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Where the training of a class writes."""
+
+    checkpoints: Path
+    log: Path
+    vis: Path
+
+    @classmethod
+    def of(cls, saver: EasyDict, experiment: Path, class_name: str) -> "Folders":
+        return cls(*(experiment / saver[f"{name}_dir"] / class_name for name in ("checkpoints", "log", "vis")))
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """What the detector of a class is trained and validated on.
+
+    Args:
+        train: good images, with synthetic anomalies.
+        held_out: good images that are not trained on, plain and with anomalies; None if there are none.
+        test: the images of the test list, which may be empty.
+    """
+
+    train: RealNetTrainSet
+    held_out: HeldOutSet | None
+    test: RealNetTestSet
+
+    @property
+    def tested(self) -> bool:
+        """Whether the test list gives metrics."""
+        return gives_metrics(self.test.samples)
+
+
 def main() -> None:
     args = parse_args()
     path = cli.config_path(args, "realnet")
@@ -92,20 +129,18 @@ def main() -> None:
     classes = check(config, path, args.class_name)
     out = cli.experiment_dir(args)
     with distributed.session(args.device, identity_of(config, classes=classes)) as run, stop_requests(run) as stop:
-        for class_name in classes:
+        folders = {name: Folders.of(config.saver, out, name) for name in classes}
+        for own in folders.values():
             # Said before the first class is trained, not hours later.
-            folder = out / config.saver.checkpoints_dir / class_name
-            distributed.on_main(lambda folder=folder: refuse_earlier_run(folder, args.resume, args.overwrite))
-        for class_name in classes:
-            checkpoints, log_dir = (out / config.saver[key] / class_name for key in ("checkpoints_dir", "log_dir"))
-            with training_folders("train_realnet", checkpoints, log_dir, config, args, run) as board:
-                train_class(config, class_name, run, out, board, args, stop)
+            distributed.on_main(lambda own=own: refuse_earlier_run(own.checkpoints, args.resume, args.overwrite))
+        for name, own in folders.items():
+            with training_folders("train_realnet", own.checkpoints, own.log, config, args, run) as board:
+                train_class(config, name, own, run, board, args, stop)
         if any(len(build_realnet_test_set(config.dataset, name)) for name in classes):
             cli.log_next("evaluation_realnet.py", args)
         else:
             # Good images alone: nothing to evaluate on.
-            checkpoints = out / config.saver.checkpoints_dir / classes[0]
-            log.info("Next: python %s", cli.predict_command(checkpoints))
+            log.info("Next: python %s", cli.predict_command(folders[classes[0]].checkpoints))
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
@@ -141,99 +176,67 @@ def check_selection(config: EasyDict) -> None:
         raise UsageError(f"{LAST} leaves nothing to be patient for; set trainer.patience: null, or select {SYNTHETIC}")
 
 
-def freeze_untrained(network: RealNet, config: EasyDict) -> None:
-    """Freeze the part that no loss reaches, and warn; several ranks would wait for its gradients forever."""
-    types = {entry["type"] for entry in config.criterion}
-    if types == {"FeatureMSELoss"}:
-        network.rrs.requires_grad_(False)
-        log.warning(
-            "warning: criterion: FeatureMSELoss alone does not train rrs, which is frozen; add SegmentCrossEntropyLoss"
-        )
-    elif "FeatureMSELoss" not in types and network.rrs.stop_grad:
-        network.recon.requires_grad_(False)
-        log.warning(
-            "warning: criterion: nothing trains recon, which is frozen; add FeatureMSELoss, or set "
-            "net.rrs.kwargs.stop_grad: False"
-        )
-
-
 def train_class(
     config: EasyDict,
     class_name: str,
+    folders: Folders,
     run: Run,
-    out: Path,
     board: Board,
     args: argparse.Namespace,
     stop: StopRequest,
 ) -> None:
     """Train one detector: AFS first, then reconstruction and RRS together."""
+    images = open_images(config, class_name, run, stop)
+    select = selection(config, class_name, images.held_out is not None, images.tested)
+    batches = EpochBatches(len(images.train), config.dataset.batch_size, run, config.random_seed)
+    loader = make_loader(images.train, batches, config.dataset.workers, run)
+
+    torch.manual_seed(config.random_seed)
+    saved = load_for_resume(folders.checkpoints, run, args.resume)
+    network = build_realnet(config, "checkpoint" if saved else None).to(run.device)
+    if not saved:
+        prepare_features(network, images.train, config, run, board, stop)
+    freeze_untrained(network, config)
+    training = set_up_detector(config, network, images, select, run)
+    training.class_name = class_name
+    training.steps_per_epoch = len(batches)
+    training.json_log = folders.log / "train_realnet.jsonl"
+    training.begin(saved, folders.checkpoints, args)
+
+    criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
+    validations = validations_of(training, images, board, stop)
+    saver = Saver(folders.checkpoints, training, stop)
+    progress, metrics = training.progress, {}
+    while not training.is_complete:
+        batches.set_epoch(progress.epoch, progress.step_in_epoch)
+        if not training.is_over:  # else a stopped run has only the last validation left
+            sheet_path = folders.vis / "training_samples.png" if progress.step == 0 else None
+            train_one_epoch(training, criterion, loader, board, saver, sheet_path)
+        saver.after_epoch()
+        if training.is_due(config.trainer.val_freq_epoch):
+            with training.meter.paused(), saver.save_if_stopped():
+                measure_normal(training, images.train, stop)
+                metrics = validate(training, validations)
+                keep_best(training, metrics, select, folders.checkpoints)
+                saver.save_validated()
+                if select == LAST:
+                    link_newest(training, folders.checkpoints)
+    report_end(training, metrics)
+
+
+# ---- before the first step -------------------------------------------------------------------------------------------
+
+
+def open_images(config: EasyDict, class_name: str, run: Run, stop: StopRequest) -> ClassImages:
+    """The images of a class, or of several in one list."""
     seed = config.random_seed
     held_out = hold_out(config.dataset, class_name, seed, run, stop)
     train_set = build_realnet_train_set(config.dataset, class_name, seed, held_out)
     test_set = build_realnet_test_set(config.dataset, class_name)
-    sizes = (len(train_set), len(held_out), len(test_set))
-    log.info("%s: %d training images, %d held out, %d test images", class_name, *sizes)
-    tested = gives_metrics(test_set.samples)
-    select = selection(config, class_name, bool(held_out), tested)
-    batches = EpochBatches(len(train_set), config.dataset.batch_size, run, seed)
-    loader = make_loader(train_set, batches, config.dataset.workers, run)
-    checkpoints = out / config.saver.checkpoints_dir / class_name
-
-    torch.manual_seed(seed)
-    saved = load_for_resume(checkpoints, run, args.resume)
-    network = build_realnet(config, "checkpoint" if saved else None).to(run.device)
-    if not saved:
-        prepare_features(network, train_set, config, run, board, stop)
-    freeze_untrained(network, config)
-    # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
-    settings = {"arch": plain(config.net), "config": plain(config)}
-    settings["trained_on"] = joined_names(sample.filename for sample in train_set.images.samples)
-    lists, figures = (train_set.images.summary(), test_set.images.summary()), {FIGURES[TEST]: -1.0}
-    if held_out:
-        figures[FIGURES[SYNTHETIC]] = -1.0
-    if config.trainer.patience is not None and select != LAST:
-        figures[STALE] = 0
-    # What comes before sees as many distinct images as a batch happens to have; each number would be compiled anew.
-    compiled = [network.recon, network.rrs]
-    training = set_up_training(config, network, run, settings, lists, figures, compiled=compiled)
-    training.class_name = class_name
-    training.steps_per_epoch = len(batches)
-    training.json_log = out / config.saver.log_dir / class_name / "train_realnet.jsonl"
-    training.begin(saved, checkpoints, args)
-
-    criterion = build_criterion(config.criterion, DETECTOR_LOSSES)
-    validations = {}
-    if tested:
-        loader_of_test = test_loader(test_set, config, run)
-        validations[TEST] = lambda: validate_test(training, test_set, loader_of_test, board, stop)
-    if held_out:
-        held_out_set = build_held_out_set(config.dataset, class_name, train_set, held_out)
-        loader_of_held_out = test_loader(held_out_set, config, run)
-        validations[SYNTHETIC] = lambda: validate_held_out(training, held_out_set, loader_of_held_out, board, stop)
-    progress, metrics = training.progress, {}
-    saver = Saver(checkpoints, training, stop)
-    sheet_path = out / config.saver.vis_dir / class_name / "training_samples.png"
-    while not training.is_complete:
-        batches.set_epoch(progress.epoch, progress.step_in_epoch)
-        if not training.is_over:  # else a stopped run has only the last validation left
-            train_one_epoch(training, criterion, loader, board, saver, sheet_path if progress.step == 0 else None)
-        saver.after_epoch()
-        if training.is_due(config.trainer.val_freq_epoch):
-            with training.meter.paused(), saver.save_if_stopped():
-                measure_normal(training, train_set, stop)
-                metrics = validate(training, validations)
-                keep_best(training, metrics, select, checkpoints)
-                saver.save_validated()
-                if select == LAST:
-                    link_newest(training, checkpoints)
-    if metrics and training.out_of_patience:
-        text = "%s: ends after step %d: %d validations without a better checkpoint (trainer.patience)"
-        log.info(text, class_name, progress.step, config.trainer.patience)
-    if DIVERGED in metrics.values():
-        raise RunError(
-            f"{class_name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "
-            "lower trainer.optimizer.kwargs.lr"
-        )
+    trained, tested = counted(len(train_set), "training image"), counted(len(test_set), "test image")
+    log.info("%s: %s, %d held out, %s", class_name, trained, len(held_out), tested)
+    held_out_set = build_held_out_set(config.dataset, class_name, train_set, held_out) if held_out else None
+    return ClassImages(train_set, held_out_set, test_set)
 
 
 def selection(config: EasyDict, class_name: str, held_out: bool, tested: bool) -> str:
@@ -246,12 +249,6 @@ def selection(config: EasyDict, class_name: str, held_out: bool, tested: bool) -
         select = LAST
         log.warning("%s: too few good images to hold some out; ckpt_best will be the last", class_name)
     return select
-
-
-def test_loader(images: Dataset, config: EasyDict, run: Run) -> DataLoader:
-    """Batches of a whole set, which do not depend on the number of ranks."""
-    batches = SharedBatches(len(images), config.dataset.batch_size, run)
-    return make_loader(images, batches, config.dataset.workers, run)
 
 
 def prepare_features(
@@ -291,6 +288,40 @@ def afs_batches(config: EasyDict) -> int:
     """The number of batches that AFS looks at, net.afs.kwargs.init_bsn."""
     kwargs = next((part.get("kwargs") or {} for part in config.net if part["name"] == "afs"), {})
     return kwargs.get("init_bsn", 64)
+
+
+def freeze_untrained(network: RealNet, config: EasyDict) -> None:
+    """Freeze the part that no loss reaches, and warn; several ranks would wait for its gradients forever."""
+    types = {entry["type"] for entry in config.criterion}
+    if types == {"FeatureMSELoss"}:
+        network.rrs.requires_grad_(False)
+        log.warning(
+            "warning: criterion: FeatureMSELoss alone does not train rrs, which is frozen; add SegmentCrossEntropyLoss"
+        )
+    elif "FeatureMSELoss" not in types and network.rrs.stop_grad:
+        network.recon.requires_grad_(False)
+        log.warning(
+            "warning: criterion: nothing trains recon, which is frozen; add FeatureMSELoss, or set "
+            "net.rrs.kwargs.stop_grad: False"
+        )
+
+
+def set_up_detector(config: EasyDict, network: RealNet, images: ClassImages, select: str, run: Run) -> Training:
+    """The Training of a detector, with what its checkpoints hold and the figures that `select` needs."""
+    # The checkpoint holds the settings, so that the detector needs no YAML; the weights hold AFS's channels.
+    settings = {"arch": plain(config.net), "config": plain(config)}
+    settings["trained_on"] = joined_names(sample.filename for sample in images.train.images.samples)
+    lists, figures = (images.train.images.summary(), images.test.images.summary()), {FIGURES[TEST]: -1.0}
+    if images.held_out is not None:
+        figures[FIGURES[SYNTHETIC]] = -1.0
+    if config.trainer.patience is not None and select != LAST:
+        figures[STALE] = 0
+    # What comes before sees as many distinct images as a batch happens to have; each number would be compiled anew.
+    compiled = [network.recon, network.rrs]
+    return set_up_training(config, network, run, settings, lists, figures, compiled=compiled)
+
+
+# ---- an epoch --------------------------------------------------------------------------------------------------------
 
 
 def train_one_epoch(
@@ -352,6 +383,26 @@ def show_samples(batch: dict[str, torch.Tensor], training: Training, board: Boar
 
 
 # ---- validation and checkpoints --------------------------------------------------------------------------------------
+
+
+def validations_of(
+    training: Training, images: ClassImages, board: Board, stop: StopRequest
+) -> dict[str, Callable[[], Any]]:
+    """The validations that the images allow, by value of evaluator.select."""
+    config, run, validations = training.config, training.run, {}
+    if images.tested:
+        loader = test_loader(images.test, config, run)
+        validations[TEST] = partial(validate_test, training, images.test, loader, board, stop)
+    if images.held_out is not None:
+        loader = test_loader(images.held_out, config, run)
+        validations[SYNTHETIC] = partial(validate_held_out, training, images.held_out, loader, board, stop)
+    return validations
+
+
+def test_loader(images: Dataset, config: EasyDict, run: Run) -> DataLoader:
+    """Batches of a whole set, which do not depend on the number of ranks."""
+    batches = SharedBatches(len(images), config.dataset.batch_size, run)
+    return make_loader(images, batches, config.dataset.workers, run)
 
 
 def measure_normal(training: Training, train_set: RealNetTrainSet, stop: StopRequest) -> None:
@@ -433,6 +484,24 @@ def forget_thresholds(checkpoint: Path) -> None:
     if thresholds.is_file():
         thresholds.unlink()
         log.info("%s belonged to the checkpoint before and is deleted; evaluate to have new ones", thresholds)
+
+
+def report_end(training: Training, metrics: dict[str, float]) -> None:
+    """Say why a training ended early; `metrics` are those of its last validation, if there was one.
+
+    Raises:
+        RunError: the anomaly maps of that validation are not finite.
+    """
+    config, name = training.config, training.class_name
+    if metrics and training.out_of_patience:
+        validations = counted(config.trainer.patience, "validation")
+        text = "%s: ends after step %d: %s without a better checkpoint (trainer.patience)"
+        log.info(text, name, training.progress.step, validations)
+    if DIVERGED in metrics.values():
+        raise RunError(
+            f"{name}: the anomaly maps of the last validation are not finite; start anew with --overwrite and a "
+            "lower trainer.optimizer.kwargs.lr"
+        )
 
 
 if __name__ == "__main__":

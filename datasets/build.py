@@ -22,6 +22,7 @@ from datasets.synthesis import Synthesis
 from datasets.validation import HeldOutSet
 from utils import distributed
 from utils.config import load_config
+from utils.counts import counted
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.log import progress_bar
@@ -133,7 +134,7 @@ def check_sdas_list(config: EasyDict, split: str, network: str) -> None:
         raise UsageError(f"{path}: holds no good image")
     classes, class_number = class_names(samples), config[network].class_number
     if len(classes) > class_number:
-        raise UsageError(f"{network}.class_number: {class_number}, but {path} has {len(classes)} classes")
+        raise UsageError(f"{network}.class_number: {class_number}, but {path} has {counted(len(classes), 'class')}")
 
 
 def _listed(config: EasyDict, path: str, may_be_empty: bool = False) -> list[Sample]:
@@ -203,7 +204,7 @@ def choose_held_out(
             chosen += held_out
             if parts:
                 left, out = (len({parts.get(s.filename, s.filename) for s in side}) for side in (rest, held_out))
-                log.info("%s: %d parts to train on, %d held out", name, left, out)
+                log.info("%s: %s to train on, %d held out", name, counted(left, "part"), out)
     return [sample.filename for sample in chosen]
 
 

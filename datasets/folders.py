@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.counts import counted
+
 MEGAPIXELS = 178  # default limit, about that of Pillow, against small files that unpack to gigabytes
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MASK_FOLDERS = ("ground_truth", "groundtruth", "ground truth", "masks", "mask", "gt", "掩码")
@@ -178,7 +180,7 @@ def not_read(others: Iterable[Path]) -> str:
     if not others:
         return ""
     endings = ", ".join(sorted({path.suffix.lower() or path.name for path in others})[:8])
-    return f"{len(others)} {'file was' if len(others) == 1 else 'files were'} not read: {endings}"
+    return f"{counted(len(others), 'file was', 'files were')} not read: {endings}"
 
 
 def is_visible(name: str) -> bool:

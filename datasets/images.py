@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 from datasets.folders import MEGAPIXELS as MEGAPIXELS
 from datasets.folders import SUFFIXES as SUFFIXES
 from datasets.folders import list_images as list_images
+from utils.counts import counted
 from utils.errors import UsageError
 from utils.pictures import to_uint8
 
@@ -324,7 +325,8 @@ class SharedCache:
         budget = min(budget_mb << 20, _shared_memory_left() // 2)
         self.kept = min(count, budget // item)
         if self.kept < count and budget_mb:
-            log.info("cache: room for %d of %d images (dataset.cache_mb, shared memory)", self.kept, count)
+            images = counted(count, "image")
+            log.info("cache: room for %d of %s (dataset.cache_mb, shared memory)", self.kept, images)
         # Made in shared memory: share_memory_() would make it elsewhere and copy it. The system reserves all pages at
         # once, so that a full /dev/shm is noticed here and not by a worker, which it would kill.
         storage = torch.UntypedStorage._new_shared(self.kept * item)

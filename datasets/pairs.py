@@ -11,6 +11,7 @@ import numpy as np
 from datasets.realnet import Draw, RealNetTrainSet
 from datasets.sdas_folders import SDASFolder
 from datasets.synthesis import Anomaly
+from utils.counts import counted
 from utils.errors import RunError
 
 ATTEMPTS = 20  # on one good image, until a draw changes something
@@ -82,9 +83,9 @@ class TrainingPairs:
             if pair is not None:
                 return pair
         first = self.train_set.samples[self.indices[i % len(self.indices)]].filename
-        others = min(IMAGES, len(self.indices)) - 1
+        others = counted(min(IMAGES, len(self.indices)) - 1, "image")
         raise RunError(
-            f"{first}: no anomaly shows on it or the {others} images after it, in {ATTEMPTS} draws each; is their "
+            f"{first}: no anomaly shows on it or the {others} after it, in {ATTEMPTS} draws each; is their "
             "foreground empty (dataset.foreground; prepare_data.py --preview shows it)?"
         )
 

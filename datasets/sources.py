@@ -11,6 +11,7 @@ from datasets.edits import StoredPairs, read_pairs
 from datasets.folders import FoundImages, find_images, not_read
 from datasets.images import header_problem
 from utils.choices import EDIT
+from utils.counts import counted
 from utils.errors import UsageError
 
 log = logging.getLogger("realnet")
@@ -84,8 +85,9 @@ def _tell_left_out(setting: str, count: int, broken: list[str], found: FoundImag
     if broken:
         more = f"\n  and {len(broken) - 3} more" if len(broken) > 3 else ""
         lines = "".join(f"\n  {problem}" for problem in broken[:3])
-        text = "%s: %d of %d images cannot be read and are left out:%s%s"
-        log.warning(text, setting, len(broken), count, lines, more)
+        of = f"of {counted(count, 'image')} cannot be read and"
+        left_out = counted(len(broken), f"{of} is left out", f"{of} are left out")
+        log.warning("%s: %s:%s%s", setting, left_out, lines, more)
     if found.others:
         log.warning("%s: %s", setting, not_read(found.others))
     for path, reason in found.closed:

@@ -11,6 +11,7 @@ from easydict import EasyDict
 
 from evaluation.thresholds import Thresholds, matching_thresholds, thresholds_from
 from utils.config import checked
+from utils.counts import counted
 from utils.errors import RunError, UsageError
 from utils.files import verify_checksums
 
@@ -65,6 +66,6 @@ def _check_tensors(session: Any, config: EasyDict) -> None:
     if list(shape[1:]) != wanted:
         raise ValueError(f"its input has the shape {shape}, and its settings say {wanted} after the batch")
     if isinstance(shape[0], int):
-        raise ValueError(f"it takes {shape[0]} images at once, and no other number")
+        raise ValueError(f"it takes {counted(shape[0], 'image')} at once, and no other number")
     if "anomaly_map" not in [entry.name for entry in session.get_outputs()]:
         raise ValueError("it has no output called anomaly_map")

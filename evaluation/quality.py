@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from models.sdas.sampler import Sampler, image_seed
 from utils import distributed
 from utils.checkpoint import trained_checkpoint
 from utils.config import plain, pretrained_path
+from utils.counts import counted
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.files import remove_parts
@@ -66,21 +67,29 @@ class Quality:
     count: int
     batch: int
 
-    def report(self, classes: Mapping[str, int], overwrite: bool, board: Board, stop: StopRequest) -> None:
-        """Measure classes, given with their numbers, one after the other; the files are written after each.
-
-        Args:
-            overwrite: also measure classes that are in the files already.
+    def check(self, classes: Iterable[str]) -> None:
+        """Check that classes can be measured.
 
         Raises:
             UsageError: a class has too few training images.
-            Stopped: a signal has arrived; the same command goes on with the class that was interrupted.
         """
         for name in classes:
             found = len(self.real.images.of_class(name))
             if found < FEWEST_REAL:
-                text = f"{found} training images, but --quality needs at least {FEWEST_REAL}; see --class_name"
+                images = counted(found, "training image")
+                text = f"{images}, but --quality needs at least {FEWEST_REAL}; see --class_name"
                 raise UsageError(f"{name}: {text}")
+
+    def report(self, classes: Mapping[str, int], overwrite: bool, board: Board, stop: StopRequest) -> None:
+        """Measure classes, given with their numbers, one after the other; the files are written after each.
+
+        Args:
+            classes: which `check` has accepted.
+            overwrite: also measure classes that are in the files already.
+
+        Raises:
+            Stopped: a signal has arrived; the same command goes on with the class that was interrupted.
+        """
         with folder_lock(self.folder, self.run):
             if self.run.is_main:
                 remove_parts(self.folder)

@@ -12,6 +12,7 @@ import numpy as np
 from evaluation.metrics import Ranking, flat_pixels
 from evaluation.normal_scores import NormalScores, normalised, pooled, raw
 from utils.config import shortened
+from utils.counts import counted
 from utils.errors import UsageError
 from utils.files import write_text
 from utils.precision import FP32, precision_in
@@ -193,10 +194,10 @@ def from_normal(normal: NormalScores, target_fpr: float, low: float, high: float
     """
     parts, lowest = normal.count, normal.lowest_rate
     rule = f"at most {100 * target_fpr:g}% of good images flagged, by {len(normal)} {HELD_OUT}"
-    rule += "" if parts == len(normal) else f" of {parts} parts"
+    rule += "" if parts == len(normal) else f" of {counted(parts, 'part')}"
     if target_fpr < lowest:
-        what = "images" if parts == len(normal) else "parts"
-        rule += f" (an estimate: {parts} {what} can promise {100 * lowest:.2g}% at best)"
+        seen = counted(parts, "image" if parts == len(normal) else "part")
+        rule += f" (an estimate: {seen} can promise {100 * lowest:.2g}% at best)"
     image, pixel = normal.image_threshold(target_fpr), normal.pixel_threshold(PIXEL_SHARE * target_fpr)
     return _consistent(Thresholds(image, pixel, rule, low, high, normal=normal, scale=normal.scale))
 

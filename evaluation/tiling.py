@@ -4,6 +4,11 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from tqdm import tqdm
+
+from utils import distributed
+
+SECONDS = 5.0  # after which the tiles of an image have a progress bar of their own
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -23,6 +28,8 @@ def tiled_map(
     image: np.ndarray, tile: int, overlap: int, batch: int, score: Callable[[list[np.ndarray]], np.ndarray]
 ) -> np.ndarray:
     """The anomaly map of an image, at its own size, from tiles that are scored like separate images.
+
+    Where that takes long, a progress bar on rank 0 shows it, if stderr is a terminal.
 
     Args:
         image: (H,W,3) uint8.
@@ -45,7 +52,10 @@ def tiled_map(
     corners = [(y, x) for y in starts(height, tile, overlap) for x in starts(width, tile, overlap)]
     weight = ramp(sides[0], overlap)[:, None] * ramp(sides[1], overlap)
     total, weights = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
-    for start in range(0, len(corners), batch):
+    firsts = range(0, len(corners), batch)
+    # disable=None hides it where there is no terminal.
+    hidden = None if distributed.is_main() else True
+    for start in tqdm(firsts, "batches of tiles", leave=False, delay=SECONDS, disable=hidden, dynamic_ncols=True):
         group = corners[start : start + batch]
         maps = score([image[y : y + sides[0], x : x + sides[1]] for y, x in group])
         for (y, x), values in zip(group, maps, strict=True):

@@ -19,6 +19,7 @@ from evaluation.thresholds import Thresholds, matching_thresholds, of_normals
 from models.realnet import MEASURED, RealNet, build_realnet, check_realnet
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of
 from utils.config import checked, collect_errors, differences, plain, shortened
+from utils.counts import counted
 from utils.errors import UsageError
 from utils.precision import FP32, precision_in
 
@@ -111,7 +112,8 @@ class TrainedModel:
         files = set(files)
         held_out = {file for names in self.held_out.files.values() for file in names} if self.held_out else set()
         counts = ((len(files & self.trained_on), "trained on"), (len(files & held_out), "held out for the threshold"))
-        seen = " and ".join(f"{count} of the {len(files)} test images were {how}" for count, how in counts if count)
+        of = f"of the {counted(len(files), 'test image')}"
+        seen = " and ".join(counted(n, f"{of} was {how}", f"{of} were {how}") for n, how in counts if n)
         return f"flattered: {seen}; train again, or test on other images" if seen else ""
 
     def thresholds(self, path: Path, target_fpr: float = TARGET_FPR) -> Thresholds | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.normal_scores import log_odds
+from utils.counts import counted
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -41,19 +42,21 @@ class Verdict:
         """Which images the pixel metrics leave out, as words; empty if they leave out none, or are undefined."""
         if not 0 < self.unmasked < self.defective:
             return ""
-        return f"pixel metrics leave out {self.unmasked} of {self.defective} defective images, which have no mask"
+        of = f"of {self.defective} defective images, which"
+        return f"pixel metrics leave out {counted(self.unmasked, f'{of} has no mask', f'{of} have no mask')}"
 
     def counts(self) -> str:
         """The counts as a sentence."""
         if self.flagged is None or self.missed is None:
-            return f"{self.good} good and {self.defective} defective images; no threshold, so no verdicts"
+            defective = counted(self.defective, "defective image")
+            return f"{self.good} good and {defective}; no threshold, so no verdicts"
         parts = []
         if self.good:
             share = 100 * self.flagged / self.good
-            parts.append(f"{self.flagged} of {self.good} good images called anomalous ({share:.1f}%)")
+            parts.append(f"{self.flagged} of {counted(self.good, 'good image')} called anomalous ({share:.1f}%)")
         if self.defective:
             share = 100 * self.missed / self.defective
-            parts.append(f"{self.missed} of {self.defective} defective images missed ({share:.1f}%)")
+            parts.append(f"{self.missed} of {counted(self.defective, 'defective image')} missed ({share:.1f}%)")
         return ", ".join(parts)
 
     def intervals(self) -> str:

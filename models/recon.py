@@ -10,6 +10,7 @@ from models.padding import set_padding
 from models.sdas.blocks import AttentionBlock, GroupNorm32, zero_init
 from models.subspace import NormalSubspace
 from utils.choices import STARTS
+from utils.counts import counted
 from utils.errors import UsageError
 
 HEAD_CHANNELS = 64
@@ -257,7 +258,7 @@ class ReconstructionLayer(_PerBlock):
             hidden = int(channels * hide_channels_ratio)
             if hidden == 0 or hidden % 32:
                 raise UsageError(
-                    f"structure: {block} keeps {channels} channels; times recon's hide_channels_ratio "
+                    f"structure: {block} keeps {counted(channels, 'channel')}; times recon's hide_channels_ratio "
                     f"{hide_channels_ratio} that is {hidden}, which is not a positive multiple of 32"
                 )
             networks[block] = ReconstructionUNet(channels, hidden, num_res_blocks, channel_mult, attention_mult)

@@ -9,6 +9,7 @@ from torch import nn
 from models.afs import grid_size, resize
 from models.padding import set_padding
 from models.recon import ResidualStack
+from utils.counts import counted
 from utils.errors import UsageError
 
 
@@ -49,7 +50,7 @@ class RRS(nn.Module):
         super().__init__()
         total = sum(planes.values())
         if len(modes) != len(mode_numbers):
-            raise UsageError(f"net.rrs.kwargs: {len(modes)} modes, but {len(mode_numbers)} mode_numbers")
+            raise UsageError(f"net.rrs.kwargs: {counted(len(modes), 'mode')}, but {len(mode_numbers)} mode_numbers")
         for mode, number in zip(modes, mode_numbers, strict=True):
             if mode not in ("max", "mean"):
                 raise UsageError(f"net.rrs.kwargs.modes: {mode!r} is not one of max, mean")

@@ -11,6 +11,7 @@ from preparation.findings import AMBIGUOUS, MISSING, SURPLUS, UNREADABLE, Findin
 from preparation.folders import Reader, has_images, is_class, is_good_folder, is_mask_folder
 from preparation.masks import MaskIndex, without_masks
 from preparation.names import BAD, GOOD, TEST, TRAIN, UNCLEAR, are_zero_and_one, read_name
+from utils.counts import counted
 from utils.errors import UsageError
 
 UNSPLIT = "unsplit"
@@ -107,8 +108,8 @@ def _train_samples(reader: Reader, folder: Path, clsname: str) -> list[Sample]:
             good += _good_by_masks(reader, images, subfolder, clsname, masks)
         elif images:
             unknown.append(subfolder)
-            text = f"{len(images)} images that are not good; training uses good ones only"
-            reader.report(SURPLUS, subfolder, text)
+            text = counted(len(images), "image that is not good", "images that are not good")
+            reader.report(SURPLUS, subfolder, f"{text}; training uses good ones only")
     if has_images(folder):
         direct = reader.images(folder, nested=False)
         bad = [path for path in direct if read_name(path.stem).kind == BAD]
@@ -139,7 +140,8 @@ def _samples(reader: Reader, folder: Path, clsname: str, masks: MaskIndex) -> li
         if _says_nothing(subfolder):
             labelled = _by_masks(reader, images, subfolder, clsname, masks)
             if labelled is None and images:
-                reader.report(SURPLUS, subfolder, f"{len(images)} images; nothing says whether they are good")
+                one, many = "image; nothing says whether it is good", "images; nothing says whether they are good"
+                reader.report(SURPLUS, subfolder, counted(len(images), one, many))
             samples += labelled or []
             continue
         samples += _defective(reader, masks.split_off(images, subfolder), subfolder, clsname, masks)
@@ -213,9 +215,10 @@ def _labelled_by_file_names(reader: Reader, folder: Path, clsname: str, masks: M
     labelled = None if of_kind[GOOD] or of_kind[BAD] else _by_masks(reader, images, folder, clsname, masks)
     if labelled is not None:
         if all(sample.label for sample in labelled):
+            masks_of = f"the masks of its {counted(len(labelled), 'image')}"
             raise UsageError(
-                f"{folder}: the masks of its {len(labelled)} images all mark something, so none is good; add images of "
-                f"good parts, or, if these are masks of parts instead of defects, {ASK}"
+                f"{folder}: {masks_of} all mark something, so none is good; add images of good parts, or, if these are "
+                f"masks of parts instead of defects, {ASK}"
             )
         samples[UNSPLIT] = labelled
         return samples

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from datasets.lists import Sample
 from datasets.splits import Fingerprint, duplicate_groups, near_duplicates
 from preparation.findings import CHECK, LEAK, Finding
+from utils.counts import counted
 
 
 def report_leaks(
@@ -50,7 +51,7 @@ def report_repeats(
         groups = duplicate_groups([fingerprints[file] for file in files])
         if len(groups) <= len(files) / 2 and not parts:
             largest = max(groups, key=len)
-            distinct = f"{len(groups)} distinct one{'s' * (len(groups) > 1)}"
+            distinct = counted(len(groups), "distinct one")
             example = " and ".join(files[index] for index in largest[:2])
             text = (
                 f"its {len(files)} training images are {distinct} and copies, such as {example}; copies teach nothing"

@@ -19,6 +19,7 @@ from models.sdas.sampler import Sampler, image_seed, open_networks, set_up_sampl
 from utils import distributed
 from utils.choices import EDIT
 from utils.config import load_config, plain
+from utils.counts import counted
 from utils.device import use_fast_kernels
 from utils.distributed import Run
 from utils.errors import RunError, UsageError
@@ -71,9 +72,9 @@ class EditPairs:
             if pair is not None:
                 return pair
         first = self.train_set.samples[self.indices[i % len(self.indices)]].filename
-        others = min(IMAGES, len(self.indices)) - 1
+        others = counted(min(IMAGES, len(self.indices)) - 1, "image")
         raise RunError(
-            f"{first}: no edit shows on it or the {others} images after it, in {ATTEMPTS} tries each; raise "
+            f"{first}: no edit shows on it or the {others} after it, in {ATTEMPTS} tries each; raise "
             "--depth or --strength, or is their foreground empty (dataset.foreground)?"
         )
 

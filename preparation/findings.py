@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.lists import Sample
+from utils.counts import counted
 from utils.files import write_text
 
 log = logging.getLogger("realnet")
@@ -76,6 +77,6 @@ def report_unnamed(samples: list[Sample], parts: dict[str, str]) -> list[Finding
     unnamed = [sample.filename for sample in samples if sample.filename not in parts]
     if not parts or not unnamed:
         return []
-    named = f"names the part of {len(samples) - len(unnamed)} of {len(samples)} images"
+    named = f"names the part of {len(samples) - len(unnamed)} of {counted(len(samples), 'image')}"
     text = f"{named}; each other counts as a part of its own"
     return [Finding(CHECK, "--parts", f"{text}: {', '.join(unnamed[:3])}{', ...' * (len(unnamed) > 3)}")]

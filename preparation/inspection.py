@@ -20,6 +20,7 @@ from datasets.images import (
 from datasets.lists import Sample
 from datasets.splits import Fingerprint, fingerprint
 from preparation.findings import CHECK, NO_MASK, UNREADABLE, Finding
+from utils.counts import counted
 from utils.distributed import usable_cores
 from utils.errors import UsageError
 from utils.prefetch import prefetch
@@ -75,10 +76,13 @@ def report_bits(samples: Sequence[Sample], infos: dict[str, ImageInfo]) -> list[
         deep = [value for value in largest if value is not None]
         bits = next((bits for bits in CAMERA_BITS if deep and max(deep) < 1 << bits), None)
         if bits is not None:
-            text = (
-                f"its {len(deep)} 16-bit images hold no value above {max(deep)}, so they have {bits} bits and come out "
-                f"dark; set dataset.image_reader.kwargs.bits: {bits} in the YAML files"
+            values = f"no value above {max(deep)}, so"
+            images = counted(
+                len(deep),
+                f"16-bit image holds {values} it has {bits} bits and comes out dark",
+                f"16-bit images hold {values} they have {bits} bits and come out dark",
             )
+            text = f"its {images}; set dataset.image_reader.kwargs.bits: {bits} in the YAML files"
             findings.append(Finding(CHECK, name, text))
     return findings
 

@@ -68,8 +68,9 @@ def report_masks(samples: list[Sample]) -> list[Finding]:
         defective = [sample for sample in samples if sample.clsname == name and sample.label]
         lacking = [sample for sample in defective if sample.maskname is None]
         if lacking and len(lacking) == len(defective):
-            text = f"none of the {len(lacking)} defective images has a mask: pixel metrics will be absent"
-            findings.append(Finding(NO_MASK, name, text))
+            several = f"none of the {len(lacking)} defective images has a mask"
+            text = several if len(lacking) > 1 else "its only defective image has no mask"
+            findings.append(Finding(NO_MASK, name, f"{text}: pixel metrics will be absent"))
         else:
             findings += _without_masks(defective, lacking)
     return findings

@@ -10,6 +10,7 @@ from preparation.findings import MISSING, SURPLUS, UNREADABLE
 from preparation.folders import Reader, is_class
 from preparation.names import TEST, TRAIN
 from preparation.roles import report_unused
+from utils.counts import counted
 from utils.errors import UsageError
 
 SPLIT_FILE = "split_csv/1cls.csv"
@@ -97,7 +98,7 @@ def _read_split_file(reader: Reader, path: Path, info: DatasetInfo, samples: dic
 def _line_problem(line: list[str], info: DatasetInfo, listed: dict[str, int]) -> str | None:
     """What is wrong with a line of the split file, or None."""
     if len(line) != 5:
-        return f"has {len(line)} columns instead of 5"
+        return f"has {counted(len(line), 'column')} instead of 5"
     clsname, split, label, image, mask = (cell.strip() for cell in line)
     if clsname not in info.classes:
         return f"{clsname!r} is not a class of the data set"
@@ -126,7 +127,8 @@ def _compare(data: DatasetOnDisk, info: DatasetInfo) -> None:
             continue
         for split, have, want in zip(("training", "test"), counts[name], expected, strict=True):
             if have != want:
-                reader.report(MISSING if have < want else SURPLUS, name, f"{have} {split} images (published: {want})")
+                images = counted(have, f"{split} image")
+                reader.report(MISSING if have < want else SURPLUS, name, f"{images} (published: {want})")
     for folder in reader.subfolders(data.root):
         if folder.name not in info.classes and is_class(folder):
             reader.report(SURPLUS, folder, "is not a class of the data set")

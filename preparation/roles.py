@@ -12,6 +12,7 @@ from preparation.folders import Reader, is_mask_folder
 from preparation.masks import masks_among
 from preparation.names import BAD, GOOD, TEST, TRAIN, read_name
 from utils.choices import YOLO
+from utils.counts import counted
 
 ROWS = 40
 
@@ -42,7 +43,7 @@ def roles_table(data: DatasetOnDisk) -> list[str]:
     width = max(len(folder) for folder, *_ in [*lines[:ROWS], ("folder",)])
     table = [f"{'folder'.ljust(width)}  images  taken as"]
     table += [f"{folder.ljust(width)}  {count:6d}  {role}" for folder, count, role in lines[:ROWS]]
-    return table + [f"(and {len(lines) - ROWS} more folders)"] * (len(lines) > ROWS)
+    return table + [f"(and {counted(len(lines) - ROWS, 'more folder')})"] * (len(lines) > ROWS)
 
 
 def _folder(name: str) -> str:
@@ -73,13 +74,13 @@ def report_unused(reader: Reader, samples: Iterable[Sample], folders: Sequence[P
         masks = paths if in_masks else sorted(masks_among(paths))
         images = [path for path in paths if path not in masks]
         if masks and good:
-            reader.report(SURPLUS, folder, f"{_count(masks, 'mask')} of good images, which need none")
+            reader.report(SURPLUS, folder, f"{counted(len(masks), 'mask')} of good images, which need none")
         else:
             for path in masks:
                 reader.report(SURPLUS, path, "is a mask without a defective image of that name")
         if images:
             reason = ": defective ones, without a folder of good images beside them" if bad else ""
-            where, what = (images[0], "an image") if len(images) == 1 else (folder, f"{len(images)} images")
+            where, what = (images[0], "an image") if len(images) == 1 else (folder, counted(len(images), "image"))
             reader.report(SURPLUS, where, f"{what} that nothing uses{reason}")
 
 
@@ -90,7 +91,3 @@ def _repeats_pairs(path: Path, root: Path) -> bool:
         path.relative_to(root / folder).parts[0] in (PREVIEW, YOLO) and (root / folder / RECORD).is_file()
         for folder in above
     )
-
-
-def _count(paths: Sequence[Path], noun: str) -> str:
-    return f"{len(paths)} {noun}{'s' * (len(paths) != 1)}"

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from utils.counts import counted
 from utils.distributed import Run
 from utils.log import LOG_SECONDS
 
@@ -42,10 +43,12 @@ class JobProgress:
     @property
     def summary(self) -> str:
         """How many images are left, and about how long they take."""
+        of = f"of {counted(self.total, 'image')}"
+        left = counted(self.left, f"{of} is left", f"{of} are left")
         if not self.own_done or not self.left:
-            return f"{self.left} of {self.total} images are left"
+            return left
         seconds = (time.monotonic() - self.start) / self.own_done * (self.own - self.own_done)
-        return f"{self.left} of {self.total} images are left, about {timedelta(seconds=round(seconds))}"
+        return f"{left}, about {timedelta(seconds=round(seconds))}"
 
     def add(self, count: int, class_name: str) -> None:
         """Count images of this rank that are done."""

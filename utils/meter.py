@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from utils.counts import counted
+
 log = logging.getLogger("realnet")
 
 
@@ -103,8 +105,8 @@ class Forecast:
             return
         each = (time.perf_counter() - self.start) / (self.LAST - self.FIRST)
         if left > 0:
-            text = "%d steps are left, about %s without validations (%.2g s a step)"
-            log.info(text, left, timedelta(seconds=round(left * each)), each)
+            steps, duration = counted(left, "step is left", "steps are left"), timedelta(seconds=round(left * each))
+            log.info("%s, about %s without validations (%.2g s a step)", steps, duration, each)
         if left * each > self.DAY:
             log.warning(
                 "warning: that is more than a day; fewer steps (trainer.max_step), a smaller dataset.input_size or "

@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.checkpoint import tensor_problem
 from utils.config import MOST, did_you_mean, shortened
+from utils.counts import counted
 from utils.distributed import all_reduce_max
 from utils.errors import RunError, UsageError
 
@@ -244,8 +245,8 @@ class Stepper:
         if count > self.max_bad_steps:
             state = f"the last good state is in {checkpoint}" if checkpoint.is_file() else "no state was saved before"
             raise RunError(
-                f"the loss was not finite in {count} steps in a row (trainer.max_bad_steps: {self.max_bad_steps}); "
-                f"{state}. Lower the learning rate, or set trainer.amp: off"
+                f"the loss was not finite in {counted(count, 'step')} in a row (trainer.max_bad_steps: "
+                f"{self.max_bad_steps}); {state}. Lower the learning rate, or set trainer.amp: off"
             )
 
     def check_epoch(self, steps: int) -> None:
@@ -257,8 +258,8 @@ class Stepper:
         count = int(self.bad_in_a_row)
         if count >= steps > 0:
             raise RunError(
-                f"the loss was not finite in any of the {count} steps of the epoch, so nothing was trained; lower the "
-                "learning rate, check the criterion, or set trainer.amp: off"
+                f"the loss was not finite in any of the {counted(count, 'step')} of the epoch, so nothing was trained; "
+                "lower the learning rate, check the criterion, or set trainer.amp: off"
             )
 
     @property

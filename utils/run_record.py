@@ -27,7 +27,25 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
-    """Write <name>.settings.yaml and add a line to <name>.runs.jsonl in the log folder, and log the main points.
+    """Do what log_run and write_record do."""
+    log_run(run)
+    write_record(run, log_dir, name, config)
+
+
+def log_run(run: Run) -> None:
+    """Log the command, version, device and commit."""
+    if not run.is_main:
+        return
+    found = code_commit()
+    commit = f", commit {found}" if found else ""
+    log.info("%s", _command())
+    log.info("torch %s on %s x %d%s", torch.__version__, _device_name(run.device), run.world_size, commit)
+
+
+def write_record(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
+    """Write <name>.settings.yaml and add a line to <name>.runs.jsonl in the log folder.
+
+    Called once all that the run needs is loaded: a run that cannot begin has to leave the record of the one before.
 
     Args:
         name: of the script, without its ending.
@@ -37,7 +55,7 @@ def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
         return
     content = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
+        "command": _command(),
         "commit": code_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -51,15 +69,17 @@ def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
     path = folder / f"{name}.settings.yaml"
     write_text(path, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     append_text(folder / f"{name}.runs.jsonl", json.dumps(content, ensure_ascii=False) + "\n")
-    commit = f", commit {content['commit']}" if content["commit"] else ""
-    log.info("%s", content["command"])
-    log.info("torch %s on %s x %d%s; settings in %s", content["torch"], content["device"], run.world_size, commit, path)
+    log.info("settings in %s", path)
 
 
 def identity_of(config: Any, **more: Any) -> dict[str, Any]:
     """What has to be the same on all ranks of a run: command, settings, code, version of torch, and more if given."""
     command = [word for word in sys.argv if not word.startswith(("--local-rank", "--local_rank"))]
     return {"settings": plain(config), "command": command, "code": _code(), "torch": torch.__version__, **more}
+
+
+def _command() -> str:
+    return shlex.join(sys.argv)
 
 
 def _code() -> str:

@@ -22,6 +22,7 @@ from utils.checkpoint import (
     state_dict_of,
 )
 from utils.config import MOST, changed_settings, plain, shortened
+from utils.counts import counted
 from utils.device import use_fast_kernels
 from utils.distributed import Run
 from utils.errors import UsageError
@@ -30,7 +31,7 @@ from utils.log import Board, set_up_logging
 from utils.meter import Forecast, Meter
 from utils.optim import EMA, EpochLoss, Stepper, build_optimizer, check_optimizer, learning_rate_factor
 from utils.precision import resolve_precision, training_precision
-from utils.run_record import record_run
+from utils.run_record import log_run, write_record
 
 log = logging.getLogger("realnet")
 
@@ -235,16 +236,13 @@ class Training:
         self.figures = {name: content[name] for name in self.figures}
 
     def begin(self, saved: dict[str, Any] | None, folder: Path, args: argparse.Namespace) -> None:
-        """Resume from a checkpoint, or (--overwrite) clear the folder of an earlier run.
-
-        A resumed run is recorded here, since one that is refused must not replace the settings of the earlier run.
-        """
+        """Resume from a checkpoint, or (--overwrite) clear the folder of an earlier run, and record the new one."""
         if saved:
             self.resume(saved, folder)
         elif args.overwrite:
             clear_earlier_run(folder, self.run)
-        if args.resume and self.json_log is not None:
-            record_run(self.run, self.json_log.parent, self.json_log.stem, self.config)
+        if self.json_log is not None:
+            write_record(self.run, self.json_log.parent, self.json_log.stem, self.config)
 
     def resume(self, content: dict[str, Any], folder: Path) -> None:
         """Continue from a checkpoint that checkpoint.load_for_resume has read from a folder.
@@ -277,12 +275,13 @@ class Training:
         self._apply_changes(changes)
         if self.is_complete:
             trainer = self.config.trainer
-            done = f"all {trainer.max_epoch} epochs (trainer.max_epoch)"
+            done = counted(trainer.max_epoch, "epoch (trainer.max_epoch) is", "epochs (trainer.max_epoch) are")
             if trainer.max_step is not None and self.progress.step >= trainer.max_step:
-                done = f"all {trainer.max_step} steps (trainer.max_step)"
+                done = counted(trainer.max_step, "step (trainer.max_step) is", "steps (trainer.max_step) are")
             elif self.out_of_patience:
-                done = f"{trainer.patience} validations without a better checkpoint (trainer.patience)"
-            log.info("nothing is left to do: %s are done", done)
+                which = "without a better checkpoint (trainer.patience)"
+                done = counted(trainer.patience, f"validation {which} is", f"validations {which} are")
+            log.info("nothing is left to do: %s done", done)
 
     def _changes_since(self, before: dict[str, Any] | None) -> list[str]:
         """What differs from the run that is resumed, as "key: old -> new"."""
@@ -319,7 +318,8 @@ def training_folders(
 ) -> Iterator[Board]:
     """Lock the folder of the checkpoints, start logging, set up the GPU; yields the board for tensorboard.
 
-    A run that is refused writes nothing, so the logs and settings in the folder stay those of the run that it holds.
+    A run that is refused here writes nothing. One that fails before it trains adds to the log, but the record and the
+    checkpoints in the folders stay those of the run before: Training.begin replaces them.
 
     Args:
         name: of the script, without its ending.
@@ -332,8 +332,7 @@ def training_folders(
         board = set_up_logging(run, log_dir, name, config.saver.keep_pictures)
         use_fast_kernels(run.device, config.trainer.tf32, config.trainer.cudnn_benchmark)
         try:
-            if not args.resume:
-                record_run(run, log_dir, name, config)
+            log_run(run)
             yield board
         finally:
             board.close()

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from utils import distributed
+from utils.counts import counted
 from utils.distributed import peak_memory
 from utils.errors import RunError
 from utils.files import append_text
@@ -33,7 +34,7 @@ def report_step(training: Training, board: Board) -> None:
         f"{reading.images_per_second:.1f} images/s",
         f"data {100 * reading.data_share:.0f}%",
         f"eta {eta}",
-        *([f"{skipped} steps skipped (loss not finite)"] if skipped else []),
+        *([f"{counted(skipped, 'step')} skipped (loss not finite)"] if skipped else []),
     ]
     log.info("%s", "  ".join(parts))
     scalars = {

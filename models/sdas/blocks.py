@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.counts import counted
 from utils.errors import UsageError
 
 
@@ -114,8 +115,9 @@ def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
     heads = num_heads if num_head_channels == -1 else max(channels // num_head_channels, 1)
     per_head = channels // heads if num_head_channels == -1 else num_head_channels
     if heads * per_head != channels:
+        parts = counted(heads, "attention head")
         raise UsageError(
-            f"{channels} channels cannot be split into {heads} attention heads of {per_head} channels; change the "
+            f"{channels} channels cannot be split into {parts} of {per_head} channels; change the "
             "width, channel_mult or num_head_channels"
         )
     return heads

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from utils.counts import counted
 from utils.errors import UsageError
 
 # Of an image's variance, at the last step: 4e-5 for the linear schedule, 2e-9 for the cosine one.
@@ -85,8 +86,8 @@ def kept_timesteps(betas: np.ndarray, section_counts: str | int | Sequence[int])
     for i, count in enumerate(counts):
         length = size + (i < extra)
         if not 1 <= count <= length:
-            count = count if abs(count) < 10**9 else "that many"
-            raise UsageError(f"section_counts: cannot keep {count} steps of a section of {length}")
+            wanted = counted(count, "step") if abs(count) < 10**9 else "that many steps"
+            raise UsageError(f"section_counts: cannot keep {wanted} of a section of {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
         kept += [start + round(stride * k) for k in range(count)]
         start += length

@@ -9,6 +9,7 @@ from easydict import EasyDict
 
 from utils.checkpoint import load_checkpoint, load_weights, state_dict_of, trained_checkpoint
 from utils.config import checked, plain, pretrained_path
+from utils.counts import counted
 from utils.errors import UsageError
 from utils.names import name_problem
 from utils.settings import SETTINGS
@@ -121,7 +122,7 @@ def check_same_classes(config: EasyDict, networks: dict[str, tuple[Path, dict]],
         raise UsageError(f"{classifier_path} was trained on {lists}; {hint}")
     numbers = config.classifier.class_number, config.unet.class_number
     if numbers[0] != numbers[1]:
-        raise UsageError(f"{classifier_path} knows {numbers[0]} classes, and {path} {numbers[1]}; {hint}")
+        raise UsageError(f"{classifier_path} knows {counted(numbers[0], 'class')}, and {path} {numbers[1]}; {hint}")
 
 
 def _reference_section(content: dict, name: str) -> dict:

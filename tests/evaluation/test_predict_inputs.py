@@ -182,7 +182,7 @@ def test_names_that_are_not_utf8(score, tmp_path, monkeypatch):
         assert (tmp_path / output / line["heatmap"]).is_file()
         assert line["heatmap"].endswith(f"{os.path.splitext(odd)[0]}.png")
     code, out, err, _ = score(folder, "--continue", output="folder")
-    assert "1 images were scored before" in out
+    assert "1 image was scored before" in out
     assert (tmp_path / "folder/scores.csv").read_text().count("\n") == 1 + 1
 
 
@@ -315,7 +315,7 @@ def test_scores_of_a_few_images_are_printed_and_a_finished_run_says_so(score, tm
     assert f"{lines['a.png']['score']:.4f}  anomalous  a.png" in out
     code, out, err, _ = score(tmp_path / "in", "--threshold", "0", "--continue")
     assert code == 0, err
-    assert "1 images were scored before; all are done" in out
+    assert "1 image was scored before; all are done" in out
 
 
 def test_a_list_from_windows_may_go_up_folders(tmp_path):

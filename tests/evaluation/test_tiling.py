@@ -1,10 +1,13 @@
+import io
 import itertools
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation import tiling
 from evaluation.tiling import ramp, resize_map, starts, tiled_map
 
 
@@ -48,6 +51,29 @@ def test_tiles_that_disagree_are_blended_gradually():
     # From 0 to 1 over 16 pixels: steps of a sixteenth, not one of 1.
     assert np.abs(np.diff(row)).max() < 0.3
     assert set(tiles_seen) == {(32, 32, 3)}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def zeros(tiles):
+    return np.zeros((len(tiles), 16, 16), np.float32)
+
+
+@pytest.mark.parametrize(("stderr", "shown"), [(Terminal, True), (io.StringIO, False)], ids=["terminal", "pipe"])
+def test_an_image_of_many_tiles_shows_its_progress_on_a_terminal(stderr, shown, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    monkeypatch.setattr(tiling, "SECONDS", 0.0)
+    tiled_map(np.zeros((64, 64, 3), np.uint8), 16, 0, 2, zeros)
+    assert ("batches of tiles" in sys.stderr.getvalue()) == shown
+
+
+def test_an_image_that_is_quick_shows_no_progress(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    tiled_map(np.zeros((64, 64, 3), np.uint8), 16, 0, 2, zeros)
+    assert not sys.stderr.getvalue().strip()
 
 
 def test_an_image_smaller_than_a_tile_is_one_tile():

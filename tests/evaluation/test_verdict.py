@@ -92,6 +92,12 @@ def test_one_label_alone_has_no_interval_and_no_doubt():
         assert (verdict.image_auroc, verdict.doubts, verdict.intervals()) == (None, [], "")
 
 
+def test_one_image_is_counted_in_the_singular():
+    scores, labels = np.array([0.1, 0.9]), np.array([False, True])
+    verdict = judged(scores, labels, 0.5)
+    assert verdict.counts() == "0 of 1 good image called anomalous (0.0%), 0 of 1 defective image missed (0.0%)"
+
+
 def test_images_that_the_pixel_metrics_leave_out_are_counted():
     scores, labels = np.linspace(0, 1, 6), np.array([False, False, True, True, True, True])
     maps, said = np.zeros((6, 2, 2)), []

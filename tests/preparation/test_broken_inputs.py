@@ -131,7 +131,7 @@ FOLDERS: dict[str, tuple[Break, int, str]] = {
     "defects to train on": (
         lambda root: image_file(root / "shots/train/bad/x.png", 1),
         0,
-        "surplus: train/bad: 1 images that are not good",
+        "surplus: train/bad: 1 image that is not good;",
     ),
     "a truncated mask": (truncated(MASK), 1, "unreadable: ground_truth/cut/001_mask.png: mask is not a readable"),
     "an empty file as a mask": (content(MASK, b""), 1, "unreadable: ground_truth/cut/001_mask.png: mask is not"),

@@ -39,6 +39,13 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def records(folder: Path) -> dict[Path, bytes]:
+    """What run_record.write_record has written in a folder."""
+    return {
+        path: path.read_bytes() for ending in ("settings.yaml", "runs.jsonl") for path in folder.rglob(f"*.{ending}")
+    }
+
+
 @pytest.fixture
 def command(workspace, monkeypatch, capsys):
     """Run a script's main on the tiny data set: (exit code, stdout, stderr)."""
@@ -292,7 +299,7 @@ def test_a_resumed_run_has_the_learning_rate_of_its_settings(command, workspace)
     content = load_checkpoint(workspace.out / "slower/checkpoints/dots/ckpt_last.pth.tar")
     assert content["stepper"]["optimizer"]["param_groups"][0]["lr"] == 1e-5
     out, _ = command(train_realnet, *DOTS, *folders("slower"), *lower)
-    assert "nothing is left to do: all 2 epochs (trainer.max_epoch) are done" in out
+    assert "nothing is left to do: 2 epochs (trainer.max_epoch) are done" in out
     assert "changed since" not in out
 
 
@@ -411,10 +418,42 @@ def test_a_validation_that_a_signal_ended_is_made_up_for(command, workspace, mon
     assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
 
 
-def test_overwriting_deletes_nothing_before_the_new_run_can_start(command, workspace):
-    command(train_diffusion, *folders("kept"), *ONE_EPOCH)
-    folder = workspace.out / "kept/checkpoints"
-    before = sorted(path.name for path in folder.iterdir())
-    _, err = command(train_diffusion, *folders("kept"), "--overwrite", "--set", "unet.pertrain_path=gone.pt", code=2)
+@pytest.mark.parametrize(
+    ("script", "arguments", "weights"),
+    [
+        (train_diffusion, [], "unet.pertrain_path"),
+        (train_classifier, [], "classifier.pertrain_path"),
+        (train_realnet, DOTS, "net.backbone.kwargs.weights"),
+    ],
+    ids=["diffusion", "classifier", "realnet"],
+)
+def test_overwriting_deletes_nothing_before_the_new_run_can_start(script, arguments, weights, command, workspace):
+    stage = f"kept_{script.__name__}"
+    command(script, *arguments, *folders(stage), *ONE_EPOCH)
+    before = contents(workspace.out / stage / "checkpoints") | records(workspace.out / stage)
+    assert len(before) >= 4
+    _, err = command(script, *arguments, *folders(stage), "--overwrite", "--set", f"{weights}=gone.pt", code=2)
     assert "gone.pt does not exist" in err
-    assert sorted(path.name for path in folder.iterdir()) == before
+    assert contents(workspace.out / stage / "checkpoints") | records(workspace.out / stage) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "unet.pertrain_path=gone.pth.tar"], "gone.pth.tar does not exist"),
+        (["--class_name", "bolts"], "the classes of the model are dots, lines"),
+        (["--reconstruct", "gone.png", "--class_name", "dots"], "gone.png is not an image file"),
+        (["--quality", "--quality-images", "3"], "--quality-images 3: at least 8"),
+    ],
+    ids=["weights", "class", "image", "quality"],
+)
+def test_a_sampling_that_cannot_begin_leaves_the_record_of_the_one_before(options, message, command, workspace):
+    network = "unet.pertrain_path=experiments/tiny/drawn/checkpoints/"
+    draw = ["--no-classifier", "--set", network, "--set", "workspace.root=data/tiny/drawn", *folders("drawn")]
+    if not (workspace.out / "drawn").exists():
+        command(train_diffusion, *folders("drawn"), *ONE_EPOCH)
+        command(sample, *draw)
+    before = records(workspace.out / "drawn")
+    _, err = command(sample, *draw, *options, code=2)
+    assert message in err
+    assert records(workspace.out / "drawn") == before

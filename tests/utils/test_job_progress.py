@@ -31,6 +31,13 @@ def test_a_job_says_what_is_left_over_all_classes(clock, caplog):
     assert progress.left == 0
 
 
+def test_one_image_is_left_in_the_singular(clock):
+    progress = JobProgress(8, 8, Run(0, 1, torch.device("cpu")))
+    progress.add(7, "dots")
+    assert progress.summary.startswith("1 of 8 images is left, about")
+    assert JobProgress(1, 1, Run(0, 1, torch.device("cpu"))).summary == "1 of 1 image is left"
+
+
 def test_a_rank_with_nothing_to_do_divides_by_nothing(clock):
     progress = JobProgress(3, 0, Run(1, 2, torch.device("cpu")))
     assert progress.left == 3

@@ -70,7 +70,11 @@ def test_a_run_writes_down_what_it_is(workspace):
     assert all(0 <= line["validation"]["image_auroc"] <= 1 for line in validations)
 
 
-LEFT = [(280, "280 steps are left, about 0:09:20", False), (10**5, "100000 steps are left", True)]
+LEFT = [
+    (280, "280 steps are left, about 0:09:20", False),
+    (10**5, "100000 steps are left", True),
+    (1, "1 step is left, about 0:00:02", False),
+]
 
 
 @pytest.mark.parametrize(("left", "says", "day"), LEFT)
@@ -83,7 +87,7 @@ def test_the_time_that_is_left_is_told_once_and_a_day_is_a_warning(left, says, d
             now[0] += 2.0
             forecast.finish_step(left, lambda: waits.append(now[0]))
     assert waits == [10.0, 40.0]
-    assert sum("steps are left" in record.message for record in caplog.records) == 1
+    assert sum("left, about" in record.message for record in caplog.records) == 1
     assert says in caplog.text
     assert "(2 s a step)" in caplog.text
     assert ("more than a day" in caplog.text) == day
