@@ -339,7 +339,7 @@ def tiled_thresholds(thresholds: Thresholds, tiles: Tiles, args: argparse.Namesp
         text = "warning: the threshold %.6g was chosen on whole images, and tiles score differently; choose one for "
         advice = "tiles with evaluation_realnet.py --tile %d --overlap %d, or pass --threshold (docs/deployment.md)"
         log.warning(text + advice, thresholds.image, tiles.size, tiles.overlap)
-    return thresholds
+    return replace(thresholds, rule="chosen on whole images")
 
 
 def run_of(args: argparse.Namespace, tiles: Tiles | None, thresholds: Thresholds) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from datasets.folders import (
 )
 from datasets.images import read_image
 from datasets.lists import first_outside, lies_outside, with_slashes
+from utils.config import shortened
 from utils.errors import UsageError
 from utils.log import log
 
@@ -177,6 +178,10 @@ def _listed(path: Path, image_dir: str | None, follow_links: bool) -> list[Input
             inputs.append(_listed_file(line, path.parent))
     if not inputs:
         raise UsageError(f"--input {path}: lists no image")
+    # Another text file than a list, or a list in another folder than its images.
+    if not any(os.path.exists(image.path) for image in inputs):
+        first = shortened(str(inputs[0].path))
+        raise UsageError(f"--input {path}: none of the {len(inputs)} images that it lists exists, e.g. {first}")
     outside = None if follow_links else first_outside(root, names)
     if outside is not None:
         raise UsageError(f"{path}: {outside} is reached by a link that leads out of {root}; list its path instead")
@@ -187,7 +192,8 @@ def _listed_file(line: str, folder: Path) -> Input:
     """A path that is relative to the working directory or to the list's folder, perhaps written on Windows."""
     for name in dict.fromkeys((line, line.replace("\\", "/"))):
         for file in (Path(name), folder / name):
-            if file.exists():
+            # Not Path.exists(), which raises an error if a name is too long.
+            if os.path.exists(file):
                 return Input(file, name)
     return Input(Path(line), line)
 

@@ -106,7 +106,7 @@ class Backbone(nn.Module):
     def _tap_timm(self, name: str, outlayers: Sequence[str], weights: str) -> None:
         path = None
         if weights not in UNLOADED:
-            path = find_weights(self.name) if weights == "auto" else Path(weights)
+            path = self._weights_file(weights)
         state = None if path is None else timm_backbones.read_weights(path)
         self.feature_extractor = timm_backbones.TimmTokens(name, outlayers, state)
         self.own_size = self.feature_extractor.own_size
@@ -129,7 +129,15 @@ class Backbone(nn.Module):
             hint = did_you_mean(wrong, names) or f"; it has {', '.join(short)}"
             raise UsageError(f"structure: idx {shortened(wrong)} is no layer of {backbone}{hint}") from None
         if weights not in UNLOADED:
-            self._load(find_weights(backbone) if weights == "auto" else Path(weights))
+            self._load(self._weights_file(weights))
+
+    def _weights_file(self, weights: str) -> Path:
+        if weights == "auto":
+            return find_weights(self.name)
+        if not Path(weights).is_file():
+            advice = "name another file, or set weights: auto, which looks in pretrain/ and else downloads"
+            raise UsageError(f"{weights}, the weights of {self.name}, does not exist; {advice}")
+        return Path(weights)
 
     def _load(self, path: Path) -> None:
         state = state_dict_of(load_checkpoint(path))

@@ -81,6 +81,8 @@ def _reason(error: Exception) -> str:
     """Why torch.load failed, without its advice to switch its protection off."""
     text = str(error).strip()
     if "weights_only" in text or "Weights only" in text:
+        if "Unsupported operand" in text:
+            return "it is no file that torch.save writes"
         named = re.search(r"GLOBAL ([\w.]+)", text)
         what = named[1] if named else "something else"
         return f"besides tensors and plain values, it holds {what}"

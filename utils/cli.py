@@ -42,6 +42,9 @@ def config_path(args: argparse.Namespace, name: str) -> Path:
         raise UsageError(f"--dataset is missing; {Path('experiments').resolve()} has {', '.join(known) or 'none'}")
     path = Path("experiments") / args.dataset / f"{name}.yaml"
     if not path.is_file():
+        if name == "classifier" and path.with_name("diffusion.yaml").is_file():
+            reason = "prepare_data.py writes it for several classes only; with one, there is nothing to guide by"
+            raise UsageError(f"--dataset {args.dataset}: {path} does not exist; {reason}")
         known = _datasets_with(name)
         where = f"{Path('experiments').resolve()} has {', '.join(known) or f'no folder with a {name}.yaml'}"
         raise UsageError(f"--dataset {args.dataset}: {path} does not exist; {where}")

@@ -16,7 +16,7 @@ from evaluation.detector import Detector
 from evaluation.inputs import find_inputs
 from tests.in_process import run
 from tests.layout_trees import image_file
-from utils.errors import RunError
+from utils.errors import RunError, UsageError
 from utils.pictures import heat_overlay
 
 CLASS_FOLDER = "experiments/tiny/predict_checkpoints/dots"
@@ -324,3 +324,19 @@ def test_a_list_from_windows_may_go_up_folders(tmp_path):
     (tmp_path / "lists/new.txt").write_text("\ufeff..\\shots\\lot 1\\a.png\r\n", encoding="utf-8")
     (found,) = find_inputs(str(tmp_path / "lists/new.txt"), None, []).images
     assert found.path.is_file()
+
+
+def test_a_text_file_that_lists_no_image_that_exists_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# RealNet\n\nFind defects on parts\n")
+    (tmp_path / "moved.json").write_text('{"filename": "bolts/a.png"}\n')
+    for name, count in {"README.md": 2, "moved.json": 1}.items():
+        with pytest.raises(UsageError, match=rf"{name}: none of the {count} images that it lists exists, e\.g\. "):
+            find_inputs(str(tmp_path / name), str(tmp_path / "images"), [])
+
+
+def test_a_line_that_is_too_long_for_a_path_does_not_end_the_others(tmp_path):
+    image_file(tmp_path / "a.png", 1)
+    (tmp_path / "list.txt").write_text(f"{'x' * 300}\na.png\n")
+    long, found = find_inputs(str(tmp_path / "list.txt"), None, []).images
+    assert long.name == "x" * 300
+    assert found.path == tmp_path / "a.png"

@@ -283,7 +283,11 @@ def test_exported_models_run_in_float32_only(ending, tmp_path):
 
 def test_tiles_with_a_threshold_for_whole_images_warn_once(score):
     text = "was chosen on whole images, and tiles score differently"
-    assert score(TEST_FOLDER, "--tile", "32")[1].count(text) == 1
+    out = score(TEST_FOLDER, "--tile", "32")[1]
+    assert out.count(text) == 1
+    # What was promised for whole images is not said of tiles.
+    assert ": chosen on whole images\n" in out
+    assert "good images flagged" not in out
     assert text not in score(TEST_FOLDER, "--tile", "32", "--threshold", "0.5", output="b")[1]
     assert text not in score(TEST_FOLDER, output="c")[1]
 

@@ -63,6 +63,11 @@ def test_tokens_become_maps_where_they_lie():
         assert change[rows, columns].min() > outside.median()
 
 
+def test_weights_that_are_not_there_are_named_with_their_setting(tmp_path):
+    with pytest.raises(UsageError, match=r"gone\.pth, the weights of resnet18, does not exist; .* weights: auto"):
+        Backbone("resnet18", ["layer1"], weights=str(tmp_path / "gone.pth"))
+
+
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 
 

@@ -72,6 +72,13 @@ def test_other_numpy_values_are_refused(value, tmp_path):
         load_checkpoint(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 a JPEG", b"<!doctype html>", b"# RealNet\n"])
+def test_a_file_of_another_kind_is_said_to_be_one(content, tmp_path):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(UsageError, match=r"loaded safely: it is no file that torch\.save writes"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     "name", ["numpy.core.multiarray._reconstruct", "numpy.load", "numpy._core.multiarray.fromstring"]
 )

@@ -1,11 +1,13 @@
 """Errors of the machine end a command with a line, not with a traceback."""
 
+import argparse
 import errno
 
 import pytest
 import torch
 
 from utils import cli
+from utils.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,11 @@ def test_a_programming_error_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="mat1"):
         cli.run(main)
+
+
+def test_a_data_set_of_one_class_is_told_that_it_needs_no_classifier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments/bolts").mkdir(parents=True)
+    (tmp_path / "experiments/bolts/diffusion.yaml").touch()
+    with pytest.raises(UsageError, match=r"bolts/classifier\.yaml does not exist; .* for several classes only"):
+        cli.config_path(argparse.Namespace(config=None, dataset="bolts"), "classifier")
