@@ -83,7 +83,7 @@ from utils.distributed import Run
 from utils.errors import UsageError
 from utils.lock import folder_lock
 from utils.log import log, set_up_logging
-from utils.precision import FP32, check_forward_precision
+from utils.precision import check_forward_precision
 from utils.run_record import identity_of, record_run
 from utils.signals import StopRequest, stop_requests
 
@@ -107,8 +107,7 @@ def main() -> None:
         if run.is_main:
             report(config, results, options, args.dataset or out.resolve().name, out / config.saver.results_dir)
             checkpoint = args.checkpoint or evaluable[0][2].parent
-            precision = "" if options.precision == FP32 else f" --precision {options.precision}"
-            log.info("Next: python %s", cli.predict_command(checkpoint, precision))
+            log.info("Next: python %s", cli.predict_command(checkpoint, options.for_predict))
 
 
 def check(config: EasyDict, path: Path, class_name: str | None) -> list[str]:
@@ -275,13 +274,13 @@ def report(config: EasyDict, results: list[ClassResult], options: Options, datas
     log.info("%s", options.measure_note)
     by_defect = {f"{result.name}/{defect}": row for result in results for defect, row in result.by_defect_type.items()}
     paths = write_tables(folder, "metrics", table, paper, options.measure_note)
+    paths += write_tables(folder, "metrics_by_defect", by_defect, {}, options.measure_note)
     if by_defect:
         log.info("\n%s", text_table(by_defect, "defect"))
-        paths += write_tables(folder, "metrics_by_defect", by_defect, {}, options.measure_note)
     by_selection = {name: row for result in results for name, row in selection_rows(result).items()}
+    paths += write_tables(folder, "metrics_by_selection", by_selection, {}, SELECTION_NOTE)
     if by_selection:
         log.info("\n%s", text_table(by_selection, "selection"))
-        paths += write_tables(folder, "metrics_by_selection", by_selection, {}, SELECTION_NOTE)
     for result in results:
         log_verdict(result)
     notes = [

@@ -63,6 +63,12 @@ class Options:
     precision: str
 
     @property
+    def for_predict(self) -> str:
+        """The options with which predict.py scores images in the same way, each after a space."""
+        tiles = f" --tile {self.tiles.size} --overlap {self.tiles.overlap}" if self.tiles else ""
+        return tiles + ("" if self.precision == FP32 else f" --precision {self.precision}")
+
+    @property
     def measure_note(self) -> str:
         """At which size the pixel metrics are taken, and in which precision."""
         return self._size_note + ("" if self.precision == FP32 else f" The forward passes ran in {self.precision}.")

@@ -29,6 +29,7 @@ INTERVALS = ("image_auroc_low", "image_auroc_high", "pixel_auroc_low", "pixel_au
 # What fits into a line; CSV and JSON hold all columns.
 SHOWN = tuple(name for name in COLUMNS if name not in ("pixel_iou_deployed", "pixel_iou_max"))
 HEADINGS = [COLUMNS[name] for name in SHOWN]
+KINDS = ("csv", "json", "md")  # of files
 FIRST_COLUMN = {"metrics_by_defect": "defect"}  # heading of the first column, by name of the table; else "class"
 MEAN, PAPER = "mean", "paper (mean)"
 Row = dict[str, float | None]
@@ -85,10 +86,16 @@ def write_tables(
 ) -> list[Path]:
     """Write <name>.csv and .json (fractions) and <name>.md (percent, with the paper's row, and a note below).
 
+    Of an empty table, the files of an earlier one are deleted.
+
     Returns:
         Their paths.
     """
     folder, first = Path(folder), FIRST_COLUMN.get(name, "class")
+    if not table:
+        for kind in KINDS:
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        return []
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     columns = [name for name in (*COLUMNS, *VERDICTS, *INTERVALS) if any(name in row for row in table.values())]
@@ -96,11 +103,12 @@ def write_tables(
     for key, row in table.items():
         values = (row.get(name) for name in columns)
         writer.writerow([csv_cell(key), *("" if value is None else repr(value) for value in values)])
-    contents = {
-        f"{name}.csv": buffer.getvalue(),
-        f"{name}.json": json.dumps(table, indent=2, ensure_ascii=False) + "\n",
-        f"{name}.md": markdown_table(with_paper(table, paper), first) + (f"\n{note}\n" if note else ""),
-    }
-    for file, content in contents.items():
-        write_text(folder / file, content)
-    return [folder / file for file in contents]
+    contents = (
+        buffer.getvalue(),
+        json.dumps(table, indent=2, ensure_ascii=False) + "\n",
+        markdown_table(with_paper(table, paper), first) + (f"\n{note}\n" if note else ""),
+    )
+    paths = [folder / f"{name}.{kind}" for kind in KINDS]
+    for path, content in zip(paths, contents, strict=True):
+        write_text(path, content)
+    return paths

@@ -118,7 +118,12 @@ def test_a_test_list_without_defects_chooses_no_checkpoint(call, workspace, tmp_
 def test_tiles_have_a_threshold_of_their_own(call, workspace, tmp_path, monkeypatch, capsys):
     call(train_realnet.main, *HOLD_OUT, "trainer.max_epoch=1")
     folder = tmp_path / "checkpoints/dots"
-    call(evaluation_realnet.main, "--tile", "32", "--overlap", "8", "--no-pictures")
+    # Tables that this evaluation does not make are not left beside its own.
+    (tmp_path / "results").mkdir(exist_ok=True)
+    (tmp_path / "results/metrics_by_selection.md").write_text("of an earlier evaluation")
+    said = call(evaluation_realnet.main, "--tile", "32", "--overlap", "8", "--no-pictures")
+    assert " --tile 32 --overlap 8 --input" in said
+    assert not list((tmp_path / "results").glob("metrics_by_selection.*"))
     call(evaluation_realnet.main, "--no-pictures")
     sidecar = json.loads((folder / "ckpt_best.thresholds.json").read_text())
     tiled = sidecar["tiled"]["32/8"]
