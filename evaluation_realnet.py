@@ -78,13 +78,14 @@ from evaluation.training_curve import read_validations
 from utils import cli, distributed
 from utils.checkpoint import BEST
 from utils.config import collect_errors, load_config
+from utils.counts import counted
 from utils.device import use_exact_kernels
 from utils.distributed import Run
 from utils.errors import UsageError
 from utils.lock import folder_lock
 from utils.log import log, set_up_logging
 from utils.precision import check_forward_precision
-from utils.run_record import identity_of, record_run
+from utils.run_record import identity_of, log_run, write_record
 from utils.signals import StopRequest, stop_requests
 
 
@@ -99,9 +100,10 @@ def main() -> None:
         check_forward_precision(options.precision, run.device)
         set_up_logging(run, out / config.saver.log_dir, "evaluation_realnet", config.saver.keep_pictures).close()
         use_exact_kernels(run.device)
-        record_run(run, out / config.saver.log_dir, "evaluation_realnet", config)
+        log_run(run)
         results: list[ClassResult] = []
         evaluable = evaluable_classes(config, classes, args, out)
+        write_record(run, out / config.saver.log_dir, "evaluation_realnet", config)
         for class_name, test_set, checkpoint in evaluable:
             results += evaluate(config, class_name, test_set, checkpoint, run, options, out, stop)
         if run.is_main:
@@ -235,7 +237,7 @@ def log_checkpoint(class_name: str, checkpoint: Path, scored: ScoredCheckpoint, 
     trained, pictured = scored.trained, scored.pictured
     for line in overruled_settings(trained.config, config):
         log.info("%s: uses the checkpoint's %s", class_name, line)
-    log.info("%s: %s, epoch %s, %d images", class_name, checkpoint, trained.epoch, len(pictured))
+    log.info("%s: %s, epoch %s, %s", class_name, checkpoint, trained.epoch, counted(len(pictured), "image"))
     if pictured.images_per_second:
         log.info("%s: %.1f images/s in the forward pass", class_name, pictured.images_per_second)
 
@@ -284,7 +286,7 @@ def report(config: EasyDict, results: list[ClassResult], options: Options, datas
     for result in results:
         log_verdict(result)
     notes = [
-        f"{sum(len(result.scores) for result in results)} test images. PRO up to a false positive rate of "
+        f"{counted(sum(len(result.scores) for result in results), 'test image')}. PRO up to a false positive rate of "
         f"{options.pro_limit:g}. An image is called anomalous if its score reaches the image threshold.",
         options.measure_note,
     ]

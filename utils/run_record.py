@@ -26,12 +26,6 @@ PACKAGES = ("datasets", "evaluation", "models", "preparation", "utils")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def record_run(run: Run, log_dir: str | Path, name: str, config: Any) -> None:
-    """Do what log_run and write_record do."""
-    log_run(run)
-    write_record(run, log_dir, name, config)
-
-
 def log_run(run: Run) -> None:
     """Log the command, version, device and commit."""
     if not run.is_main:

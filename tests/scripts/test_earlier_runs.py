@@ -457,3 +457,13 @@ def test_a_sampling_that_cannot_begin_leaves_the_record_of_the_one_before(option
     _, err = command(sample, *draw, *options, code=2)
     assert message in err
     assert records(workspace.out / "drawn") == before
+
+
+def test_an_evaluation_that_cannot_begin_leaves_the_record_of_the_one_before(command, workspace):
+    command(train_realnet, *DOTS, *folders("evaluated"), *ONE_EPOCH)
+    command(evaluation_realnet, *DOTS, *folders("evaluated"), "--no-pictures")
+    before = records(workspace.out / "evaluated")
+    assert len(before) >= 4
+    _, err = command(evaluation_realnet, *DOTS, *folders("evaluated"), "--checkpoint", "gone.pth.tar", code=2)
+    assert "gone.pth.tar does not exist" in err
+    assert records(workspace.out / "evaluated") == before
