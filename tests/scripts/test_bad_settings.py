@@ -124,7 +124,7 @@ SEMANTIC = {
     ],
     "classifier": [
         (("classifier", "classifier_pool"), "mean", "classifier_pool"),
-        (("classifier", "num_head_channels"), 48, "attention heads"),
+        (("classifier", "num_head_channels"), 48, "1 attention head of 48 channels"),
     ],
     "sample": [
         (("TestSampler", "section_counts"), [5, "x"], "section_counts"),

@@ -142,7 +142,7 @@ def test_max_step_ends_in_the_middle_of_an_epoch_and_a_resumed_run_goes_on(scrip
     assert position(folder) == 3
     code, out, _ = train(parts, "--set", "trainer.max_step=3", "--resume")
     assert code == 0
-    assert "nothing is left to do: all 3 steps (trainer.max_step) are done" in out
+    assert "nothing is left to do: 3 steps (trainer.max_step) are done" in out
     code, _, err = train(parts, "--resume")
     assert (code, err) == (0, "")
     assert_same_state(checkpoints_of(workspace, whole, script) / LAST, folder / LAST)

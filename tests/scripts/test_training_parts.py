@@ -224,7 +224,7 @@ def test_afs_sees_anomalous_images_only(configured):
     network = SimpleNamespace(
         backbone=SimpleNamespace(needs_calibration=False),
         afs=SimpleNamespace(init_indexes=init_indexes),
-        recon=SimpleNamespace(start="zero"),
+        subspaces=dict,
     )
     train_realnet.prepare_features(network, train_set, config, ALONE, MagicMock(), StopRequest(ALONE))
     assert len(batches) >= 5
