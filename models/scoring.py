@@ -67,14 +67,13 @@ class NormalLevels(nn.Module):
         return mean - IMAGE_SHARE * mean.mean(dim=(2, 3), keepdim=True)
 
     def set_means(self, sums: "_ChannelSums") -> None:
+        """Set the channels' normal means to those of differences of good images."""
         for block, mean in sums.means().items():
             floor = max(FLOOR * float(mean.mean()), 1e-12)
             getattr(self, f"{block}_mean").copy_(mean.clamp(min=floor))
 
     def set_positions(self, levels: list[dict[str, torch.Tensor]]) -> None:
-        """Args:
-        levels: of batches of good images; of all ranks' ones, the mean is taken.
-        """
+        """Set what is normal at positions to the means of levels of good images, over batches and ranks."""
         for block in self.planes:
             positions = _mean_at_positions([batch[block] for batch in levels])
             # A position where the levels are 0 would make every later one infinite.
