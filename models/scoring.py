@@ -148,7 +148,7 @@ class AnomalyScore(nn.Module):
         logit = outputs["logit"]
         if self.kind == DISCRIMINATOR:
             return logit.softmax(dim=1)[:, 1:]
-        deviations = self._sum({name: self._map(name, self._levels(outputs), logit) for name in self.parts})
+        deviations = self._sum(self._maps(self._levels(outputs), logit))
         if len(self.parts) > 1:
             deviations = self._deviations("total", deviations)
         return torch.sigmoid(deviations - OFFSET)
@@ -166,12 +166,13 @@ class AnomalyScore(nn.Module):
     def _levels(self, outputs: dict) -> dict[str, dict[str, torch.Tensor]]:
         return {name: self._normal(name).levels(values) for name, values in self._differences(outputs).items()}
 
-    def _map(self, name: str, levels: dict[str, dict[str, torch.Tensor]], logit: torch.Tensor) -> torch.Tensor:
-        """The map (N,1,H,W) of a part, not yet standardised."""
+    def _maps(self, levels: dict[str, dict[str, torch.Tensor]], logit: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The map (N,1,H,W) of each part, not yet standardised."""
         size = logit.shape[-2:]
-        if name == "log_odds":
-            return log_odds(logit) - _at_positions(self.statistics.log_odds_positions, size)
-        return self._normal(name).log_map(levels[name], size)
+        maps = {name: self._normal(name).log_map(values, size) for name, values in levels.items()}
+        if "log_odds" in self.parts:
+            maps["log_odds"] = log_odds(logit) - _at_positions(self.statistics.log_odds_positions, size)
+        return maps
 
     def _sum(self, maps: dict[str, torch.Tensor]) -> torch.Tensor:
         return sum(self._deviations(name, values) for name, values in maps.items())
@@ -204,7 +205,7 @@ class AnomalyScore(nn.Module):
             self._normal(name).set_positions([levels[name] for levels, _ in kept])
         if "log_odds" in self.parts:
             self.statistics.log_odds_positions.copy_(_mean_at_positions([log_odds(logit) for _, logit in kept]))
-        maps = [{name: self._map(name, levels, logit) for name in self.parts} for levels, logit in kept]
+        maps = [self._maps(levels, logit) for levels, logit in kept]
         for name in self.parts:
             self._measure_deviation(name, [batch[name] for batch in maps])
         if len(self.parts) > 1:
