@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+@cache
 def code_commit() -> str | None:
     """The commit of the code, with + if files have changed since; None if it is not in a git checkout."""
     if not (REPOSITORY / ".git").exists():
